@@ -1,0 +1,45 @@
+"""What a back end can serve, and the reasons why it cannot; `dispatch` asks, `explain` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.transforms import transform_is_active
+
+
+class Capability(NamedTuple):
+    """The requests that a back end can serve; everything that is not named here, each back end serves."""
+
+    weights: bool = True
+    lse: bool = True
+    transforms: bool = True  # torch.func and forward-mode AD
+    empty_tensors: bool = True
+    dropout_on_cpu: bool = True
+
+
+class Backend(NamedTuple):
+    """A named implementation of attention."""
+
+    name: str
+    summary: str
+    capability: Capability
+    run: Callable[[AttentionInputs], AttentionResult]
+    notes: Callable[[AttentionInputs], list[str]]  # what `explain` says of a call that it serves
+
+
+def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
+    """Why a back end cannot serve these inputs; an empty list if it can."""
+    reasons = []
+    if inputs.need_weights and not capability.weights:
+        reasons.append("it returns no attention weights (need_weights=True)")
+    if inputs.return_lse and not capability.lse:
+        reasons.append("it returns no log-sum-exp (return_lse=True)")
+    if inputs.dropout_p > 0.0 and not capability.dropout_on_cpu and inputs.query.device.type == "cpu":
+        reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
+    if not capability.empty_tensors and 0 in (inputs.query.numel(), inputs.key.numel()):
+        reasons.append(f"an input is empty (query {tuple(inputs.query.shape)}, key {tuple(inputs.key.shape)})")
+    if not capability.transforms and transform_is_active():
+        reasons.append("a torch.func transform or forward-mode AD is active")
+    return reasons

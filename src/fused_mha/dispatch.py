@@ -1,0 +1,155 @@
+"""Which back end serves a call: the order, the reasons against each, the override and the explanation.
+
+`functional.attention` and `MultiHeadAttention.forward` call `run`; users call `backend` and `explain`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from fused_mha import reference
+from fused_mha.backends import sdpa
+from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
+from fused_mha.inputs import AttentionInputs, AttentionResult
+
+if TYPE_CHECKING:
+    from fused_mha.multi_head_attention import MultiHeadAttention
+
+
+def _run_reference(inputs: AttentionInputs) -> AttentionResult:
+    return AttentionResult(*reference.attention(*inputs))
+
+
+def _reference_notes(inputs: AttentionInputs) -> list[str]:
+    return ["the scores are built as an (N, H, L, S) tensor"]
+
+
+REFERENCE = Backend(
+    name="reference",
+    summary="readable PyTorch, on any device, in any dtype and under any transform",
+    capability=Capability(),
+    run=_run_reference,
+    notes=_reference_notes,
+)
+
+# In order of preference: the first that can serve a call does.
+BACKENDS: tuple[Backend, ...] = (sdpa.BACKEND, REFERENCE)
+
+
+class _Override(threading.local):
+    name: str | None = None
+
+
+_override = _Override()
+
+
+class Explanation(NamedTuple):
+    """Which back end serves a call, and why the others do not; `print` it.
+
+    `chosen` is None where an explicit choice cannot serve. `reasons` holds, by back end in order of preference, why it
+    cannot serve, empty where it can. `notes` says what the chosen one does that costs memory.
+    """
+
+    chosen: str | None
+    reasons: dict[str, list[str]]
+    notes: list[str]
+    override: str | None
+
+    def __str__(self) -> str:
+        how = f"by fused_mha.backend({self.override!r})" if self.override else "the first that can serve"
+        lines = [f"back end: {self.chosen or 'none'} ({how})"]
+        lines += [f"  note: {note}" for note in self.notes]
+        for name, reasons in self.reasons.items():
+            if name != self.chosen:
+                lines.append(f"  {name}: " + ("cannot: " + "; ".join(reasons) if reasons else "could serve"))
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one back end for the calls of this thread inside a ``with`` block; contexts nest.
+
+    An explicit choice is never replaced: a call that the back end cannot serve raises RuntimeError with the reasons.
+
+    Args:
+        name: ``"sdpa"`` or ``"reference"``; `python -m fused_mha.info` lists them.
+
+    Yields:
+        None.
+
+    Raises:
+        ValueError: there is no back end of that name.
+
+    Example:
+        >>> with fused_mha.backend("reference"):
+        ...     output, weights = module(x, x, x)
+    """
+    known = [candidate.name for candidate in BACKENDS]
+    if name not in known:
+        raise ValueError(f"backend must be one of {known}; got {name!r}")
+    previous = _override.name
+    _override.name = name
+    try:
+        yield
+    finally:
+        _override.name = previous
+
+
+def explain_inputs(inputs: AttentionInputs) -> Explanation:
+    """The choice for these inputs with the reasons of every back end; computes nothing."""
+    reasons = {candidate.name: not_supported_reasons(candidate.capability, inputs) for candidate in BACKENDS}
+    for candidate in BACKENDS:
+        if _override.name in (None, candidate.name) and not reasons[candidate.name]:
+            return Explanation(candidate.name, reasons, candidate.notes(inputs), _override.name)
+    return Explanation(None, reasons, [], _override.name)
+
+
+def run(inputs: AttentionInputs) -> AttentionResult:
+    """Compute attention on the first back end that can serve; RuntimeError, with every reason, if none can."""
+    for candidate in BACKENDS:
+        if _override.name in (None, candidate.name) and not not_supported_reasons(candidate.capability, inputs):
+            return candidate.run(inputs)
+    raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
+
+
+def explain(
+    module: MultiHeadAttention,
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    **forward_arguments: Any,
+) -> Explanation:
+    """Which back end would serve ``module(query, key, value, **forward_arguments)``, and why not the others.
+
+    Runs the module's checks and in-projections, but no attention, and draws no random numbers.
+
+    Args:
+        module: a `MultiHeadAttention`.
+        query: as for the module's forward.
+        key: as for the module's forward; ``query`` if None.
+        value: as for the module's forward; ``key`` if None.
+        **forward_arguments: the others of the module's forward.
+
+    Returns:
+        An `Explanation`; `print` it.
+
+    Raises:
+        TypeError: ``module`` is not a `MultiHeadAttention`.
+
+    Example:
+        >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
+        back end: reference (the first that can serve)
+          note: the scores are built as an (N, H, L, S) tensor
+          sdpa: cannot: it returns no attention weights (need_weights=True)
+    """
+    attention_inputs = getattr(module, "_attention_inputs", None)
+    if attention_inputs is None:
+        raise TypeError(f"module must be a fused_mha.MultiHeadAttention; got {type(module).__name__}")
+    key = query if key is None else key
+    inputs, _ = attention_inputs(query, key, key if value is None else value, **forward_arguments)
+    return explain_inputs(inputs)

@@ -1,0 +1,101 @@
+"""`attention`: scaled dot-product attention on split heads, the public function behind the module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fused_mha import dispatch, masks
+from fused_mha.inputs import AttentionResult, CausalAlignment, Window, check_attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    window: Window | None = None,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    return_lse: bool = False,
+) -> AttentionResult:
+    """Scaled dot-product attention of split heads: softmax(query @ key^T * scale + masks) @ value.
+
+    In a mask True means *ignore*, as in `torch.nn.MultiheadAttention`, not *attend* as in torch's
+    `scaled_dot_product_attention`. A row that is hidden everywhere gives zeros (output, weights and gradients) and a
+    log-sum-exp of -inf. A key that ``key_padding_mask`` hides is never read, not even if it is NaN.
+
+    N batch, H query heads, H_kv key/value heads, L query length, S key length, D head size. All floating dtypes; the
+    half types are computed in fp32.
+
+    Args:
+        query: (N, L, H, D), any strides.
+        key: (N, S, H_kv, D); H is a multiple of H_kv, and query head h reads key head h // (H / H_kv).
+        value: (N, S, H_kv, D_v).
+        attn_mask: (L|1, S) or (N|1, H|1, L|1, S), bool (True = ignore) or any floating dtype (added to the scores).
+        key_padding_mask: (N, S), bool (True = ignore) or any floating dtype (added to the scores).
+        is_causal: hide the future; applies together with the masks. For L = 2, S = 4 the visible keys are::
+
+                top_left     1 0 0 0      bottom_right     1 1 1 0
+                             1 1 0 0                       1 1 1 1
+
+        causal_alignment: ``"top_left"``, as torch, or ``"bottom_right"``, for the last L queries of S.
+        window: (left, right), how many keys before and after its own position a query sees; None is no limit.
+        bias_k: (H_kv, D), a virtual key after the S real ones, visible to every query.
+        bias_v: (H_kv, D_v), its value.
+        add_zero_attn: append a virtual key and value of zeros, visible to every query.
+        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - dropout_p). Always applied.
+        scale: factor of the scores; 1 / sqrt(D) if None.
+        need_weights: return the attention weights too, after dropout.
+        average_attn_weights: the weights' mean over the heads, (N, L, S'), not per head, (N, H, L, S').
+        return_lse: return the log-sum-exp of the scores too, (N, H, L), before dropout.
+
+    Returns:
+        ``AttentionResult(output, weights, lse)``: output (N, L, H, D_v) in query's dtype; weights in query's dtype,
+        S' = S plus the number of virtual keys, or None; lse in fp32 (fp64 for fp64), natural logarithm, or None.
+
+    Raises:
+        RuntimeError: ranks, shapes, dtypes or devices that disagree, or no back end can serve the call.
+        ValueError: ``dropout_p`` outside [0, 1], an unknown ``causal_alignment``, a negative ``window``.
+
+    Example:
+        >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
+        >>> output, weights, _ = fused_mha.attention(query, key, value, is_causal=True, need_weights=True)
+        >>> output.shape, weights.shape
+        (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 5]))
+
+    Source:
+        Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1;
+        `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    inputs = check_attention(
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        key_padding_mask=key_padding_mask,
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window=window,
+        bias_k=bias_k,
+        bias_v=bias_v,
+        add_zero_attn=add_zero_attn,
+        dropout_p=dropout_p,
+        scale=scale,
+        need_weights=need_weights,
+        average_attn_weights=average_attn_weights,
+        return_lse=return_lse,
+    )
+    return dispatch.run(
+        inputs._replace(
+            key=masks.zero_hidden_keys(key, key_padding_mask), value=masks.zero_hidden_keys(value, key_padding_mask)
+        )
+    )

@@ -1,0 +1,33 @@
+"""`python -m fused_mha.info`: versions, devices, threads and back ends, for bug reports."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from fused_mha import __version__
+from fused_mha.dispatch import BACKENDS
+
+
+def main() -> None:
+    """Print what this installation is and can do."""
+    devices = ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {
+        "fused_mha": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "devices": ", ".join(devices),
+    }
+    for name, value in rows.items():
+        print(f"{name:<10} {value}")
+    print("back ends, in order of preference:")
+    for candidate in BACKENDS:
+        print(f"  {candidate.name:<10} {candidate.summary}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,315 @@
+"""What goes into the attention core and what comes out, and every shape, dtype and device error.
+
+`functional.attention` and `MultiHeadAttention.forward` check their arguments here, once, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CausalAlignment = Literal["top_left", "bottom_right"]
+Window = tuple[int | None, int | None]
+
+
+class AttentionInputs(NamedTuple):
+    """Checked arguments of one attention call, in the order of `reference.attention`.
+
+    Shapes: N batch, H query heads, H_kv key/value heads, L query length, S key length, D head size.
+    """
+
+    query: Tensor  # (N, L, H, D)
+    key: Tensor  # (N, S, H_kv, D)
+    value: Tensor  # (N, S, H_kv, D_v)
+    attn_mask: Tensor | None  # (N|1, H|1, L|1, S), bool (True = ignore) or float (added)
+    key_padding_mask: Tensor | None  # (N, S), bool (True = ignore) or float (added)
+    is_causal: bool
+    causal_alignment: CausalAlignment
+    window: Window | None
+    bias_k: Tensor | None  # (H_kv, D)
+    bias_v: Tensor | None  # (H_kv, D_v)
+    add_zero_attn: bool
+    dropout_p: float
+    scale: float
+    need_weights: bool
+    average_attn_weights: bool
+    return_lse: bool
+
+
+class AttentionResult(NamedTuple):
+    """What `attention` returns.
+
+    `output` is (N, L, H, D_v); `weights` is (N, L, S'), or (N, H, L, S') per head, after dropout, with S' = S plus the
+    virtual keys, or None; `lse` is (N, H, L), the natural logarithm of the sum of the exponentiated scores, or None.
+    """
+
+    output: Tensor
+    weights: Tensor | None
+    lse: Tensor | None
+
+
+class ModuleShapes(NamedTuple):
+    """Sizes of one `MultiHeadAttention.forward` call."""
+
+    N: int
+    L: int
+    S: int
+    is_batched: bool
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise error(
+            f"{name} must be of dtype bool (True = ignore) or floating point (added to the scores); got {mask.dtype}"
+        )
+
+
+def _check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    for name, other in others:
+        if other is not None and other.device != query.device:
+            raise RuntimeError(f"all tensors must be on query's device, {query.device}; got {name} on {other.device}")
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raise ValueError unless ``0 <= dropout_p <= 1``, as `torch.nn.functional.dropout` does."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
+
+
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    causal_alignment: CausalAlignment,
+    window: Window | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    scale: float | None,
+    need_weights: bool,
+    average_attn_weights: bool,
+    return_lse: bool,
+) -> AttentionInputs:
+    """Check the arguments of `attention` and resolve its defaults; RuntimeError and ValueError as torch's SDPA."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise RuntimeError(f"{name} must be 4-D, (batch, length, heads, head size); got shape {_shape(tensor)}")
+        if not tensor.is_floating_point():
+            raise RuntimeError(f"{name} must be of a floating dtype; got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise RuntimeError(f"{name} must have query's dtype, {query.dtype}; got {tensor.dtype}")
+    N, L, H, D = query.shape
+    S, H_kv, D_v = key.shape[1], key.shape[2], value.shape[3]
+    if D == 0:
+        raise RuntimeError(f"query must have a head size of at least 1; got shape {_shape(query)}")
+    if key.shape[0] != N or key.shape[3] != D:
+        raise RuntimeError(
+            f"key must have shape (N, S, H_kv, D) with query's N = {N} and D = {D}; got {_shape(key)}, query is "
+            f"{_shape(query)}"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise RuntimeError(
+            f"value must have shape (N, S, H_kv, D_v) with key's (N, S, H_kv) = {(N, S, H_kv)}; got {_shape(value)}"
+        )
+    if H_kv == 0 or H % H_kv != 0:
+        raise RuntimeError(f"query's heads must be a multiple of key's and value's; got H = {H} and H_kv = {H_kv}")
+    _check_same_device(
+        query,
+        (
+            ("key", key),
+            ("value", value),
+            ("attn_mask", attn_mask),
+            ("key_padding_mask", key_padding_mask),
+            ("bias_k", bias_k),
+            ("bias_v", bias_v),
+        ),
+    )
+    if attn_mask is not None:
+        _check_mask_dtype("attn_mask", attn_mask, RuntimeError)
+        if attn_mask.dim() == 2:
+            attn_mask = attn_mask[None, None]
+        if attn_mask.dim() != 4 or not _broadcasts(attn_mask, (N, H, L, S)):
+            raise RuntimeError(
+                f"attn_mask must have shape (L|1, S) or (N|1, H|1, L|1, S) with (N, H, L, S) = {(N, H, L, S)}; "
+                f"got {_shape(attn_mask)}{_transposed_hint(attn_mask, L, S)}"
+            )
+    if key_padding_mask is not None:
+        _check_mask_dtype("key_padding_mask", key_padding_mask, RuntimeError)
+        if key_padding_mask.shape != (N, S):
+            raise RuntimeError(
+                f"key_padding_mask must have shape (N, S) = {(N, S)}; got {_shape(key_padding_mask)}"
+                f"{_transposed_hint(key_padding_mask, N, S)}"
+            )
+    if (bias_k is None) != (bias_v is None):
+        raise RuntimeError("bias_k and bias_v must be given together")
+    for name, bias, shape in (("bias_k", bias_k, (H_kv, D)), ("bias_v", bias_v, (H_kv, D_v))):
+        if bias is not None and (bias.shape != shape or bias.dtype != query.dtype):
+            raise RuntimeError(
+                f"{name} must have shape {shape} and dtype {query.dtype}; got {_shape(bias)} and {bias.dtype}"
+            )
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right'; got {causal_alignment!r}")
+    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+        raise ValueError(f"window must be (left, right), each None or a count of keys >= 0; got {window}")
+    check_dropout(dropout_p)
+    return AttentionInputs(
+        query,
+        key,
+        value,
+        attn_mask,
+        key_padding_mask,
+        is_causal,
+        causal_alignment,
+        window,
+        bias_k,
+        bias_v,
+        add_zero_attn,
+        dropout_p,
+        1.0 / math.sqrt(D) if scale is None else scale,
+        need_weights,
+        average_attn_weights,
+        return_lse,
+    )
+
+
+def _broadcasts(mask: Tensor, target: tuple[int, int, int, int]) -> bool:
+    """Whether a 4-D mask has `target`'s size, or 1 anywhere but in the last dimension."""
+    return mask.shape[3] == target[3] and all(
+        size in (1, full) for size, full in zip(mask.shape[:3], target[:3], strict=True)
+    )
+
+
+def _transposed_hint(mask: Tensor, rows: int, columns: int) -> str:
+    return ". Is it transposed?" if rows != columns and mask.shape[-2:] == (columns, rows) else ""
+
+
+def check_module_inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    *,
+    embed_dim: int,
+    kdim: int,
+    vdim: int,
+    num_heads: int,
+    batch_first: bool,
+    weight: Tensor,
+) -> ModuleShapes:
+    """Check what `MultiHeadAttention.forward` is called with, by torch's error types.
+
+    Args:
+        query: (L, E), (L, N, E) or, with ``batch_first``, (N, L, E).
+        key: as query, of length S and size ``kdim``.
+        value: as query, of length S and size ``vdim``.
+        key_padding_mask: (N, S), or (S) for unbatched input; bool (True = ignore) or float.
+        attn_mask: (L, S), (N * num_heads, L, S) or (N|1, num_heads|1, L|1, S); bool (True = ignore) or float.
+        embed_dim: E.
+        kdim: size of key's features.
+        vdim: size of value's features.
+        num_heads: H.
+        batch_first: the layout of 3-D input.
+        weight: the query's projection weight, which fixes dtype and device.
+
+    Returns:
+        N, L, S and whether the input is batched.
+
+    Raises:
+        AssertionError: ranks, embedding sizes, mask types, key_padding_mask's shape.
+        RuntimeError: attn_mask's shape, batch sizes, dtypes and devices that disagree.
+    """
+    rank = query.dim()
+    if rank not in (2, 3):
+        raise AssertionError(f"query must be unbatched 2-D or batched 3-D; got a {rank}-D tensor, {_shape(query)}")
+    is_batched = rank == 3
+    if key.dim() != rank or value.dim() != rank:
+        raise AssertionError(
+            f"key and value must be {rank}-D, as query is; got {key.dim()}-D and {value.dim()}-D tensors, "
+            f"{_shape(key)} and {_shape(value)}"
+        )
+    sequence_dim, batch_dim = (1, 0) if batch_first else (0, 1)
+    if not is_batched:
+        sequence_dim = 0
+    L, S = query.shape[sequence_dim], key.shape[sequence_dim]
+    N = query.shape[batch_dim] if is_batched else 1
+
+    if query.shape[-1] != embed_dim:
+        raise AssertionError(f"query must have embedding size embed_dim = {embed_dim}; got shape {_shape(query)}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise AssertionError(
+            f"key and value must agree in length and batch size; got {_shape(key)} and {_shape(value)}"
+        )
+    if key.shape[-1] != kdim or value.shape[-1] != vdim:
+        raise AssertionError(
+            f"key and value must have sizes kdim = {kdim} and vdim = {vdim}; got {_shape(key)} and {_shape(value)}"
+        )
+    if is_batched and key.shape[batch_dim] != N:
+        raise RuntimeError(
+            f"query and key must have one batch size (dimension {batch_dim}, batch_first={batch_first}); got "
+            f"{_shape(query)} and {_shape(key)}"
+        )
+    _check_same_device(
+        query,
+        (
+            ("key", key),
+            ("value", value),
+            ("key_padding_mask", key_padding_mask),
+            ("attn_mask", attn_mask),
+            ("the module's projection weight", weight),
+        ),
+    )
+    if not (query.dtype == key.dtype == value.dtype == weight.dtype) and not torch.is_autocast_enabled(
+        query.device.type
+    ):
+        raise RuntimeError(
+            "query, key, value and the module's parameters must have one dtype (or run under torch.autocast); got "
+            f"{query.dtype}, {key.dtype}, {value.dtype} and {weight.dtype}"
+        )
+    if key_padding_mask is not None:
+        _check_mask_dtype("key_padding_mask", key_padding_mask, AssertionError)
+        expected = (N, S) if is_batched else (S,)
+        if key_padding_mask.shape != expected:
+            raise AssertionError(
+                f"key_padding_mask must have shape {'(N, S)' if is_batched else '(S)'} = {expected}; got "
+                f"{_shape(key_padding_mask)}{_transposed_hint(key_padding_mask, N, S)}"
+            )
+    if attn_mask is not None:
+        _check_module_attn_mask(attn_mask, N, num_heads, L, S, is_batched)
+    return ModuleShapes(N, L, S, is_batched)
+
+
+def _check_module_attn_mask(attn_mask: Tensor, N: int, H: int, L: int, S: int, is_batched: bool) -> None:
+    _check_mask_dtype("attn_mask", attn_mask, AssertionError)
+    mask_rank = attn_mask.dim()
+    if mask_rank == 2:
+        fits = attn_mask.shape == (L, S)
+    elif mask_rank == 3:
+        fits = attn_mask.shape == (N * H, L, S)
+    elif mask_rank == 4:
+        fits = _broadcasts(attn_mask, (N, H, L, S))
+    else:
+        raise AssertionError(f"attn_mask must be 2-D, 3-D or 4-D; got a {mask_rank}-D tensor, {_shape(attn_mask)}")
+    if not fits:
+        # torch checks an unbatched 3-D mask earlier than the others, by an assertion
+        error = AssertionError if mask_rank == 3 and not is_batched else RuntimeError
+        raise error(
+            f"attn_mask must have shape (L, S) = {(L, S)}, (N*num_heads, L, S) = {(N * H, L, S)} or "
+            f"(N|1, num_heads|1, L|1, S) with {(N, H, L, S)}; got {_shape(attn_mask)}"
+            f"{_transposed_hint(attn_mask, L, S)}"
+        )

@@ -1,0 +1,361 @@
+"""`MultiHeadAttention`: the drop-in for `torch.nn.MultiheadAttention`; parameters, initialisation, forward."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import Parameter
+
+from fused_mha import dispatch, masks, nested, projections
+from fused_mha.inputs import AttentionInputs, ModuleShapes, check_dropout, check_module_inputs
+
+
+def keep_forward_called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing: where there is one, `nn.TransformerEncoderLayer` calls our forward."""
+
+
+def ensure_forward_hook(module: nn.Module) -> None:
+    """Register `keep_forward_called` on ``module`` once."""
+    if keep_forward_called not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(keep_forward_called)
+
+
+def remove_forward_hook(module: nn.Module) -> None:
+    """Remove `keep_forward_called` from ``module``; every other hook stays."""
+    for handle_id, hook in list(module._forward_pre_hooks.items()):
+        if hook is keep_forward_called:
+            del module._forward_pre_hooks[handle_id]
+
+
+class MultiHeadAttention(nn.MultiheadAttention):
+    """Multi-head attention: softmax(Q K^T / sqrt(head_dim) + masks) V per head, projected in and out.
+
+    A drop-in for `torch.nn.MultiheadAttention`: the same arguments, parameters, ``state_dict``, initial values under
+    one seed and results. It subclasses torch's module so that libraries which test for its type recognise it. What
+    differs by intent: rows that are masked everywhere give ``out_proj.bias`` and never NaN; ``is_causal=True`` needs no
+    mask; hooks and replaced projections take effect in every mode; masks of any floating dtype and broadcastable 4-D
+    masks are taken. The README's drop-in table lists everything.
+
+    Args:
+        embed_dim: E, size of the query, the output and all heads together.
+        num_heads: H; divides ``embed_dim``.
+        dropout: probability of dropping an attention weight in training.
+        bias: whether the projections have biases.
+        add_bias_kv: append a learned key and value to every sequence.
+        add_zero_attn: append a key and a value of zeros to every sequence.
+        kdim: size of the key's features; ``embed_dim`` if None.
+        vdim: size of the value's features; ``embed_dim`` if None.
+        batch_first: 3-D inputs and outputs are (N, L, E), not (L, N, E).
+        device: where the parameters are made.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: ``embed_dim`` or ``num_heads`` is not positive.
+        AssertionError: ``num_heads`` does not divide ``embed_dim``.
+
+    Example:
+        >>> attention = fused_mha.MultiHeadAttention(embed_dim=16, num_heads=4, batch_first=True)
+        >>> x = torch.randn(2, 5, 16)
+        >>> output, weights = attention(x, x, x)
+        >>> output.shape, weights.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5, 5]))
+
+    Source:
+        Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.2.2; `torch.nn.MultiheadAttention`.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if embed_dim <= 0 or num_heads <= 0:
+            raise ValueError(
+                f"embed_dim and num_heads must be greater than 0, got embed_dim={embed_dim} and num_heads={num_heads} "
+                "instead"
+            )
+        if embed_dim % num_heads != 0:
+            raise AssertionError(
+                f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
+            )
+        nn.Module.__init__(self)  # torch's own constructor would draw the initial values a first time
+        self.embed_dim = embed_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self._qkv_same_embed_dim = self.kdim == embed_dim and self.vdim == embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.head_dim = embed_dim // num_heads
+
+        def parameter(*shape: int) -> Parameter:
+            return Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        # `state_dict` lists the parameters in the order in which they are registered here.
+        if self._qkv_same_embed_dim:
+            self.in_proj_weight = parameter(3 * embed_dim, embed_dim)
+            self.register_parameter("q_proj_weight", None)
+            self.register_parameter("k_proj_weight", None)
+            self.register_parameter("v_proj_weight", None)
+        else:
+            self.q_proj_weight = parameter(embed_dim, embed_dim)
+            self.k_proj_weight = parameter(embed_dim, self.kdim)
+            self.v_proj_weight = parameter(embed_dim, self.vdim)
+            self.register_parameter("in_proj_weight", None)
+        if bias:
+            self.in_proj_bias = parameter(3 * embed_dim)
+        else:
+            self.register_parameter("in_proj_bias", None)
+        self.out_proj = NonDynamicallyQuantizableLinear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        if add_bias_kv:
+            self.bias_k = parameter(1, 1, embed_dim)
+            self.bias_v = parameter(1, 1, embed_dim)
+        else:
+            self.bias_k = self.bias_v = None
+        self.add_zero_attn = add_zero_attn
+
+        self._reset_parameters()
+        ensure_forward_hook(self)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew, as the constructor does: under one seed, the same values.
+
+        For modules made on the meta device: ``module.to_empty(device="cpu").reset_parameters()``.
+        """
+        self.out_proj.reset_parameters()
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        # In the order in which torch draws.
+        if self._qkv_same_embed_dim:
+            nn.init.xavier_uniform_(self.in_proj_weight)
+        else:
+            nn.init.xavier_uniform_(self.q_proj_weight)
+            nn.init.xavier_uniform_(self.k_proj_weight)
+            nn.init.xavier_uniform_(self.v_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        if self.bias_k is not None:
+            nn.init.xavier_normal_(self.bias_k)
+        if self.bias_v is not None:
+            nn.init.xavier_normal_(self.bias_v)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        ensure_forward_hook(self)
+
+    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+        """What `torch.jit.script` compiles: torch's module on the same parameters."""
+        warnings.warn(
+            "torch.jit.script puts torch.nn.MultiheadAttention in the place of fused_mha.MultiHeadAttention, in the "
+            "script and in the model that it was given. Script a copy.deepcopy of the model, or call "
+            "fused_mha.convert(model) again.",
+            stacklevel=2,
+        )
+        stock = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        stock.__dict__ = dict(self.__dict__)
+        stock._forward_pre_hooks = self._forward_pre_hooks.copy()
+        remove_forward_hook(stock)
+        return stock
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load parameters, as `nn.Module.load_state_dict`, but a state_dict that does not fit changes nothing.
+
+        Args:
+            state_dict: parameters by name.
+            strict: require exactly this module's names.
+            assign: put the given tensors in the place of the parameters, not only their values.
+
+        Returns:
+            The missing and the unexpected keys.
+
+        Raises:
+            RuntimeError: names (if ``strict``) or shapes do not fit; the text says which.
+        """
+        if not self._load_state_dict_pre_hooks:  # such a hook may rename the keys
+            self._check_state_dict(state_dict, strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+        own = self.state_dict()
+        problems = []
+        if strict:
+            if missing := [name for name in own if name not in state_dict]:
+                problems.append(f"missing {missing}")
+            if unexpected := [name for name in state_dict if name not in own]:
+                problems.append(f"unexpected {unexpected}")
+        for name, tensor in own.items():
+            if name in state_dict and isinstance(tensor, Tensor) and state_dict[name].shape != tensor.shape:
+                problems.append(f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}")
+        if problems:
+            raise RuntimeError(
+                f"Error(s) in loading state_dict for {type(self).__name__}, nothing was loaded: {'; '.join(problems)}"
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from ``query`` to ``key`` and ``value``.
+
+        N batch, L query length, S key length, E ``embed_dim``. In a mask True means *ignore*.
+
+        Args:
+            query: (L, E), (L, N, E) or, with ``batch_first``, (N, L, E).
+            key: (S, kdim), (S, N, kdim) or (N, S, kdim).
+            value: (S, vdim), (S, N, vdim) or (N, S, vdim).
+            key_padding_mask: (N, S), or (S) unbatched; bool (True = ignore) or float (added to the scores). A key that
+                it hides is never read, not even if it is NaN.
+            need_weights: return the attention weights too.
+            attn_mask: (L, S), (N * num_heads, L, S) or (N|1, num_heads|1, L|1, S); bool (True = ignore) or float.
+            average_attn_weights: the weights' mean over the heads, not the weights of each.
+            is_causal: hide the keys after each query's own position, counted from the first (top left). Applies
+                together with the masks and needs none.
+
+        Returns:
+            The output, of query's layout and contiguous, and the weights after dropout or None: (N, L, S'), or
+            (N, num_heads, L, S') per head, without N if unbatched; S' = S plus one for each of ``add_bias_kv`` and
+            ``add_zero_attn``.
+
+        Raises:
+            AssertionError: ranks, embedding sizes, mask types or ``key_padding_mask``'s shape do not fit.
+            RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree.
+            ValueError: ``dropout`` is outside [0, 1] in training.
+
+        Source:
+            `torch.nn.MultiheadAttention.forward`.
+        """
+        if any(isinstance(argument, fx.Proxy) for argument in (query, key, value)):
+            return self._traced_call(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if query.is_nested or key.is_nested or value.is_nested:
+            padded, padding, repack = nested.unpack(query, key, value, key_padding_mask, attn_mask, self.batch_first)
+            output, weights = self.forward(
+                padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
+            )
+            return repack(output, weights)
+
+        inputs, shapes = self._attention_inputs(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        heads, weights, _ = dispatch.run(inputs)
+        output = self.out_proj(projections.merge_heads(heads, shapes.is_batched, self.batch_first))
+        if weights is not None and not shapes.is_batched:
+            weights = weights.squeeze(0)
+        return output, weights
+
+    def _attention_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[AttentionInputs, ModuleShapes]:
+        """Check, project and split into heads; `forward` and `fused_mha.explain` start with it."""
+        packed_weight = self.in_proj_weight
+        shapes = check_module_inputs(
+            query,
+            key,
+            value,
+            key_padding_mask,
+            attn_mask,
+            embed_dim=self.embed_dim,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            num_heads=self.num_heads,
+            batch_first=self.batch_first,
+            weight=self.q_proj_weight if packed_weight is None else packed_weight,
+        )
+        dropout_p = self.dropout if self.training else 0.0
+        check_dropout(dropout_p)
+
+        if key_padding_mask is not None:
+            if not shapes.is_batched:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+            key, value = self._without_hidden_keys(key, value, key_padding_mask)
+        if packed_weight is not None:
+            q, k, v = projections.packed_in_projection(query, key, value, packed_weight, self.in_proj_bias)
+        else:
+            q, k, v = projections.separate_in_projection(
+                query, key, value, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias
+            )
+        q, k, v = (projections.split_heads(x, self.head_dim, self.batch_first) for x in (q, k, v))
+
+        if attn_mask is not None:
+            if attn_mask.dim() == 2:
+                attn_mask = attn_mask[None, None]
+            elif attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (shapes.N, self.num_heads))
+        bias_k = bias_v = None
+        if self.bias_k is not None and self.bias_v is not None:
+            bias_k, bias_v = (b.to(k.dtype).view(-1, self.head_dim) for b in (self.bias_k, self.bias_v))
+        inputs = AttentionInputs(
+            query=q,
+            key=k,
+            value=v,
+            attn_mask=attn_mask,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            causal_alignment="top_left",
+            window=None,
+            bias_k=bias_k,
+            bias_v=bias_v,
+            add_zero_attn=self.add_zero_attn,
+            dropout_p=dropout_p,
+            scale=self.head_dim**-0.5,
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            return_lse=False,
+        )
+        return inputs, shapes
+
+    def _without_hidden_keys(self, key: Tensor, value: Tensor, key_padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Zero the hidden rows before the projection, since 0 * NaN would reach the gradient of its weight."""
+
+        def clean(x: Tensor) -> Tensor:
+            if x.dim() == 2:
+                return masks.zero_hidden_keys(x.unsqueeze(0), key_padding_mask).squeeze(0)
+            if self.batch_first:
+                return masks.zero_hidden_keys(x, key_padding_mask)
+            return masks.zero_hidden_keys(x.transpose(0, 1), key_padding_mask).transpose(0, 1)
+
+        cleaned = clean(key)
+        return cleaned, cleaned if value is key else clean(value)
+
+    def _traced_call(self, *args: Any) -> Any:
+        """Stand as one leaf in a `torch.fx` graph, as torch's module does."""
+        tracer: Any = next(argument.tracer for argument in args if isinstance(argument, fx.Proxy))
+        if self is tracer.root:
+            raise TraceError(
+                f"{type(self).__name__} is a leaf of torch.fx graphs, so it can't be the root of one: trace the model "
+                "that holds it"
+            )
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})

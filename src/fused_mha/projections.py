@@ -1,0 +1,83 @@
+"""The linear maps around the attention core: embeddings to split heads, and heads back to embeddings.
+
+`MultiHeadAttention.forward` calls these. All are differentiable PyTorch on the parameters as they are at the call.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_in_projection(
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project by one packed weight, with as few matrix products as the identities of the inputs allow.
+
+    Args:
+        query: (..., E).
+        key: (..., E).
+        value: (..., E).
+        weight: (3E, E), the rows of query, key and value in this order.
+        bias: (3E), or None.
+
+    Returns:
+        The three projections, each (..., E), as views of one tensor where one product made them.
+    """
+    if query is key and key is value:
+        q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+        return q, k, v
+    E = weight.shape[1]
+    if key is value:
+        w_q, w_kv = weight.split([E, 2 * E])
+        b_q, b_kv = bias.split([E, 2 * E]) if bias is not None else (None, None)
+        k, v = F.linear(key, w_kv, b_kv).chunk(2, dim=-1)
+        return F.linear(query, w_q, b_q), k, v
+    w_q, w_k, w_v = weight.chunk(3)
+    return separate_in_projection(query, key, value, w_q, w_k, w_v, bias)
+
+
+def separate_in_projection(
+    query: Tensor, key: Tensor, value: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project by three weights.
+
+    Args:
+        query: (..., E).
+        key: (..., kdim).
+        value: (..., vdim).
+        w_q: (E, E).
+        w_k: (E, kdim).
+        w_v: (E, vdim).
+        bias: (3E), packed in the order query, key, value, or None.
+
+    Returns:
+        The three projections, each (..., E).
+    """
+    b_q, b_k, b_v = bias.chunk(3) if bias is not None else (None, None, None)
+    return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+
+
+def split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:
+    """View a projection as (N, L, H, D), without a copy.
+
+    Args:
+        x: (N, L, E) if ``batch_first``, else (L, N, E), or (L, E).
+        head_dim: D; the number of heads follows from E, so that a shard of the heads works too.
+        batch_first: the layout of 3-D ``x``.
+
+    Returns:
+        (N, L, H, D), N = 1 for (L, E).
+    """
+    x = x.unflatten(-1, (-1, head_dim))
+    if x.dim() == 3:
+        return x.unsqueeze(0)
+    return x if batch_first else x.transpose(0, 1)
+
+
+def merge_heads(x: Tensor, is_batched: bool, batch_first: bool) -> Tensor:
+    """The inverse of `split_heads`: (N, L, H, D) to a contiguous (N, L, E), (L, N, E) or (L, E)."""
+    x = x.flatten(2)
+    if not is_batched:
+        return x.squeeze(0).contiguous()
+    return (x if batch_first else x.transpose(0, 1)).contiguous()

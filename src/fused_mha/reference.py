@@ -1,0 +1,141 @@
+"""Attention in readable PyTorch: the oracle of the tests, and the core for any device, dtype and transform.
+
+`dispatch` calls it where no faster back end can serve. The half types are computed in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_mha import masks
+from fused_mha.transforms import transform_is_active
+
+if TYPE_CHECKING:
+    from fused_mha.inputs import CausalAlignment, Window
+
+
+def append_virtual_keys(keys: Tensor, bias: Tensor | None, add_zero_attn: bool) -> Tensor:
+    """Keys or values (N, S, H_kv, D) with the bias (H_kv, D), then a zero, after the S real ones."""
+    N = keys.shape[0]
+    parts = [keys]
+    if bias is not None:
+        parts.append(bias.to(keys.dtype).expand(N, 1, -1, -1))
+    if add_zero_attn:
+        parts.append(keys.new_zeros(N, 1, keys.shape[2], keys.shape[3]))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else keys
+
+
+def heads_first(x: Tensor, num_heads: int) -> Tensor:
+    """(N, S, H_kv, D) -> (N * num_heads, S, D), each key head repeated for the queries that share it."""
+    N, S, H_kv, D = x.shape
+    if H_kv != num_heads:
+        x = x.repeat_interleave(num_heads // H_kv, dim=2)
+    return x.transpose(1, 2).reshape(N * num_heads, S, D)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    window: Window | None = None,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    scale: float = 1.0,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    return_lse: bool = False,
+    dropout_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(query @ key^T * scale + masks) @ value, dropout between, on checked arguments.
+
+    The arguments are those of `fused_mha.attention`, with 4-D ``attn_mask`` and a given ``scale``. ``dropout_mask``,
+    bool (N, H, L, S'), True = keep, replaces the random draw; without it dropout draws what `F.dropout` does on an
+    (N * H, L, S') tensor, as torch's module draws.
+    """
+    N, L, H, _ = query.shape
+    S = key.shape[1]
+    out_dtype = query.dtype
+    dtype = torch.float32 if out_dtype in (torch.float16, torch.bfloat16) else out_dtype
+    key = append_virtual_keys(key, bias_k, add_zero_attn)
+    value = append_virtual_keys(value, bias_v, add_zero_attn)
+    virtual_keys = key.shape[1] - S
+
+    with torch.autocast(query.device.type, enabled=False):
+        bias = masks.attention_bias(
+            L,
+            S,
+            attn_mask,
+            key_padding_mask,
+            is_causal,
+            causal_alignment,
+            window,
+            virtual_keys,
+            dtype,
+            query.device,
+        )
+        empty = None
+        if bias is not None and not virtual_keys:
+            # The softmax of a row of -inf alone is NaN, and so is its gradient: such a row scores as if it were not
+            # masked, and what it would give is zeroed below.
+            empty = (bias == float("-inf")).all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
+            bias = bias.masked_fill(empty, 0.0)
+
+        q = heads_first(query.to(dtype), H)  # [N * H, L, D]
+        k = heads_first(key.to(dtype), H)  # [N * H, S', D]
+        v = heads_first(value.to(dtype), H)  # [N * H, S', D_v]
+        if bias is None:
+            scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        else:
+            scores = torch.baddbmm(_batch_of_heads(bias, N, H), q, k.transpose(1, 2), alpha=scale)  # [N * H, L, S']
+        lse = _log_sum_exp(scores.unflatten(0, (N, H)), empty) if return_lse else None
+
+        weights = _softmax(scores)
+        if dropout_mask is not None:
+            weights = weights * (dropout_mask.flatten(0, 1).to(dtype) / (1.0 - dropout_p))
+        elif dropout_p > 0.0:
+            weights = F.dropout(weights, dropout_p)
+        output = torch.bmm(weights, v).unflatten(0, (N, H)).transpose(1, 2)  # [N, L, H, D_v]
+        if empty is not None:
+            output = output.masked_fill(empty.transpose(1, 2), 0.0)
+
+        returned_weights = None
+        if need_weights:
+            returned_weights = weights.unflatten(0, (N, H))
+            if empty is not None and (empty.shape[1] > 1 or not average_attn_weights):
+                returned_weights = returned_weights.masked_fill(empty, 0.0)
+            if average_attn_weights:
+                returned_weights = returned_weights.mean(dim=1)
+                if empty is not None and empty.shape[1] == 1:
+                    returned_weights = returned_weights.masked_fill(empty[:, 0], 0.0)  # H times less to fill
+            returned_weights = returned_weights.to(out_dtype)
+    return output.to(out_dtype), returned_weights, lse
+
+
+def _batch_of_heads(bias: Tensor, N: int, H: int) -> Tensor:
+    """(N|1, H|1, L|1, S') as the first argument of `torch.baddbmm`, with a copy only where N and H both matter."""
+    if bias.shape[0] == bias.shape[1] == 1:
+        return bias[0]
+    return bias.expand(N, H, -1, -1).flatten(0, 1)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    # In inference the weights take the place of the scores: new memory of this size costs more than the softmax.
+    if scores.requires_grad or transform_is_active() or torch.compiler.is_compiling():
+        return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _log_sum_exp(scores: Tensor, empty: Tensor | None) -> Tensor:
+    """The log-sum-exp of (N, H, L, S') over S', -inf on empty rows."""
+    lse = torch.logsumexp(scores, dim=-1)
+    return lse if empty is None else lse.masked_fill(empty[..., 0], float("-inf"))

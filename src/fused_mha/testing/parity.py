@@ -1,0 +1,216 @@
+"""`assert_parity`: whether two modules compute the same, judged against an fp64 oracle of the second.
+
+Users call it in their own tests; `python -m fused_mha.parity` and the project's tests are built on it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_mha.testing.tolerances import FLOOR, tolerance
+
+
+class Comparison(NamedTuple):
+    """One quantity of two modules: `error` and `torch_error` are the largest distances from the fp64 oracle."""
+
+    quantity: str
+    error: float
+    torch_error: float
+    tolerance: float
+    where: tuple[int, ...]  # the index of `error`
+    problem: str | None = None  # what can't be expressed as an error: another shape, dtype, missing
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the error is within the tolerance; an error of NaN is not."""
+        return self.problem is None and self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.quantity}: {self.problem}"
+        return (
+            f"{self.quantity}: largest error {self.error:.3e} at {list(self.where)}, tolerance {self.tolerance:.3e} "
+            f"(torch's own error {self.torch_error:.3e})"
+        )
+
+
+class _Run(NamedTuple):
+    outputs: dict[str, Tensor | None]
+    gradients: dict[str, Tensor | None]
+
+
+def assert_parity(
+    ours: nn.Module, theirs: nn.Module, *inputs: Tensor, seed: int = 0, **forward_arguments: Any
+) -> list[Comparison]:
+    """Assert that two modules have one state_dict and compute the same outputs, weights and gradients.
+
+    Each result of ``ours`` may be twice as far from the oracle, ``theirs`` in fp64 from the same rounded inputs and
+    parameters, as the result of ``theirs``, plus a few units in the last place. Gradients (of the inputs, of the
+    parameters, and of the tensors among ``forward_arguments`` that require one) are compared unless grad mode is off;
+    their cotangents are drawn from ``seed``, and so is dropout. Neither module is changed.
+
+    Args:
+        ours: the module under test.
+        theirs: the module to agree with, on the same device and in the same mode (training or evaluation).
+        *inputs: positional arguments of both modules, floating tensors.
+        seed: of the cotangents and of dropout.
+        **forward_arguments: keyword arguments of both modules.
+
+    Returns:
+        The comparisons, all of which agree.
+
+    Raises:
+        AssertionError: something differs; the text names each quantity, its largest error and where it is, the
+            tolerance and the seed.
+
+    Example:
+        >>> theirs = torch.nn.MultiheadAttention(16, 4)
+        >>> ours = copy.deepcopy(theirs)
+        >>> fused_mha.convert(ours)
+        >>> x = torch.randn(5, 2, 16)
+        >>> comparisons = fused_mha.testing.assert_parity(ours, theirs, x, x, x, need_weights=False)
+    """
+    comparisons = compare(ours, theirs, *inputs, seed=seed, **forward_arguments)
+    different = [str(comparison) for comparison in comparisons if not comparison.agrees]
+    if different:
+        raise AssertionError(
+            f"{len(different)} of {len(comparisons)} quantities differ (seed {seed}):\n  " + "\n  ".join(different)
+        )
+    return comparisons
+
+
+def compare(
+    ours: nn.Module, theirs: nn.Module, *inputs: Tensor, seed: int = 0, **forward_arguments: Any
+) -> list[Comparison]:
+    """Like `assert_parity`, but returns what differs too instead of raising."""
+    comparisons = [_compare_state_dicts(ours, theirs)]
+    if ours.training != theirs.training:
+        problem = f"ours.training is {ours.training}, theirs.training is {theirs.training}"
+        return [*comparisons, Comparison("mode", 0.0, 0.0, 0.0, (), problem)]
+    oracle = copy.deepcopy(theirs).double()
+    our_run = _run(ours, inputs, forward_arguments, seed)
+    their_run = _run(theirs, inputs, forward_arguments, seed)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        oracle_run = _run(oracle, *_double(inputs, forward_arguments), seed)
+    # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
+    dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
+    dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
+    rows = max(tensor.numel() // max(tensor.shape[-1], 1) for tensor in inputs)
+    for part, is_gradient in (("outputs", False), ("gradients", True)):
+        mine, yours, exact = (getattr(run, part) for run in (our_run, their_run, oracle_run))
+        for name in {**yours, **mine}:
+            terms = max(rows, 1) if is_gradient else 1
+            comparisons.append(_compare_tensors(name, mine.get(name), yours.get(name), exact.get(name), dtype, terms))
+    return comparisons
+
+
+def _compare_state_dicts(ours: nn.Module, theirs: nn.Module) -> Comparison:
+    mine, yours = ours.state_dict(), theirs.state_dict()
+    problem = None
+    if list(mine) != list(yours):
+        problem = f"keys {list(mine)}, expected {list(yours)}"
+    elif different := [name for name in mine if not _same_bits(mine[name], yours[name])]:
+        problem = f"values or dtypes differ in {different}"
+    return Comparison("state_dict", 0.0, 0.0, 0.0, (), problem)
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a == b
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _compare_tensors(
+    name: str, ours: Tensor | None, theirs: Tensor | None, oracle: Tensor | None, dtype: torch.dtype, terms: int
+) -> Comparison:
+    if ours is None or theirs is None or oracle is None:
+        problem = None if ours is theirs else f"{_describe(ours)}, expected {_describe(theirs)}"
+        return Comparison(name, 0.0, 0.0, 0.0, (), problem)
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return Comparison(name, 0.0, 0.0, 0.0, (), f"{_describe(ours)}, expected {_describe(theirs)}")
+    if ours.numel() == 0:
+        return Comparison(name, 0.0, 0.0, 0.0, ())
+    distance = _distance(ours, oracle)
+    torch_error = float(_distance(theirs, oracle).max())
+    largest = int(distance.argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), distance.shape))
+    magnitude = float(oracle.abs().max())
+    return Comparison(
+        name, float(distance.flatten()[largest]), torch_error, tolerance(dtype, torch_error, magnitude, terms), where
+    )
+
+
+def _distance(result: Tensor, oracle: Tensor) -> Tensor:
+    distance = (result.double() - oracle).abs()
+    same = (result == oracle) | (result.isnan() & oracle.isnan())  # inf - inf = NaN where both are inf
+    return distance.masked_fill(same, 0.0).nan_to_num(nan=float("inf"))
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else f"shape {tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _double(inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The same arguments in fp64; one tensor that is passed twice stays one tensor."""
+    memo: dict[int, Tensor] = {}
+
+    def double(argument: Any) -> Any:
+        if not isinstance(argument, Tensor) or not argument.is_floating_point():
+            return argument
+        if id(argument) not in memo:
+            memo[id(argument)] = argument.detach().double().requires_grad_(argument.requires_grad)
+        return memo[id(argument)]
+
+    return tuple(double(x) for x in inputs), {name: double(argument) for name, argument in arguments.items()}
+
+
+def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any], seed: int) -> _Run:
+    """Outputs and gradients by name, from leaves of its own."""
+    with_gradients = torch.is_grad_enabled()
+    leaves: dict[int, Tensor] = {}
+    names: dict[int, str] = {}
+
+    def leaf(name: str, argument: Any, *, differentiate: bool) -> Any:
+        if not isinstance(argument, Tensor) or not (differentiate and with_gradients and argument.is_floating_point()):
+            return argument
+        if id(argument) in leaves:
+            names[id(argument)] += f"={name}"
+        else:
+            leaves[id(argument)], names[id(argument)] = argument.detach().requires_grad_(), name
+        return leaves[id(argument)]
+
+    roles = ["query", "key", "value", *(f"input {i}" for i in range(3, len(inputs)))]
+    own_inputs = [leaf(roles[i], x, differentiate=True) for i, x in enumerate(inputs)]
+    own_arguments = {
+        name: leaf(name, x, differentiate=isinstance(x, Tensor) and x.requires_grad) for name, x in arguments.items()
+    }
+    with torch.random.fork_rng(devices=[inputs[0].device] if inputs[0].is_cuda else []):
+        torch.manual_seed(seed)
+        result = module(*own_inputs, **own_arguments)
+    outputs = dict(_named_outputs(result))
+    if not with_gradients:
+        return _Run(outputs, {})
+
+    wanted = {f"grad of {names[key]}": tensor for key, tensor in leaves.items()}
+    wanted |= {f"grad of {name}": p for name, p in module.named_parameters() if p.requires_grad}
+    differentiable = [tensor for tensor in outputs.values() if tensor is not None and tensor.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x.device, x.dtype)
+        for x in differentiable  # bfloat16 values are exact in fp32 and fp64, and nearly so in fp16
+    ]
+    gradients = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
+    return _Run(outputs, dict(zip(wanted, gradients, strict=True)))
+
+
+def _named_outputs(result: Any) -> Iterator[tuple[str, Tensor | None]]:
+    if isinstance(result, Tensor):
+        yield "output", result
+        return
+    for i, item in enumerate(result):
+        yield ("output", "weights")[i] if i < 2 else f"output {i}", item
