@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fused_mha import dispatch, masks
@@ -34,7 +35,8 @@ def attention(
     log-sum-exp of -inf. A key that ``key_padding_mask`` hides is never read, not even if it is NaN.
 
     N batch, H query heads, H_kv key/value heads, L query length, S key length, D head size. All floating dtypes; the
-    half types are computed in fp32.
+    half types are computed in fp32. Under `torch.autocast`, query, key, value and the biases are cast as torch's SDPA
+    casts them.
 
     Args:
         query: (N, L, H, D), any strides.
@@ -76,6 +78,9 @@ def attention(
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1;
         `torch.nn.functional.scaled_dot_product_attention`.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(x) for x in (query, key, value))
+        bias_k, bias_v = (None if x is None else _autocast(x) for x in (bias_k, bias_v))
     inputs = check_attention(
         query,
         key,
@@ -99,3 +104,10 @@ def attention(
             key=masks.zero_hidden_keys(key, key_padding_mask), value=masks.zero_hidden_keys(value, key_padding_mask)
         )
     )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """The tensor as autocast casts the inputs of an op in the lower precision: fp64 stays."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))

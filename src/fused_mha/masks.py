@@ -15,11 +15,7 @@ if TYPE_CHECKING:
     from fused_mha.inputs import CausalAlignment, Window
 
 
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to add to the scores: a bool mask becomes 0, or -inf where it is True (= ignore)."""
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
-    return mask.to(dtype)
+NEGATIVE_INFINITY = float("-inf")
 
 
 def zero_hidden_keys(keys: Tensor, key_padding_mask: Tensor | None) -> Tensor:
@@ -34,8 +30,8 @@ def zero_hidden_keys(keys: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     """
     if key_padding_mask is None:
         return keys
-    hidden = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == float("-inf")
-    return keys.masked_fill(hidden[(...,) + (None,) * (keys.dim() - 2)], 0.0)
+    hidden = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == NEGATIVE_INFINITY
+    return keys.masked_fill(hidden.view(*hidden.shape, *(1,) * (keys.dim() - 2)), 0.0)
 
 
 def outside_band(
@@ -54,10 +50,10 @@ def outside_band(
         right = 0
     if left is None and right is None:
         return None
-    position = torch.arange(L, device=device)[:, None] + (S - L if alignment == "bottom_right" else 0)
-    distance = torch.arange(S, device=device)[None, :] - position  # [L, S], > 0 in the future
-    too_late = distance > right if right is not None else None
-    too_early = distance < -left if left is not None else None
+    diagonal = S - L if alignment == "bottom_right" else 0  # j - i of a query's own position
+    everywhere = torch.ones(L, S, dtype=torch.bool, device=device)
+    too_late = everywhere.triu(diagonal + right + 1) if right is not None else None
+    too_early = everywhere.tril(diagonal - left - 1) if left is not None else None
     if too_late is None or too_early is None:
         return too_early if too_late is None else too_late
     return too_late | too_early
@@ -79,15 +75,19 @@ def attention_bias(
 
     Virtual keys come after the S real ones and are visible to every query.
     """
-    bias = None
-    for mask in (
-        attn_mask,
-        None if key_padding_mask is None else key_padding_mask[:, None, None, :],
-        outside_band(L, S, is_causal, alignment, window, device),
-    ):
-        if mask is not None:
-            term = additive(mask, dtype)
-            bias = term if bias is None else bias + term
+    hidden = bias = None
+    band = outside_band(L, S, is_causal, alignment, window, device)
+    padding = None if key_padding_mask is None else key_padding_mask.unsqueeze(1).unsqueeze(1)
+    for mask in (attn_mask, padding, band):
+        if mask is None:
+            continue
+        if mask.dtype == torch.bool:
+            hidden = mask if hidden is None else hidden | mask
+        else:
+            bias = mask.to(dtype) if bias is None else bias + mask.to(dtype)
+    if hidden is not None:
+        unmasked = torch.zeros_like(hidden, dtype=dtype) if bias is None else bias
+        bias = unmasked.masked_fill(hidden, NEGATIVE_INFINITY)
     if bias is None:
         return None
     if bias.dim() == 2:

@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Source:
             `torch.nn.MultiheadAttention.forward`.
         """
-        if any(isinstance(argument, fx.Proxy) for argument in (query, key, value)):
+        if isinstance(query, fx.Proxy) or isinstance(key, fx.Proxy) or isinstance(value, fx.Proxy):
             return self._traced_call(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -297,9 +297,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
 
-        if key_padding_mask is not None:
-            if not shapes.is_batched:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
+        if key_padding_mask is not None and not shapes.is_batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        is_self_attention = query is key and key is value
+        if key_padding_mask is not None and not is_self_attention:
             key, value = self._without_hidden_keys(key, value, key_padding_mask)
         if packed_weight is not None:
             q, k, v = projections.packed_in_projection(query, key, value, packed_weight, self.in_proj_bias)
@@ -308,10 +309,14 @@ class MultiHeadAttention(nn.MultiheadAttention):
                 query, key, value, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias
             )
         q, k, v = (projections.split_heads(x, self.head_dim, self.batch_first) for x in (q, k, v))
+        if is_self_attention:
+            # A hidden row is a query too, and as such reaches the weight's gradient whatever its key does: one packed
+            # product and zeros behind it serve.
+            k, v = (masks.zero_hidden_keys(x, key_padding_mask) for x in (k, v))
 
         if attn_mask is not None:
             if attn_mask.dim() == 2:
-                attn_mask = attn_mask[None, None]
+                attn_mask = attn_mask.view(1, 1, *attn_mask.shape)
             elif attn_mask.dim() == 3:
                 attn_mask = attn_mask.unflatten(0, (shapes.N, self.num_heads))
         bias_k = bias_v = None

@@ -70,54 +70,54 @@ def attention(
     value = append_virtual_keys(value, bias_v, add_zero_attn)
     virtual_keys = key.shape[1] - S
 
-    with torch.autocast(query.device.type, enabled=False):
-        bias = masks.attention_bias(
-            L,
-            S,
-            attn_mask,
-            key_padding_mask,
-            is_causal,
-            causal_alignment,
-            window,
-            virtual_keys,
-            dtype,
-            query.device,
-        )
-        empty = None
-        if bias is not None and not virtual_keys:
-            # The softmax of a row of -inf alone is NaN, and so is its gradient: such a row scores as if it were not
-            # masked, and what it would give is zeroed below.
-            empty = (bias == float("-inf")).all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
-            bias = bias.masked_fill(empty, 0.0)
+    bias = masks.attention_bias(
+        L,
+        S,
+        attn_mask,
+        key_padding_mask,
+        is_causal,
+        causal_alignment,
+        window,
+        virtual_keys,
+        dtype,
+        query.device,
+    )
+    empty = None
+    if bias is not None and not virtual_keys:
+        # The softmax of a row of -inf alone is NaN, and so is its gradient: such a row scores as if it were not
+        # masked, and what it would give is zeroed below.
+        empty = (bias == masks.NEGATIVE_INFINITY).all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
+        bias = bias.masked_fill(empty, 0.0)
 
-        q = heads_first(query.to(dtype), H)  # [N * H, L, D]
-        k = heads_first(key.to(dtype), H)  # [N * H, S', D]
-        v = heads_first(value.to(dtype), H)  # [N * H, S', D_v]
-        if bias is None:
-            scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-        else:
-            scores = torch.baddbmm(_batch_of_heads(bias, N, H), q, k.transpose(1, 2), alpha=scale)  # [N * H, L, S']
-        lse = _log_sum_exp(scores.unflatten(0, (N, H)), empty) if return_lse else None
+    q = heads_first(query.to(dtype), H)  # [N * H, L, D]
+    k = heads_first(key.to(dtype), H)  # [N * H, S', D]
+    v = heads_first(value.to(dtype), H)  # [N * H, S', D_v]
+    if bias is None:
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+    else:
+        scores = torch.baddbmm(_batch_of_heads(bias, N, H), q, k.transpose(1, 2), alpha=scale)  # [N * H, L, S']
+    lse = _log_sum_exp(scores.unflatten(0, (N, H)), empty) if return_lse else None
 
-        weights = _softmax(scores)
-        if dropout_mask is not None:
-            weights = weights * (dropout_mask.flatten(0, 1).to(dtype) / (1.0 - dropout_p))
-        elif dropout_p > 0.0:
-            weights = F.dropout(weights, dropout_p)
-        output = torch.bmm(weights, v).unflatten(0, (N, H)).transpose(1, 2)  # [N, L, H, D_v]
-        if empty is not None:
-            output = output.masked_fill(empty.transpose(1, 2), 0.0)
+    weights = _softmax(scores)
+    if dropout_mask is not None:
+        kept = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+        weights = weights * (dropout_mask.flatten(0, 1).to(dtype) * kept)
+    elif dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    output = torch.bmm(weights, v).unflatten(0, (N, H)).transpose(1, 2)  # [N, L, H, D_v]
+    if empty is not None:
+        output = output.masked_fill(empty.transpose(1, 2), 0.0)
 
-        returned_weights = None
-        if need_weights:
-            returned_weights = weights.unflatten(0, (N, H))
-            if empty is not None and (empty.shape[1] > 1 or not average_attn_weights):
-                returned_weights = returned_weights.masked_fill(empty, 0.0)
-            if average_attn_weights:
-                returned_weights = returned_weights.mean(dim=1)
-                if empty is not None and empty.shape[1] == 1:
-                    returned_weights = returned_weights.masked_fill(empty[:, 0], 0.0)  # H times less to fill
-            returned_weights = returned_weights.to(out_dtype)
+    returned_weights = None
+    if need_weights:
+        returned_weights = weights.unflatten(0, (N, H))
+        if empty is not None and (empty.shape[1] > 1 or not average_attn_weights):
+            returned_weights = returned_weights.masked_fill(empty, 0.0)
+        if average_attn_weights:
+            returned_weights = returned_weights.mean(dim=1)
+            if empty is not None and empty.shape[1] == 1:
+                returned_weights = returned_weights.masked_fill(empty[:, 0], 0.0)  # H times less to fill
+        returned_weights = returned_weights.to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
 
 
@@ -138,4 +138,4 @@ def _softmax(scores: Tensor) -> Tensor:
 def _log_sum_exp(scores: Tensor, empty: Tensor | None) -> Tensor:
     """The log-sum-exp of (N, H, L, S') over S', -inf on empty rows."""
     lse = torch.logsumexp(scores, dim=-1)
-    return lse if empty is None else lse.masked_fill(empty[..., 0], float("-inf"))
+    return lse if empty is None else lse.masked_fill(empty[..., 0], masks.NEGATIVE_INFINITY)

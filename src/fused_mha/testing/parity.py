@@ -191,10 +191,10 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any
     }
     with torch.random.fork_rng(devices=[inputs[0].device] if inputs[0].is_cuda else []):
         torch.manual_seed(seed)
-        result = module(*own_inputs, **own_arguments)
-    outputs = dict(_named_outputs(result))
+        outputs = dict(_named_outputs(module(*own_inputs, **own_arguments)))
+    detached = {name: None if tensor is None else tensor.detach() for name, tensor in outputs.items()}
     if not with_gradients:
-        return _Run(outputs, {})
+        return _Run(detached, {})
 
     wanted = {f"grad of {names[key]}": tensor for key, tensor in leaves.items()}
     wanted |= {f"grad of {name}": p for name, p in module.named_parameters() if p.requires_grad}
@@ -205,7 +205,7 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any
         for x in differentiable  # bfloat16 values are exact in fp32 and fp64, and nearly so in fp16
     ]
     gradients = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
-    return _Run(outputs, dict(zip(wanted, gradients, strict=True)))
+    return _Run(detached, dict(zip(wanted, gradients, strict=True)))
 
 
 def _named_outputs(result: Any) -> Iterator[tuple[str, Tensor | None]]:

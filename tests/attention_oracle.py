@@ -1,0 +1,265 @@
+"""A naive fp64 attention with an explicit rule of visibility, and the comparison of `fused_mha.attention` with it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import fused_mha
+from fused_mha import dispatch
+from fused_mha.inputs import AttentionResult, check_attention
+from fused_mha.testing.tolerances import FLOOR, tolerance
+
+BACKENDS = [candidate.name for candidate in dispatch.BACKENDS]
+DEFAULTS = {
+    "attn_mask": None,
+    "key_padding_mask": None,
+    "is_causal": False,
+    "causal_alignment": "top_left",
+    "window": None,
+    "bias_k": None,
+    "bias_v": None,
+    "add_zero_attn": False,
+    "dropout_p": 0.0,
+    "scale": None,
+    "need_weights": False,
+    "average_attn_weights": True,
+    "return_lse": False,
+}
+
+
+def is_visible(i, j, L, S, is_causal=False, causal_alignment="top_left", window=None):
+    """Whether query i sees the real key j, by causality and window alone."""
+    position = i + (S - L if causal_alignment == "bottom_right" else 0)
+    left, right = window or (None, None)
+    if is_causal and j > position:
+        return False
+    if left is not None and j < position - left:
+        return False
+    return right is None or j <= position + right
+
+
+def _masks_of_row(a, n, h, i):
+    """Row (n, h, i) of attn_mask and row n of key_padding_mask."""
+    rows = []
+    if a["attn_mask"] is not None:
+        mask = a["attn_mask"] if a["attn_mask"].dim() == 4 else a["attn_mask"][None, None]
+        rows.append(mask[tuple(index if size > 1 else 0 for index, size in zip((n, h, i), mask.shape, strict=False))])
+    if a["key_padding_mask"] is not None:
+        rows.append(a["key_padding_mask"][n])
+    return rows
+
+
+def _hides(row, j):
+    return bool(row[j]) if row.dtype == torch.bool else row[j].item() == float("-inf")
+
+
+def _visible_keys(a, n, h, i):
+    L, S = a["query"].shape[1], a["key"].shape[1]
+    rows = _masks_of_row(a, n, h, i)
+    return [
+        j
+        for j in range(S)
+        if is_visible(i, j, L, S, a["is_causal"], a["causal_alignment"], a["window"])
+        and not any(_hides(row, j) for row in rows)
+    ]
+
+
+def naive_attention(keep=None, **arguments):
+    """`fused_mha.attention` by loops over n, h and i; `keep` (N, H, L, S') is dropout's mask, True = keep."""
+    a = DEFAULTS | arguments
+    query, key, value = a["query"], a["key"], a["value"]
+    N, L, H, D = query.shape
+    S, H_kv, D_v = key.shape[1], key.shape[2], value.shape[3]
+    scale = D**-0.5 if a["scale"] is None else a["scale"]
+    width = S + (a["bias_k"] is not None) + a["add_zero_attn"]
+    outputs, weights, lses = [], [], []
+    for n in range(N):
+        for h in range(H):
+            g = h * H_kv // H
+            for i in range(L):
+                visible = _visible_keys(a, n, h, i)
+                keys, values = [key[n, visible, g]], [value[n, visible, g]]
+                additive = torch.zeros(len(visible), dtype=query.dtype)
+                for row in _masks_of_row(a, n, h, i):
+                    if row.dtype != torch.bool:
+                        additive = additive + row[visible].to(query.dtype)
+                if a["bias_k"] is not None:
+                    keys.append(a["bias_k"][g][None])
+                    values.append(a["bias_v"][g][None])
+                if a["add_zero_attn"]:
+                    keys.append(key.new_zeros(1, D))
+                    values.append(key.new_zeros(1, D_v))
+                keys, values = torch.cat(keys), torch.cat(values)
+                scores = keys @ query[n, i, h] * scale
+                scores = scores + F.pad(additive, (0, width - S))
+                p = torch.softmax(scores, dim=0)
+                columns = torch.tensor([*visible, *range(S, width)], dtype=torch.long)
+                if keep is not None:
+                    p = p * keep[n, h, i, columns] / (1.0 - a["dropout_p"])
+                outputs.append(p @ values)
+                weights.append(torch.zeros(width, dtype=query.dtype).scatter(0, columns, p))
+                lses.append(torch.logsumexp(scores, dim=0))
+
+    def stack(rows, *shape):
+        return torch.stack(rows).reshape(N, H, L, *shape) if rows else query.new_zeros(N, H, L, *shape)
+
+    all_weights = stack(weights, width)
+    return AttentionResult(
+        stack(outputs, D_v).transpose(1, 2),
+        (all_weights.mean(1) if a["average_attn_weights"] else all_weights) if a["need_weights"] else None,
+        stack(lses) if a["return_lse"] else None,
+    )
+
+
+def torch_attention(**arguments):
+    """The same by torch's own op, or by its formula where weights or the log-sum-exp are asked for."""
+    a = DEFAULTS | arguments
+    query, key, value = a["query"], a["key"], a["value"]
+    N, L, H, D = query.shape
+    S = key.shape[1]
+    for name, bias in (("k", a["bias_k"]), ("v", a["bias_v"])):
+        tensor = key if name == "k" else value
+        virtual = [] if bias is None else [bias.expand(N, 1, -1, -1)]
+        virtual += [torch.zeros_like(tensor[:, :1])] if a["add_zero_attn"] and S else []
+        virtual += [tensor.new_zeros(N, 1, *tensor.shape[2:])] if a["add_zero_attn"] and not S else []
+        tensor = torch.cat([tensor, *virtual], dim=1).repeat_interleave(H // key.shape[2], dim=2)
+        key, value = (tensor, value) if name == "k" else (key, tensor)
+    hidden = torch.ones(N, H, L, key.shape[1], dtype=torch.bool)
+    hidden[..., S:] = False
+    for n in range(N):
+        for h in range(H):
+            for i in range(L):
+                hidden[n, h, i, _visible_keys(a, n, h, i)] = False
+    bias = torch.zeros(N, H, L, S, dtype=query.dtype)
+    for mask in (a["attn_mask"], None if a["key_padding_mask"] is None else a["key_padding_mask"][:, None, None]):
+        if mask is not None and mask.dtype != torch.bool:
+            bias = bias + mask.masked_fill(mask == float("-inf"), 0.0).to(query.dtype)
+    bias = F.pad(bias, (0, key.shape[1] - S)).masked_fill(hidden, float("-inf"))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if not (a["need_weights"] or a["return_lse"]):
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=a["scale"])
+        return AttentionResult(output.transpose(1, 2), None, None)
+    empty = hidden.all(dim=-1, keepdim=True)
+    scores = q @ k.transpose(-1, -2) * (D**-0.5 if a["scale"] is None else a["scale"]) + bias.masked_fill(empty, 0.0)
+    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    return AttentionResult(
+        (weights @ v).transpose(1, 2),
+        weights.mean(1) if a["average_attn_weights"] else weights,
+        torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], float("-inf")),
+    )
+
+
+def make_arguments(
+    *,
+    N=2,
+    L=3,
+    S=4,
+    H=4,
+    H_kv=2,
+    D=3,
+    D_v=5,
+    dtype=torch.float32,
+    mask_dtype=None,
+    mask_shape="LS",
+    padding_dtype=None,
+    bias_kv=False,
+    hidden=0.3,
+    seed=0,
+    **others,
+):
+    """Random arguments of `attention`; `mask_shape` names the dimensions that are not 1, such as "NLS"."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def mask(shape, kind):
+        hides = torch.rand(shape, generator=generator) < hidden
+        if kind == torch.bool:
+            return hides
+        return torch.randn(shape, generator=generator).masked_fill(hides, float("-inf")).to(kind)
+
+    arguments = {"query": draw(N, L, H, D), "key": draw(N, S, H_kv, D), "value": draw(N, S, H_kv, D_v), **others}
+    if bias_kv:
+        arguments |= {"bias_k": draw(H_kv, D), "bias_v": draw(H_kv, D_v)}
+    if mask_dtype is not None:
+        if mask_shape in ("LS", "S"):
+            shape = (L if mask_shape == "LS" else 1, S)
+        else:
+            names = mask_shape.removeprefix("4D ")
+            shape = tuple(size if name in names else 1 for name, size in zip("NHLS", (N, H, L, S), strict=True))
+        arguments["attn_mask"] = mask(shape, mask_dtype)
+    if padding_dtype is not None:
+        arguments["key_padding_mask"] = mask((N, S), padding_dtype)
+    return arguments
+
+
+def run_with_gradients(function, arguments, dtype=None):
+    """Results and gradients by name, from fresh leaves, in another dtype if one is given."""
+
+    def leaf(x):
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+
+    own = {name: leaf(x) for name, x in arguments.items()}
+    results = {name: x for name, x in function(**own)._asdict().items() if x is not None}
+    leaves = {name: x for name, x in own.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    generator = torch.Generator().manual_seed(7)
+    total = torch.zeros((), dtype=torch.float64)
+    for name in ("output", "weights", "lse"):
+        if name in results and results[name].requires_grad:
+            cotangent = torch.randn(results[name].shape, generator=generator).to(torch.bfloat16).double()
+            finite = results[name].double()
+            # the constant -inf of an empty row: -inf * 0 = NaN would be the sum
+            total = total + (cotangent * finite.masked_fill(finite == float("-inf"), 0.0)).sum()
+    gradients = dict.fromkeys(leaves)
+    if total.requires_grad:
+        gradients = dict(
+            zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True)
+        )
+    for name, x in leaves.items():
+        results[f"grad of {name}"] = torch.zeros_like(x) if gradients[name] is None else gradients[name]
+    return {name: x.detach() for name, x in results.items()}
+
+
+def can_serve(backend, arguments):
+    a = DEFAULTS | arguments
+    return not dispatch.explain_inputs(check_attention(**a)).reasons[backend]
+
+
+def assert_matches_oracle(arguments, backend):
+    """Compare outputs, weights, log-sum-exp and every gradient on one back end with the oracle, by the one rule."""
+    with fused_mha.backend(backend):
+        ours = run_with_gradients(fused_mha.attention, arguments)
+    exact = run_with_gradients(naive_attention, arguments, torch.float64)
+    dtype = arguments["query"].dtype
+    theirs = run_with_gradients(torch_attention, arguments)
+    if dtype in (torch.float16, torch.bfloat16) and "lse" in exact:  # the log-sum-exp is fp32
+        theirs["lse"] = run_with_gradients(torch_attention, arguments, torch.float32)["lse"]
+    assert set(ours) == set(exact)
+    N, L, H, _ = arguments["query"].shape
+    scores = N * H * L * (arguments["key"].shape[1] + 2)
+    for name, expected in exact.items():
+        result = ours[name]
+        assert result.shape == expected.shape, name
+        if name == "lse":
+            assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        elif not name.startswith("grad"):
+            assert result.dtype == dtype
+        if not result.numel():
+            continue
+        infinite = expected.isinf()
+        assert torch.equal(result.isinf(), infinite), name
+        error, torch_error = (
+            (x.double() - expected).masked_fill(infinite, 0.0).abs().max().item() for x in (result, theirs[name])
+        )
+        terms = 1
+        if name.startswith("grad"):
+            terms = max(1, scores // max(1, result.numel() if "mask" in name else result[..., 0].numel()))
+        coarser = max((result.dtype, torch.float32 if name == "lse" else dtype), key=FLOOR.__getitem__)
+        coarser = result.dtype if name == "lse" else coarser
+        magnitude = expected.masked_fill(infinite, 0.0).abs().max().item()
+        bound = tolerance(coarser, torch_error, magnitude, terms)
+        assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed"
