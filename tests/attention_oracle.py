@@ -117,14 +117,15 @@ def torch_attention(**arguments):
     a = DEFAULTS | arguments
     query, key, value = a["query"], a["key"], a["value"]
     N, L, H, D = query.shape
-    S = key.shape[1]
-    for name, bias in (("k", a["bias_k"]), ("v", a["bias_v"])):
-        tensor = key if name == "k" else value
-        virtual = [] if bias is None else [bias.expand(N, 1, -1, -1)]
-        virtual += [torch.zeros_like(tensor[:, :1])] if a["add_zero_attn"] and S else []
-        virtual += [tensor.new_zeros(N, 1, *tensor.shape[2:])] if a["add_zero_attn"] and not S else []
-        tensor = torch.cat([tensor, *virtual], dim=1).repeat_interleave(H // key.shape[2], dim=2)
-        key, value = (tensor, value) if name == "k" else (key, tensor)
+    S, H_kv = key.shape[1:3]
+
+    def extend(keys, bias):
+        parts = [keys] if bias is None else [keys, bias.expand(N, 1, -1, -1)]
+        if a["add_zero_attn"]:
+            parts.append(keys.new_zeros(N, 1, H_kv, keys.shape[3]))
+        return torch.cat(parts, dim=1).repeat_interleave(H // H_kv, dim=2)
+
+    key, value = extend(key, a["bias_k"]), extend(value, a["bias_v"])
     hidden = torch.ones(N, H, L, key.shape[1], dtype=torch.bool)
     hidden[..., S:] = False
     for n in range(N):
@@ -216,9 +217,7 @@ def run_with_gradients(function, arguments, dtype=None):
             total = total + (cotangent * finite.masked_fill(finite == float("-inf"), 0.0)).sum()
     gradients = dict.fromkeys(leaves)
     if total.requires_grad:
-        gradients = dict(
-            zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True)
-        )
+        gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
     for name, x in leaves.items():
         results[f"grad of {name}"] = torch.zeros_like(x) if gradients[name] is None else gradients[name]
     return {name: x.detach() for name, x in results.items()}
@@ -258,8 +257,7 @@ def assert_matches_oracle(arguments, backend):
         terms = 1
         if name.startswith("grad"):
             terms = max(1, scores // max(1, result.numel() if "mask" in name else result[..., 0].numel()))
-        coarser = max((result.dtype, torch.float32 if name == "lse" else dtype), key=FLOOR.__getitem__)
-        coarser = result.dtype if name == "lse" else coarser
+        coarser = result.dtype if name == "lse" else max(result.dtype, dtype, key=FLOOR.__getitem__)
         magnitude = expected.masked_fill(infinite, 0.0).abs().max().item()
         bound = tolerance(coarser, torch_error, magnitude, terms)
         assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed"

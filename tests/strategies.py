@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from fused_mha.testing import Case
 from hypothesis import strategies as st
+
+from fused_mha.testing import Case
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ATTN_MASKS = (None, "bool", "float", "bool per head", "float per head", "causal bool", "causal float")

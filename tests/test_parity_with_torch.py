@@ -1,13 +1,15 @@
 """Outputs, weights, every gradient, state_dict and initial values equal those of `torch.nn.MultiheadAttention`."""
 
-import fused_mha
 import pytest
 import torch
-from fused_mha.testing import Case, assert_parity, grid
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import DTYPES, cases, fast_path_cases, seeds
 from torch import nn
+
+import fused_mha
+from fused_mha.testing import Case, assert_parity, grid
+
+from strategies import DTYPES, cases, fast_path_cases, seeds
 
 # torch's own complaint, of a bool and a float mask in one call
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")

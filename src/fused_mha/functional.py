@@ -99,11 +99,10 @@ def attention(
         average_attn_weights=average_attn_weights,
         return_lse=return_lse,
     )
-    return dispatch.run(
-        inputs._replace(
-            key=masks.zero_hidden_keys(key, key_padding_mask), value=masks.zero_hidden_keys(value, key_padding_mask)
-        )
-    )
+    if key_padding_mask is not None:  # 0 * NaN = NaN would reach the output and the gradients
+        hidden = masks.hidden_keys(key_padding_mask)[:, :, None, None]
+        inputs = inputs._replace(key=key.masked_fill(hidden, 0.0), value=value.masked_fill(hidden, 0.0))
+    return dispatch.run(inputs)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What each mask means, in one place, on plain tensors.
 
-`reference` and the sdpa back end turn all masks of a call into one additive bias here; `functional` and the module keep
-hidden keys out of the arithmetic with `zero_hidden_keys`.
+`reference` and the sdpa back end turn all masks of a call into one additive bias here; `functional` and `projections`
+keep the keys that are hidden from every query out of the arithmetic.
 """
 
 from __future__ import annotations
@@ -18,20 +18,9 @@ if TYPE_CHECKING:
 NEGATIVE_INFINITY = float("-inf")
 
 
-def zero_hidden_keys(keys: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """Keys or values with zeros where `key_padding_mask` hides them: 0 * NaN = NaN would reach outputs and gradients.
-
-    Args:
-        keys: (N, S, ...), any floating dtype.
-        key_padding_mask: (N, S), bool (True = ignore) or float (-inf = ignore), or None.
-
-    Returns:
-        Like ``keys``; ``keys`` itself if there is no mask.
-    """
-    if key_padding_mask is None:
-        return keys
-    hidden = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == NEGATIVE_INFINITY
-    return keys.masked_fill(hidden.view(*hidden.shape, *(1,) * (keys.dim() - 2)), 0.0)
+def hidden_keys(key_padding_mask: Tensor) -> Tensor:
+    """The keys that a mask hides from every query: True of a bool mask, -inf of a float one."""
+    return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == NEGATIVE_INFINITY
 
 
 def outside_band(

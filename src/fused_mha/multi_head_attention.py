@@ -297,22 +297,19 @@ class MultiHeadAttention(nn.MultiheadAttention):
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
 
-        if key_padding_mask is not None and not shapes.is_batched:
-            key_padding_mask = key_padding_mask.unsqueeze(0)
-        is_self_attention = query is key and key is value
-        if key_padding_mask is not None and not is_self_attention:
-            key, value = self._without_hidden_keys(key, value, key_padding_mask)
+        hidden = None
+        if key_padding_mask is not None:
+            hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
+            if not shapes.is_batched:
+                key_padding_mask = key_padding_mask.unsqueeze(0)
+            elif not self.batch_first:
+                hidden = hidden.transpose(0, 1)
         if packed_weight is not None:
-            q, k, v = projections.packed_in_projection(query, key, value, packed_weight, self.in_proj_bias)
+            q, k, v = projections.packed_in_projection(query, key, value, packed_weight, self.in_proj_bias, hidden)
         else:
-            q, k, v = projections.separate_in_projection(
-                query, key, value, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight, self.in_proj_bias
-            )
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            q, k, v = projections.separate_in_projection(query, key, value, *weights, self.in_proj_bias, hidden)
         q, k, v = (projections.split_heads(x, self.head_dim, self.batch_first) for x in (q, k, v))
-        if is_self_attention:
-            # A hidden row is a query too, and as such reaches the weight's gradient whatever its key does: one packed
-            # product and zeros behind it serve.
-            k, v = (masks.zero_hidden_keys(x, key_padding_mask) for x in (k, v))
 
         if attn_mask is not None:
             if attn_mask.dim() == 2:
@@ -341,19 +338,6 @@ class MultiHeadAttention(nn.MultiheadAttention):
             return_lse=False,
         )
         return inputs, shapes
-
-    def _without_hidden_keys(self, key: Tensor, value: Tensor, key_padding_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Zero the hidden rows before the projection, since 0 * NaN would reach the gradient of its weight."""
-
-        def clean(x: Tensor) -> Tensor:
-            if x.dim() == 2:
-                return masks.zero_hidden_keys(x.unsqueeze(0), key_padding_mask).squeeze(0)
-            if self.batch_first:
-                return masks.zero_hidden_keys(x, key_padding_mask)
-            return masks.zero_hidden_keys(x.transpose(0, 1), key_padding_mask).transpose(0, 1)
-
-        cleaned = clean(key)
-        return cleaned, cleaned if value is key else clean(value)
 
     def _traced_call(self, *args: Any) -> Any:
         """Stand as one leaf in a `torch.fx` graph, as torch's module does."""

@@ -1,6 +1,8 @@
 """The linear maps around the attention core: embeddings to split heads, and heads back to embeddings.
 
 `MultiHeadAttention.forward` calls these. All are differentiable PyTorch on the parameters as they are at the call.
+`hidden` marks the rows of key and value that no query may see, NaN or not: 0 * NaN = NaN would reach the output and the
+gradients, so zeros take their place.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from torch import Tensor
 
 
 def packed_in_projection(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project by one packed weight, with as few matrix products as the identities of the inputs allow.
 
@@ -20,25 +22,39 @@ def packed_in_projection(
         value: (..., E).
         weight: (3E, E), the rows of query, key and value in this order.
         bias: (3E), or None.
+        hidden: (..., 1), bool, True = never read, or None; of key's and value's shape.
 
     Returns:
         The three projections, each (..., E), as views of one tensor where one product made them.
     """
-    if query is key and key is value:
-        q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
-        return q, k, v
     E = weight.shape[1]
+    if query is key and key is value:
+        packed = F.linear(query, weight, bias)
+        if hidden is None:
+            q, k, v = packed.chunk(3, dim=-1)
+            return q, k, v
+        # A hidden row is a query too, and reaches the weight's gradient as such: zeros behind the one product serve.
+        q, kv = packed[..., :E], packed[..., E:].masked_fill(hidden, 0.0)
+        k, v = kv.chunk(2, dim=-1)
+        return q, k, v
     if key is value:
         w_q, w_kv = weight.split([E, 2 * E])
         b_q, b_kv = bias.split([E, 2 * E]) if bias is not None else (None, None)
-        k, v = F.linear(key, w_kv, b_kv).chunk(2, dim=-1)
+        k, v = F.linear(_without(key, hidden), w_kv, b_kv).chunk(2, dim=-1)
         return F.linear(query, w_q, b_q), k, v
     w_q, w_k, w_v = weight.chunk(3)
-    return separate_in_projection(query, key, value, w_q, w_k, w_v, bias)
+    return separate_in_projection(query, key, value, w_q, w_k, w_v, bias, hidden)
 
 
 def separate_in_projection(
-    query: Tensor, key: Tensor, value: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, bias: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    w_q: Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    bias: Tensor | None,
+    hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project by three weights.
 
@@ -50,12 +66,19 @@ def separate_in_projection(
         w_k: (E, kdim).
         w_v: (E, vdim).
         bias: (3E), packed in the order query, key, value, or None.
+        hidden: (..., 1), bool, True = never read, or None; of key's and value's shape.
 
     Returns:
         The three projections, each (..., E).
     """
     b_q, b_k, b_v = bias.chunk(3) if bias is not None else (None, None, None)
-    return F.linear(query, w_q, b_q), F.linear(key, w_k, b_k), F.linear(value, w_v, b_v)
+    k = F.linear(_without(key, hidden), w_k, b_k)
+    v = F.linear(_without(value, hidden), w_v, b_v)
+    return F.linear(query, w_q, b_q), k, v
+
+
+def _without(x: Tensor, hidden: Tensor | None) -> Tensor:
+    return x if hidden is None else x.masked_fill(hidden, 0.0)
 
 
 def split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:

@@ -82,16 +82,19 @@ def attention(
         dtype,
         query.device,
     )
-    empty = None
+    empty = visible = None
     if bias is not None and not virtual_keys:
         # The softmax of a row of -inf alone is NaN, and so is its gradient: such a row scores as if it were not
-        # masked, and what it would give is zeroed below.
-        empty = (bias == masks.NEGATIVE_INFINITY).all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
+        # masked, and what it gives is multiplied by zero below.
+        empty = bias.isneginf().all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
+        visible = empty.logical_not().to(dtype)
         bias = bias.masked_fill(empty, 0.0)
 
-    q = heads_first(query.to(dtype), H)  # [N * H, L, D]
-    k = heads_first(key.to(dtype), H)  # [N * H, S', D]
-    v = heads_first(value.to(dtype), H)  # [N * H, S', D_v]
+    if dtype != out_dtype:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    q = heads_first(query, H)  # [N * H, L, D]
+    k = heads_first(key, H)  # [N * H, S', D]
+    v = heads_first(value, H)  # [N * H, S', D_v]
     if bias is None:
         scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
     else:
@@ -105,20 +108,24 @@ def attention(
     elif dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     output = torch.bmm(weights, v).unflatten(0, (N, H)).transpose(1, 2)  # [N, L, H, D_v]
-    if empty is not None:
-        output = output.masked_fill(empty.transpose(1, 2), 0.0)
+    if visible is not None:
+        output = output * visible.transpose(1, 2)
 
     returned_weights = None
     if need_weights:
-        returned_weights = weights.unflatten(0, (N, H))
-        if empty is not None and (empty.shape[1] > 1 or not average_attn_weights):
-            returned_weights = returned_weights.masked_fill(empty, 0.0)
-        if average_attn_weights:
-            returned_weights = returned_weights.mean(dim=1)
-            if empty is not None and empty.shape[1] == 1:
-                returned_weights = returned_weights.masked_fill(empty[:, 0], 0.0)  # H times less to fill
-        returned_weights = returned_weights.to(out_dtype)
+        returned_weights = _visible_weights(weights.unflatten(0, (N, H)), visible, average_attn_weights).to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
+
+
+def _visible_weights(weights: Tensor, visible: Tensor | None, average: bool) -> Tensor:
+    """(N, H, L, S'), zeroed where ``visible`` (N|1, H|1, L|1, 1) is zero, or the mean of this over the heads."""
+    if visible is not None and (visible.shape[1] > 1 or not average):
+        weights, visible = weights * visible, None
+    if average:
+        weights = weights.mean(dim=1)
+        if visible is not None:
+            weights = weights * visible[:, 0]  # H times less to multiply than before the mean
+    return weights
 
 
 def _batch_of_heads(bias: Tensor, N: int, H: int) -> Tensor:
