@@ -47,6 +47,7 @@ LAST_MEANS_LIMIT = 0.02
 
 # Tests and installed packages, and tables that are data rather than code.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+INDENTATION = " " * 4  # each becomes one tab: a quarter of the text would be runs of spaces otherwise
 RARE_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 INTERRUPTED = 130  # the exit status that shells give a command ended by Ctrl-C
 
@@ -71,6 +72,8 @@ class Text(NamedTuple):
 def standard_library_text(max_characters: int = 4_000_000, rare_below: int = 20) -> Text:
     """The source of this Python's standard library, file after file in the order of their paths.
 
+    Four spaces are written as one tab; `generate` writes them as spaces again.
+
     Args:
         max_characters: where the text is cut off.
         rare_below: characters that occur less often share one code.
@@ -91,7 +94,7 @@ def standard_library_text(max_characters: int = 4_000_000, rare_below: int = 20)
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         if length >= max_characters:
             break
-        sources.append(path.read_text(encoding="utf-8", errors="replace"))
+        sources.append(path.read_text(encoding="utf-8", errors="replace").replace(INDENTATION, "\t"))
         length += len(sources[-1])
     if not length:
         raise FileNotFoundError(f"no Python source files in {root}: this Python has its standard library elsewhere")
@@ -134,14 +137,16 @@ def generate(model: TextModel, text: Text, prompt: str, length: int, temperature
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
     model.eval()
-    codes = text.encode(prompt)
+    codes = text.encode(prompt.replace(INDENTATION, "\t"))
     for _ in range(length):
         logits = model(codes[-model.context :].unsqueeze(0))[0, -1]
+        if not logits.isfinite().all():
+            break  # a model that has diverged knows no next character
         logits[0] = -math.inf  # the code of rare characters stands for none in particular
         drawn = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
         codes = torch.cat([codes, drawn])
     model.train(was_training)
-    return text.decode(codes)
+    return text.decode(codes).replace("\t", INDENTATION)
 
 
 class Training:
@@ -172,9 +177,7 @@ class Training:
         self.losses.append(loss_value)
 
 
-def train_in_turns(
-    trainings: Sequence[Training], next_batch: Callable[[], tuple[Tensor, Tensor]], steps: int
-) -> bool:
+def train_in_turns(trainings: Sequence[Training], next_batch: Callable[[], tuple[Tensor, Tensor]], steps: int) -> bool:
     """Take ``steps`` steps of each training on the same batches; False if Ctrl-C ended it early."""
     on_terminal = sys.stderr.isatty()
     progress = tqdm(range(steps), unit="step", disable=not on_terminal)
@@ -314,7 +317,9 @@ def plot_losses(theirs: Training, ours: Training, title: str, path: Path) -> Non
     differences = [abs(a - b) for a, b in zip(theirs.losses, ours.losses, strict=True)]
     if any(difference > 0 for difference in differences):
         drawn = [difference if difference > 0 else math.nan for difference in differences]  # no logarithm of 0
-        panel.semilogy(steps, drawn, color="0.3", linewidth=1, marker=".", markersize=3, label="|difference|")
+        panel.semilogy(
+            steps, drawn, color="0.3", linestyle="none", marker=".", markersize=4, label="|difference| (no dot: 0)"
+        )
     else:
         panel.plot(steps, differences, color="0.3", label="|difference|: 0 in every step")
     panel.plot(
@@ -380,13 +385,13 @@ def output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=450, help="of each training (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=1000, help="of each training (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help="(default: %(default)s)")
-    parser.add_argument("--context", type=positive, default=128, help="characters seen (default: %(default)s)")
-    parser.add_argument("--layers", type=positive, default=3, help="(default: %(default)s)")
-    parser.add_argument("--embed-dim", type=positive, default=128, help="(default: %(default)s)")
-    parser.add_argument("--heads", type=positive, default=4, help="divides --embed-dim (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its peak (default: %(default)s)")
+    parser.add_argument("--context", type=positive, default=64, help="characters seen (default: %(default)s)")
+    parser.add_argument("--layers", type=positive, default=2, help="(default: %(default)s)")
+    parser.add_argument("--embed-dim", type=positive, default=192, help="(default: %(default)s)")
+    parser.add_argument("--heads", type=positive, default=6, help="divides --embed-dim (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="at its peak (default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of parameters and batches (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="of torch (default: torch's choice)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: %(default)s)")
@@ -400,6 +405,8 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, 
         parser.error(f"--heads must divide --embed-dim; got {options.heads} and {options.embed_dim}")
     if not 0 < options.learning_rate < math.inf:
         parser.error(f"--learning-rate must be positive; got {options.learning_rate}")
+    if options.threads is not None and options.threads > (cores := os.cpu_count() or 1):
+        parser.error(f"--threads must be at most the {cores} cores of this machine; got {options.threads}")
     output_folder(parser, options.out)
     try:
         text = standard_library_text()
@@ -487,5 +494,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if comparison.problems else 0
 
 
+def exit_status(main: Callable[[], int]) -> int:
+    """What ``main`` returns; Ctrl-C where it does not expect one ends in a line, not in a traceback."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

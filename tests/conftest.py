@@ -1,4 +1,4 @@
-"""Settings of the whole suite: how long Hypothesis searches, and one thread for each pytest-xdist worker."""
+"""Settings of the whole suite: how long Hypothesis searches, one seed for each test, one thread for each worker."""
 
 import os
 
@@ -13,3 +13,8 @@ settings.load_profile("ci" if "CI" in os.environ else "default")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two OpenMP pools on one core spend their time waiting for each other
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup() -> None:
+    """Give every test one seed, so that what it draws does not depend on the tests before it."""
+    torch.manual_seed(0)

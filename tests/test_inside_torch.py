@@ -2,12 +2,13 @@
 
 import copy
 
-import fused_mha
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fused_mha
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
-from torch import Tensor, nn
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 
@@ -42,7 +43,9 @@ def _pair(build, **arguments) -> tuple[nn.Module, nn.Module]:
 
 
 def _layer(**arguments) -> nn.TransformerEncoderLayer:
-    return nn.TransformerEncoderLayer(**{"d_model": 8, "nhead": 2, "dim_feedforward": 16, "batch_first": True} | arguments)
+    return nn.TransformerEncoderLayer(
+        **{"d_model": 8, "nhead": 2, "dim_feedforward": 16, "batch_first": True} | arguments
+    )
 
 
 def _encoder(**arguments) -> nn.TransformerEncoder:
@@ -103,7 +106,9 @@ def test_encoder_in_eval_gives_what_it_gives_in_training():
     torch.testing.assert_close(output[~PADDING], expected[~PADDING])
 
 
-@pytest.mark.parametrize("arguments", [{"batch_first": False}, {"nhead": 1}, {"bias": False}, {"activation": "gelu"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"batch_first": False}, {"nhead": 1}, {"bias": False}, {"activation": "gelu"}], ids=str
+)
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but self.use_nested_tensor is False:UserWarning")
 def test_encoders_of_other_configurations_agree_with_torch(forward_calls, arguments):
     ours, theirs = _pair(_encoder, **arguments)

@@ -36,6 +36,7 @@ def _assert_parity(case: Case, seed: int = 0) -> None:
 
 
 @given(case=cases(), seed=seeds)
+@example(case=Case(embed_dim=4, num_heads=4, kdim=1, vdim=1, sharing="cross", attn_mask="float"), seed=0)
 @example(case=Case(N=0, attn_mask="float", key_padding_mask="bool"), seed=0)
 @example(case=Case(S=0, sharing="cross", add_zero_attn=True, dropout=0.5), seed=0)
 @example(case=Case(batched=False, attn_mask="causal float", is_causal=True, need_weights=False), seed=0)

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from fused_mha.convert import ConversionReport, convert, revert
-from fused_mha.dispatch import Explanation, backend, explain
+from fused_mha.dispatch import Explanation, backend
+from fused_mha.explanation import explain
 from fused_mha.functional import attention
 from fused_mha.inputs import AttentionResult
 from fused_mha.multi_head_attention import MultiHeadAttention

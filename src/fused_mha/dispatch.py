@@ -1,6 +1,7 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` and `MultiHeadAttention.forward` call `run`; users call `backend` and `explain`.
+`functional.attention` and `MultiHeadAttention.forward` call `run`, `explanation` calls `explain_inputs`, users call
+`backend`.
 """
 
 from __future__ import annotations
@@ -8,23 +9,20 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fused_mha import reference
 from fused_mha.backends import sdpa
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
-
-if TYPE_CHECKING:
-    from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.modes import autocast_is_on
 
 
 def _run_reference(inputs: AttentionInputs) -> AttentionResult:
     device = inputs.query.device.type
-    if torch.is_autocast_enabled(device):  # it computes the half types in fp32; entering costs as much as two small ops
+    if autocast_is_on(device):  # it computes the half types in fp32; entering costs as much as two small ops
         with torch.autocast(device, enabled=False):
             return AttentionResult(*reference.attention(*inputs))
     return AttentionResult(*reference.attention(*inputs))
@@ -120,41 +118,3 @@ def run(inputs: AttentionInputs) -> AttentionResult:
         if _override.name in (None, candidate.name) and not not_supported_reasons(candidate.capability, inputs):
             return candidate.run(inputs)
     raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
-
-
-def explain(
-    module: MultiHeadAttention,
-    query: Tensor,
-    key: Tensor | None = None,
-    value: Tensor | None = None,
-    **forward_arguments: Any,
-) -> Explanation:
-    """Which back end would serve ``module(query, key, value, **forward_arguments)``, and why not the others.
-
-    Runs the module's checks and in-projections, but no attention, and draws no random numbers.
-
-    Args:
-        module: a `MultiHeadAttention`.
-        query: as for the module's forward.
-        key: as for the module's forward; ``query`` if None.
-        value: as for the module's forward; ``key`` if None.
-        **forward_arguments: the others of the module's forward.
-
-    Returns:
-        An `Explanation`; `print` it.
-
-    Raises:
-        TypeError: ``module`` is not a `MultiHeadAttention`.
-
-    Example:
-        >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
-        back end: reference (the first that can serve)
-          note: the scores are built as an (N, H, L, S) tensor
-          sdpa: cannot: it returns no attention weights (need_weights=True)
-    """
-    attention_inputs = getattr(module, "_attention_inputs", None)
-    if attention_inputs is None:
-        raise TypeError(f"module must be a fused_mha.MultiHeadAttention; got {type(module).__name__}")
-    key = query if key is None else key
-    inputs, _ = attention_inputs(query, key, key if value is None else value, **forward_arguments)
-    return explain_inputs(inputs)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fused_mha import dispatch, masks
 from fused_mha.inputs import AttentionResult, CausalAlignment, Window, check_attention
+from fused_mha.modes import autocast_is_on
 
 
 def attention(
@@ -78,7 +79,7 @@ def attention(
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1;
         `torch.nn.functional.scaled_dot_product_attention`.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if autocast_is_on(query.device.type):
         query, key, value = (_autocast(x) for x in (query, key, value))
         bias_k, bias_v = (None if x is None else _autocast(x) for x in (bias_k, bias_v))
     inputs = check_attention(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_mha.modes import autocast_is_on
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,6 +42,15 @@ class AttentionInputs(NamedTuple):
     need_weights: bool
     average_attn_weights: bool
     return_lse: bool
+
+    @property
+    def needs_mask_tensor(self) -> bool:
+        """Whether a core that knows no mask but "causal, top-left" needs one tensor that says the rest."""
+        if self.attn_mask is not None or self.key_padding_mask is not None or self.window is not None:
+            return True
+        has_virtual_keys = self.bias_k is not None or self.add_zero_attn  # visible, causal or not
+        is_aligned = self.causal_alignment == "top_left" or self.query.shape[1] == self.key.shape[1]
+        return self.is_causal and (has_virtual_keys or not is_aligned)
 
 
 class AttentionResult(NamedTuple):
@@ -141,12 +152,13 @@ def check_attention(
     )
     if attn_mask is not None:
         _check_mask_dtype("attn_mask", attn_mask, RuntimeError)
-        if attn_mask.dim() == 2:
-            attn_mask = attn_mask[None, None]
+        given = attn_mask
+        if given.dim() == 2:
+            attn_mask = given[None, None]
         if attn_mask.dim() != 4 or not _broadcasts(attn_mask, (N, H, L, S)):
             raise RuntimeError(
                 f"attn_mask must have shape (L|1, S) or (N|1, H|1, L|1, S) with (N, H, L, S) = {(N, H, L, S)}; "
-                f"got {_shape(attn_mask)}{_transposed_hint(attn_mask, L, S)}"
+                f"got {_shape(given)}{_transposed_hint(given, L, S)}"
             )
     if key_padding_mask is not None:
         _check_mask_dtype("key_padding_mask", key_padding_mask, RuntimeError)
@@ -274,9 +286,7 @@ def check_module_inputs(
             ("the module's projection weight", weight),
         ),
     )
-    if not (query.dtype == key.dtype == value.dtype == weight.dtype) and not torch.is_autocast_enabled(
-        query.device.type
-    ):
+    if not (query.dtype == key.dtype == value.dtype == weight.dtype) and not autocast_is_on(query.device.type):
         raise RuntimeError(
             "query, key, value and the module's parameters must have one dtype (or run under torch.autocast); got "
             f"{query.dtype}, {key.dtype}, {value.dtype} and {weight.dtype}"

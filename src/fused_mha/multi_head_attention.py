@@ -342,7 +342,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
     def _traced_call(self, *args: Any) -> Any:
         """Stand as one leaf in a `torch.fx` graph, as torch's module does."""
         tracer: Any = next(argument.tracer for argument in args if isinstance(argument, fx.Proxy))
-        if self is tracer.root:
+        if self is getattr(tracer, "root", None):
             raise TraceError(
                 f"{type(self).__name__} is a leaf of torch.fx graphs, so it can't be the root of one: trace the model "
                 "that holds it"

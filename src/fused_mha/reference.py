@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_mha import masks
-from fused_mha.transforms import transform_is_active
+from fused_mha.modes import transform_is_active
 
 if TYPE_CHECKING:
     from fused_mha.inputs import CausalAlignment, Window

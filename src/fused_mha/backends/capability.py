@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.transforms import transform_is_active
+from fused_mha.modes import transform_is_active
 
 
 class Capability(NamedTuple):
@@ -16,7 +16,8 @@ class Capability(NamedTuple):
     lse: bool = True
     transforms: bool = True  # torch.func and forward-mode AD
     empty_tensors: bool = True
-    dropout_on_cpu: bool = True
+    cpu_dropout: bool = True
+    off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU
 
 
 class Backend(NamedTuple):
@@ -36,8 +37,11 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
         reasons.append("it returns no attention weights (need_weights=True)")
     if inputs.return_lse and not capability.lse:
         reasons.append("it returns no log-sum-exp (return_lse=True)")
-    if inputs.dropout_p > 0.0 and not capability.dropout_on_cpu and inputs.query.device.type == "cpu":
+    device = inputs.query.device.type
+    if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
+    if inputs.needs_mask_tensor and not capability.off_cpu_masks and device != "cpu":
+        reasons.append(f"its kernels for {device} are not known to be right on rows that a mask hides everywhere")
     if not capability.empty_tensors and 0 in (inputs.query.numel(), inputs.key.numel()):
         reasons.append(f"an input is empty (query {tuple(inputs.query.shape)}, key {tuple(inputs.key.shape)})")
     if not capability.transforms and transform_is_active():

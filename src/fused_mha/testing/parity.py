@@ -100,12 +100,15 @@ def compare(
     # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
     dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
     dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
+    tensors = [*inputs, *oracle_run.outputs.values(), *oracle_run.gradients.values()]
+    run_magnitude = max((_magnitude(tensor) for tensor in tensors if tensor is not None), default=0.0)
     rows = max(tensor.numel() // max(tensor.shape[-1], 1) for tensor in inputs)
     for part, is_gradient in (("outputs", False), ("gradients", True)):
         mine, yours, exact = (getattr(run, part) for run in (our_run, their_run, oracle_run))
         for name in {**yours, **mine}:
             terms = max(rows, 1) if is_gradient else 1
-            comparisons.append(_compare_tensors(name, mine.get(name), yours.get(name), exact.get(name), dtype, terms))
+            triple = mine.get(name), yours.get(name), exact.get(name)
+            comparisons.append(_compare_tensors(name, *triple, dtype, terms, run_magnitude))
     return comparisons
 
 
@@ -126,7 +129,13 @@ def _same_bits(a: Any, b: Any) -> bool:
 
 
 def _compare_tensors(
-    name: str, ours: Tensor | None, theirs: Tensor | None, oracle: Tensor | None, dtype: torch.dtype, terms: int
+    name: str,
+    ours: Tensor | None,
+    theirs: Tensor | None,
+    oracle: Tensor | None,
+    dtype: torch.dtype,
+    terms: int,
+    run_magnitude: float,
 ) -> Comparison:
     if ours is None or theirs is None or oracle is None:
         problem = None if ours is theirs else f"{_describe(ours)}, expected {_describe(theirs)}"
@@ -139,10 +148,14 @@ def _compare_tensors(
     torch_error = float(_distance(theirs, oracle).max())
     largest = int(distance.argmax())
     where = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), distance.shape))
-    magnitude = float(oracle.abs().max())
-    return Comparison(
-        name, float(distance.flatten()[largest]), torch_error, tolerance(dtype, torch_error, magnitude, terms), where
-    )
+    bound = tolerance(dtype, torch_error, _magnitude(oracle), terms, run_magnitude)
+    return Comparison(name, float(distance.flatten()[largest]), torch_error, bound, where)
+
+
+def _magnitude(tensor: Tensor) -> float:
+    """The largest finite magnitude; 0 if there is none."""
+    finite = tensor.detach()[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 def _distance(result: Tensor, oracle: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""`explain`: which back end would serve a call of a module, and why; users call it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fused_mha import nested
+from fused_mha.dispatch import Explanation, explain_inputs
+from fused_mha.multi_head_attention import MultiHeadAttention
+
+
+def explain(
+    module: MultiHeadAttention,
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    **forward_arguments: Any,
+) -> Explanation:
+    """Which back end would serve ``module(query, key, value, **forward_arguments)``, and why not the others.
+
+    Runs the module's checks and in-projections, but no attention, and draws no random numbers.
+
+    Args:
+        module: a `MultiHeadAttention`.
+        query: as for the module's forward.
+        key: as for the module's forward; ``query`` if None.
+        value: as for the module's forward; ``key`` if None.
+        **forward_arguments: the others of the module's forward.
+
+    Returns:
+        An `Explanation`; `print` it.
+
+    Raises:
+        TypeError: ``module`` is not a `MultiHeadAttention`.
+
+    Example:
+        >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
+        back end: reference (the first that can serve)
+          note: the scores are built as an (N, H, L, S) tensor
+          sdpa: cannot: it returns no attention weights (need_weights=True)
+    """
+    if not isinstance(module, MultiHeadAttention):
+        raise TypeError(f"module must be a fused_mha.MultiHeadAttention; got {type(module).__name__}")
+    key = query if key is None else key
+    value = key if value is None else value
+    if query.is_nested:
+        attn_mask, padding = forward_arguments.get("attn_mask"), forward_arguments.get("key_padding_mask")
+        query, padding, _ = nested.unpack(query, key, value, padding, attn_mask, module.batch_first)
+        key = value = query
+        forward_arguments["key_padding_mask"] = padding
+    inputs, _ = module._attention_inputs(query, key, value, **forward_arguments)
+    return explain_inputs(inputs)

@@ -1,0 +1,277 @@
+"""The choice of a back end: its order, the reasons against each, the override, and `explain`."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fused_mha
+from attention_oracle import BACKENDS, DEFAULTS, make_arguments, naive_attention, run_with_gradients, torch_attention
+from fused_mha import dispatch
+from fused_mha.inputs import check_attention
+from fused_mha.testing.tolerances import tolerance
+
+REASONS = {
+    "it returns no attention weights (need_weights=True)": {"need_weights": True},
+    "it returns no log-sum-exp (return_lse=True)": {"return_lse": True},
+    "it has no fused dropout on the CPU (dropout_p=0.25)": {"dropout_p": 0.25},
+    "an input is empty (query (0, 3, 4, 3), key (0, 4, 2, 3))": {"N": 0},
+    "an input is empty (query (2, 0, 4, 3), key (2, 4, 2, 3))": {"L": 0},
+    "an input is empty (query (2, 3, 4, 3), key (2, 0, 2, 3))": {"S": 0},
+}
+
+
+def explain_attention(**arguments):
+    return dispatch.explain_inputs(check_attention(**DEFAULTS | arguments))
+
+
+@pytest.fixture
+def module():
+    return fused_mha.MultiHeadAttention(16, 4, batch_first=True)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def served_by(monkeypatch):
+    """The names of the back ends that have served, in order of the calls."""
+    names = []
+
+    def spy(candidate):
+        def run(inputs):
+            names.append(candidate.name)
+            return candidate.run(inputs)
+
+        return candidate._replace(run=run)
+
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(spy(candidate) for candidate in dispatch.BACKENDS))
+    return names
+
+
+class TestOrder:
+    def test_sdpa_comes_before_reference(self):
+        assert BACKENDS == ["sdpa", "reference"]
+
+    def test_the_first_that_can_serve_does(self, module, x, served_by):
+        module(x, x, x, need_weights=False)
+        module(x, x, x, need_weights=True)
+        fused_mha.attention(**make_arguments())
+        fused_mha.attention(**make_arguments(return_lse=True))
+        assert served_by == ["sdpa", "reference", "sdpa", "reference"]
+
+    @pytest.mark.parametrize(("reason", "arguments"), REASONS.items(), ids=REASONS)
+    def test_reasons_against_sdpa(self, reason, arguments):
+        explanation = explain_attention(**make_arguments(**arguments))
+        assert explanation.reasons == {"sdpa": [reason], "reference": []}
+        assert explanation.chosen == "reference"
+
+    def test_every_reason_is_given_not_only_the_first(self):
+        arguments = make_arguments(need_weights=True, return_lse=True, dropout_p=0.5, S=0)
+        assert len(explain_attention(**arguments).reasons["sdpa"]) == 4
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+    @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual level"])
+    def test_transforms_go_to_the_reference(self, transform, module, x, served_by):
+        def function(x):
+            return module(x, x, x, need_weights=False)[0].sum()
+
+        if transform == "vmap":
+            torch.func.vmap(function)(x[None])
+        elif transform == "grad":
+            torch.func.grad(function)(x)
+        elif transform == "jvp":
+            torch.func.jvp(function, (x,), (x,))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                function(x)
+                reasons = fused_mha.explain(module, x, need_weights=False).reasons["sdpa"]
+                assert reasons == ["a torch.func transform or forward-mode AD is active"]
+        assert served_by == ["reference"]
+
+    def test_masks_go_to_sdpa_with_a_note_of_the_memory(self):
+        note = ["the masks of the call are merged into one additive tensor, (N|1, H|1, L|1, S)"]
+        for masks in (
+            {"mask_dtype": torch.bool},
+            {"padding_dtype": torch.float32},
+            {"window": (1, 1)},
+            {"is_causal": True, "bias_kv": True},
+            {"is_causal": True, "causal_alignment": "bottom_right"},
+        ):
+            explanation = explain_attention(**make_arguments(**masks))
+            assert (explanation.chosen, explanation.notes) == ("sdpa", note), masks
+        for plain in ({}, {"is_causal": True}, {"L": 4, "is_causal": True, "causal_alignment": "bottom_right"}):
+            explanation = explain_attention(**make_arguments(**plain))
+            assert (explanation.chosen, explanation.notes) == ("sdpa", []), plain
+
+
+class TestOverride:
+    @pytest.mark.parametrize("name", BACKENDS)
+    def test_forces_one_back_end(self, name, module, x, served_by):
+        with fused_mha.backend(name):
+            module(x, x, x, need_weights=False)
+            fused_mha.attention(**make_arguments())
+        assert served_by == [name, name]
+
+    def test_nests_and_ends_with_the_block(self, module, x, served_by):
+        def call():
+            module(x, x, x, need_weights=False)
+
+        with fused_mha.backend("reference"):
+            call()
+            with fused_mha.backend("sdpa"):
+                call()
+            call()
+        call()
+        assert served_by == ["reference", "sdpa", "reference", "sdpa"]
+
+    def test_ends_with_an_exception(self, module, x, served_by):
+        with pytest.raises(KeyError), fused_mha.backend("reference"):
+            raise KeyError
+        module(x, x, x, need_weights=False)
+        assert served_by == ["sdpa"]
+
+    def test_is_of_the_thread_that_entered_it(self, module, x, served_by):
+        with fused_mha.backend("reference"):
+            thread = threading.Thread(target=lambda: module(x, x, x, need_weights=False))
+            thread.start()
+            thread.join()
+            module(x, x, x, need_weights=False)
+        assert served_by == ["sdpa", "reference"]
+
+    @pytest.mark.parametrize("name", ["flash", "", "Reference"])
+    def test_unknown_name_is_an_error_that_lists_the_known_ones(self, name):
+        with pytest.raises(ValueError, match=rf"^backend must be one of \['sdpa', 'reference'\]; got '{name}'$"):
+            fused_mha.backend(name).__enter__()
+
+    def test_unknown_name_leaves_the_override_as_it_was(self, module, x, served_by):
+        with fused_mha.backend("reference"):
+            with pytest.raises(ValueError, match="flash"):
+                fused_mha.backend("flash").__enter__()
+            module(x, x, x, need_weights=False)
+        assert served_by == ["reference"]
+
+    def test_choice_that_cannot_serve_is_never_replaced(self, module, x, served_by):
+        text = (
+            "no back end can serve this call.\n"
+            "back end: none (by fused_mha.backend('sdpa'))\n"
+            "  sdpa: cannot: it returns no attention weights (need_weights=True)\n"
+            "  reference: could serve"
+        )
+        with fused_mha.backend("sdpa"), pytest.raises(RuntimeError) as raised:
+            module(x, x, x, need_weights=True)
+        assert str(raised.value) == text
+        assert served_by == []
+
+    def test_choice_that_cannot_serve_is_given_every_reason(self):
+        arguments = make_arguments(need_weights=True, return_lse=True)
+        with fused_mha.backend("sdpa"), pytest.raises(RuntimeError) as raised:
+            fused_mha.attention(**arguments)
+        assert "(need_weights=True); it returns no log-sum-exp (return_lse=True)\n" in str(raised.value)
+
+    @pytest.mark.parametrize("first", BACKENDS)
+    def test_takes_effect_under_torch_compile(self, first, module, x, served_by):
+        compiled = torch.compile(lambda x: module(x, x, x, need_weights=False)[0], fullgraph=True, backend="eager")
+        second = next(name for name in BACKENDS if name != first)
+        for name in (first, second, first):
+            with fused_mha.backend(name):
+                served_by.clear()
+                result = compiled(x)
+                assert set(served_by) == {name}
+                assert torch.equal(result, module(x, x, x, need_weights=False)[0])
+        torch._dynamo.reset()
+
+
+class TestAgreement:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize(
+        "arguments",
+        [{}, {"is_causal": True}, {"mask_dtype": torch.float32, "padding_dtype": torch.bool}, {"bias_kv": True}],
+        ids=["plain", "causal", "masks", "virtual key"],
+    )
+    def test_both_back_ends_agree_within_tolerance(self, dtype, arguments):
+        arguments = make_arguments(L=9, S=17, D=8, dtype=dtype, **arguments)
+        results = {}
+        for name in BACKENDS:
+            with fused_mha.backend(name):
+                results[name] = run_with_gradients(fused_mha.attention, arguments)
+        oracle = run_with_gradients(naive_attention, arguments, torch.float64)
+        theirs = run_with_gradients(torch_attention, arguments)
+        for name, exact in oracle.items():
+            torch_error = (theirs[name].double() - exact).abs().max().item()
+            bound = tolerance(dtype, torch_error, exact.abs().max().item(), terms=17)
+            difference = (results["sdpa"][name] - results["reference"][name]).abs().max().item()
+            assert difference <= 2.0 * bound, name  # each may be one bound from the oracle
+
+
+class TestExplain:
+    def test_names_the_choice_and_the_reasons(self, module, x):
+        explanation = fused_mha.explain(module, x)
+        assert explanation == fused_mha.Explanation(
+            chosen="reference",
+            reasons={"sdpa": ["it returns no attention weights (need_weights=True)"], "reference": []},
+            notes=["the scores are built as an (N, H, L, S) tensor"],
+            override=None,
+        )
+
+    def test_prints_choice_notes_and_reasons(self, module, x):
+        assert str(fused_mha.explain(module, x)) == (
+            "back end: reference (the first that can serve)\n"
+            "  note: the scores are built as an (N, H, L, S) tensor\n"
+            "  sdpa: cannot: it returns no attention weights (need_weights=True)"
+        )
+        assert str(fused_mha.explain(module, x, need_weights=False)) == (
+            "back end: sdpa (the first that can serve)\n  reference: could serve"
+        )
+        with fused_mha.backend("reference"):
+            assert str(fused_mha.explain(module, x, need_weights=False)).startswith(
+                "back end: reference (by fused_mha.backend('reference'))\n"
+            )
+
+    def test_says_none_where_the_override_cannot_serve(self, module, x):
+        with fused_mha.backend("sdpa"):
+            explanation = fused_mha.explain(module, x)
+        assert (explanation.chosen, explanation.notes, explanation.override) == (None, [], "sdpa")
+        assert str(explanation).startswith("back end: none (by fused_mha.backend('sdpa'))\n")
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("arguments", [{}, {"need_weights": False}, {"need_weights": False, "is_causal": True}])
+    def test_names_the_back_end_that_then_serves(self, training, arguments, x, served_by):
+        module = fused_mha.MultiHeadAttention(16, 4, dropout=0.5, batch_first=True).train(training)
+        chosen = fused_mha.explain(module, x, x, x, **arguments).chosen
+        assert served_by == []  # it computes no attention
+        module(x, x, x, **arguments)
+        assert served_by == [chosen]
+
+    def test_takes_keys_values_and_forward_arguments(self, module, x):
+        keys = torch.randn(2, 0, 16)
+        explanation = fused_mha.explain(module, x, keys, keys, need_weights=False)
+        assert explanation.reasons["sdpa"] == ["an input is empty (query (2, 5, 4, 4), key (2, 0, 4, 4))"]
+        assert fused_mha.explain(module, x, keys, need_weights=False) == explanation
+
+    def test_draws_no_random_numbers(self, x):
+        module = fused_mha.MultiHeadAttention(16, 4, dropout=0.5, batch_first=True)
+        state = torch.get_rng_state()
+        fused_mha.explain(module, x)
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+    def test_explains_a_nested_tensor_as_the_module_serves_it(self, module, x):
+        nested = torch.nested.as_nested_tensor([x[0], x[1, :3]])
+        module.eval()
+        with torch.no_grad():
+            module(nested, nested, nested, need_weights=False)
+            assert fused_mha.explain(module, nested, need_weights=False).chosen == "sdpa"
+
+    def test_refuses_wrong_input_as_the_module_does(self, module, x):
+        with pytest.raises(AssertionError, match="embed_dim = 16"):
+            fused_mha.explain(module, x[..., :8])
+
+    @pytest.mark.parametrize("other", [nn.MultiheadAttention(16, 4), nn.Linear(16, 16), None], ids=type)
+    def test_takes_our_module_alone(self, other, x):
+        name = type(other).__name__
+        with pytest.raises(TypeError, match=f"^module must be a fused_mha.MultiHeadAttention; got {name}$"):
+            fused_mha.explain(other, x)

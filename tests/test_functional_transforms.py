@@ -1,0 +1,266 @@
+"""`fused_mha.attention` under differentiation of every kind, merged by blocks, and with dropout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_mha
+from attention_oracle import (
+    BACKENDS,
+    DEFAULTS,
+    assert_matches_oracle,
+    make_arguments,
+    naive_attention,
+    run_with_gradients,
+)
+from fused_mha import reference
+from fused_mha.inputs import check_attention
+from fused_mha.testing.tolerances import tolerance
+
+# torch scripts its forward-mode decompositions on first use
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
+GRADCHECK_CASES = {
+    "plain": {},
+    "grouped": {"H": 4, "H_kv": 2, "is_causal": True},
+    "bool mask": {"mask_dtype": torch.bool, "mask_shape": "NHLS"},
+    "float mask": {"mask_dtype": torch.float64},
+    "float mask per head": {"mask_dtype": torch.float64, "mask_shape": "HLS"},
+    "float padding": {"padding_dtype": torch.float64, "mask_dtype": torch.bool},
+    "virtual keys": {"bias_kv": True, "add_zero_attn": True, "padding_dtype": torch.bool},
+    "window": {"window": (1, 0), "causal_alignment": "bottom_right"},
+}
+
+
+def float_tensors(arguments):
+    return {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+
+
+def as_function(arguments):
+    """`attention` of its floating tensors alone, and those; a constant -inf of the lse becomes 0."""
+    tensors = float_tensors(arguments)
+
+    def function(*values):
+        result = fused_mha.attention(**arguments | dict(zip(tensors, values, strict=True)))
+        outputs = [x for x in result if x is not None]
+        if result.lse is not None:
+            outputs[-1] = result.lse.masked_fill(result.lse == float("-inf"), 0.0)
+        return tuple(outputs)
+
+    return function, tuple(tensors.values())
+
+
+def finite(arguments):
+    """The same with -50 for -inf in float masks: numeric differentiation of -inf is NaN."""
+    return {
+        name: x.clamp(min=-50.0) if name in ("attn_mask", "key_padding_mask") and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+
+
+@pytest.mark.parametrize("wanted", [{}, {"need_weights": True}, EVERYTHING], ids=["output", "averaged", "everything"])
+@pytest.mark.parametrize("case", GRADCHECK_CASES.values(), ids=GRADCHECK_CASES)
+def test_gradients_are_the_numeric_ones(case, wanted):
+    shape = {"N": 2, "L": 3, "S": 4, "H": 2, "H_kv": 2, "D": 2, "D_v": 3, "dtype": torch.float64} | case
+    function, values = as_function(finite(make_arguments(**shape, **wanted)))
+    assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in values))
+
+
+@pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
+def test_second_derivatives_are_the_numeric_ones(case):
+    shape = {"N": 1, "L": 2, "S": 3, "H": 2, "H_kv": 1, "D": 2, "D_v": 2, "dtype": torch.float64}
+    function, values = as_function(finite(make_arguments(**shape | GRADCHECK_CASES[case] | EVERYTHING)))
+    assert torch.autograd.gradgradcheck(function, tuple(x.requires_grad_() for x in values))
+
+
+@pytest.mark.parametrize("wanted", [{}, EVERYTHING], ids=["output", "everything"])
+@pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
+def test_jvp_is_the_numeric_derivative(case, wanted):
+    function, values = as_function(finite(make_arguments(dtype=torch.float64, **GRADCHECK_CASES[case], **wanted)))
+    generator = torch.Generator().manual_seed(1)
+    tangents = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in values)
+    _, derivatives = torch.func.jvp(function, values, tangents)
+    # <cotangent, J tangent> = <J^T cotangent, tangent>
+    leaves = [x.detach().clone().requires_grad_() for x in values]
+    outputs = function(*leaves)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    forward = sum((c * d).sum() for c, d in zip(cotangents, derivatives, strict=True))
+    products = torch.cat([(g * t).flatten() for g, t in zip(gradients, tangents, strict=True)])
+    bound = tolerance(torch.float64, 0.0, products.abs().max().item(), products.numel())
+    assert abs(forward - products.sum()).item() <= bound
+    assert forward.abs() > 1e-3
+
+
+def test_forward_mode_ad_gives_no_silent_zeros():
+    arguments = make_arguments(dtype=torch.float64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(arguments["value"], torch.ones_like(arguments["value"]))
+        output = fused_mha.attention(**arguments | {"value": dual}).output
+        tangent = torch.autograd.forward_ad.unpack_dual(output).tangent
+    assert (tangent - 1.0).abs().max().item() <= tolerance(torch.float64, 0.0, 1.0)  # the weights of a row sum to 1
+
+
+def test_vmap_gives_what_a_loop_gives():
+    blocks = [make_arguments(dtype=torch.float64, padding_dtype=torch.bool, seed=seed) for seed in range(3)]
+    stacked = {name: torch.stack([block[name] for block in blocks]) for name in blocks[0]}
+
+    def function(arguments):
+        return tuple(fused_mha.attention(**arguments, **EVERYTHING))
+
+    mapped = torch.func.vmap(function)(stacked)
+    for i, block in enumerate(blocks):
+        for ours, alone in zip(mapped, function(block), strict=True):
+            is_finite = alone.isfinite()
+            assert torch.equal(ours[i].isfinite(), is_finite)
+            difference = (ours[i] - alone)[is_finite].abs().max().item()
+            assert difference <= tolerance(torch.float64, 0.0, alone[is_finite].abs().max().item())
+
+
+def test_per_sample_gradients_by_vmap_of_grad():
+    arguments = make_arguments(dtype=torch.float64)
+
+    def loss(query, key, value):
+        return fused_mha.attention(query[None], key[None], value[None]).output.pow(2).sum()
+
+    values = [arguments[name] for name in ("query", "key", "value")]
+    per_sample = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1, 2)))(*values)
+    leaves = [x.clone().requires_grad_() for x in values]
+    fused_mha.attention(*leaves).output.pow(2).sum().backward()
+    for ours, leaf in zip(per_sample, leaves, strict=True):
+        bound = tolerance(torch.float64, 0.0, leaf.grad.abs().max().item(), leaf.shape[1])
+        assert (ours - leaf.grad).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_sum_exp_is_differentiable_in_fp32_or_fp64(dtype):
+    arguments = make_arguments(dtype=dtype, mask_dtype=torch.float32, return_lse=True)
+    assert_matches_oracle(arguments, "reference")
+    arguments["query"].requires_grad_()
+    lse = fused_mha.attention(**arguments).lse
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (gradient,) = torch.autograd.grad(lse.sum(), arguments["query"])
+    assert gradient.dtype == dtype
+    assert gradient.abs().max() > 1e-2
+
+
+def test_log_sum_exp_is_taken_before_dropout():
+    arguments = make_arguments(return_lse=True)
+    with_dropout = fused_mha.attention(**arguments, dropout_p=0.9).lse
+    assert torch.equal(with_dropout, fused_mha.attention(**arguments).lse)
+
+
+def merge(first, second):
+    """Attention to two blocks of keys, from their outputs and log-sum-exps."""
+    lse = torch.logaddexp(first.lse, second.lse)
+    shares = [torch.exp(x.lse - lse).transpose(1, 2).unsqueeze(-1) for x in (first, second)]
+    return shares[0] * first.output + shares[1] * second.output, lse
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("masks", [{}, {"padding_dtype": torch.float64, "mask_dtype": torch.float64}], ids=str)
+def test_two_blocks_merge_to_the_whole_with_equal_gradients(split, masks):
+    arguments = finite(make_arguments(S=5, dtype=torch.float64, return_lse=True, **masks))
+
+    def by_blocks(**a):
+        blocks = []
+        for part in (slice(0, split), slice(split, None)):
+            keys = {"key": a["key"][:, part], "value": a["value"][:, part]}
+            masks = {name: a[name][:, part] for name in ("attn_mask", "key_padding_mask") if name in a}
+            blocks.append(fused_mha.attention(a["query"], **keys, **masks, return_lse=True))
+        output, lse = merge(*blocks)
+        return fused_mha.AttentionResult(output, None, lse)
+
+    merged = run_with_gradients(by_blocks, arguments)
+    whole = run_with_gradients(fused_mha.attention, arguments)
+    oracle = run_with_gradients(naive_attention, arguments)
+    assert set(merged) == set(whole) == set(oracle)
+    for name, exact in oracle.items():
+        error, own_error = ((x[name] - exact).abs().max().item() for x in (merged, whole))
+        assert error <= tolerance(torch.float64, own_error, exact.abs().max().item(), terms=2 * exact.shape[-1]), name
+
+
+class TestDropout:
+    P = 0.4
+
+    def arguments(self, **others):
+        return make_arguments(N=2, L=3, S=4, H=4, H_kv=2, dtype=torch.float64, **others)
+
+    def keep(self, seed, shape):
+        """What `F.dropout` keeps of an (N * H, L, S') tensor under this seed."""
+        torch.manual_seed(seed)
+        N, H, L, S = shape
+        return F.dropout(torch.ones(N * H, L, S, dtype=torch.float64), self.P).ne(0).unflatten(0, (N, H))
+
+    @pytest.mark.parametrize("bias_kv", [False, True], ids=["", "virtual key"])
+    def test_draws_are_those_of_torch_on_one_row_of_heads(self, bias_kv):
+        arguments = self.arguments(dropout_p=self.P, bias_kv=bias_kv, need_weights=True, average_attn_weights=False)
+        keep = self.keep(5, (2, 4, 3, 5 if bias_kv else 4))
+        assert 0 < keep.sum() < keep.numel()
+        torch.manual_seed(5)
+        ours = run_with_gradients(fused_mha.attention, arguments)
+        oracle = run_with_gradients(lambda **a: naive_attention(keep, **a), arguments)
+        assert torch.equal(ours["weights"] != 0, keep)
+        for name, exact in oracle.items():
+            bound = tolerance(torch.float64, 0.0, exact.abs().max().item(), terms=keep.numel() // exact[..., 0].numel())
+            assert (ours[name] - exact).abs().max().item() <= bound, name
+
+    def test_a_given_mask_replays_a_draw_bit_by_bit(self):
+        arguments = self.arguments(dropout_p=self.P, need_weights=True, average_attn_weights=False)
+        torch.manual_seed(5)
+        drawn = fused_mha.attention(**arguments)
+        state = torch.get_rng_state()
+        inputs = check_attention(**DEFAULTS | arguments)
+        output, weights, _ = reference.attention(*inputs, dropout_mask=self.keep(5, (2, 4, 3, 4)))
+        assert torch.equal(output, drawn.output)
+        assert torch.equal(weights, drawn.weights)
+        torch.manual_seed(5)
+        reference.attention(*inputs, dropout_mask=torch.ones(2, 4, 3, 4, dtype=torch.bool))
+        assert torch.equal(torch.get_rng_state(), torch.manual_seed(5).get_state())
+        assert not torch.equal(torch.get_rng_state(), state)
+
+    def test_everything_dropped_gives_zeros_and_finite_gradients(self):
+        arguments = self.arguments(dropout_p=1.0, need_weights=True)
+        results = run_with_gradients(fused_mha.attention, arguments)
+        assert all(torch.equal(x, torch.zeros_like(x)) for x in results.values())
+        inputs = check_attention(**DEFAULTS | arguments)
+        nothing = torch.zeros(2, 4, 3, 4, dtype=torch.bool)
+        output, weights, _ = reference.attention(*inputs, dropout_mask=nothing)
+        assert torch.equal(output, torch.zeros_like(output))
+        assert torch.equal(weights, torch.zeros_like(weights))
+
+    def test_the_mean_over_draws_is_the_result_without_dropout(self):
+        draws = 4000
+        # each draw is one element of the batch
+        one = make_arguments(N=1, L=1, S=3, H=1, H_kv=1, dtype=torch.float64, need_weights=True)
+        many = {name: x.expand(draws, -1, -1, -1) if isinstance(x, torch.Tensor) else x for name, x in one.items()}
+        torch.manual_seed(0)
+        weights = fused_mha.attention(**many, dropout_p=self.P).weights
+        expected = fused_mha.attention(**one).weights[0]
+        deviation = expected * (self.P / (1.0 - self.P)) ** 0.5 / draws**0.5  # of the mean of scaled Bernoulli draws
+        assert bool(((weights.mean(0) - expected).abs() <= 5.0 * deviation).all())
+
+    def test_is_applied_whatever_the_grad_mode(self):
+        with torch.no_grad():
+            weights = fused_mha.attention(**self.arguments(dropout_p=self.P, need_weights=True)).weights
+            plain = fused_mha.attention(**self.arguments(need_weights=True)).weights
+        assert not torch.allclose(weights, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("quantity", ["output", "gradient"])
+def test_the_comparison_with_the_oracle_catches_one_part_in_a_thousand(backend, quantity, monkeypatch):
+    arguments = make_arguments()
+    right = fused_mha.attention
+
+    def wrong(**a):
+        if quantity == "output":
+            return right(**a)._replace(output=right(**a).output * 1.001)
+        key = a["key"] * 1.001 - a["key"].detach() * 0.001  # the value of key, 1.001 times its gradient
+        return right(**a | {"key": key})
+
+    assert_matches_oracle(arguments, backend)
+    monkeypatch.setattr(fused_mha, "attention", wrong)
+    with pytest.raises(AssertionError, match="output: " if quantity == "output" else "grad of key: "):
+        assert_matches_oracle(arguments, backend)
