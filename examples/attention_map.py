@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fused_mha.revert(model)
     difference = float((attention_weights(model, inputs[0]) - weights).abs().max())
 
-    print(f"\n{correct:.1%} of the characters written correctly, in pieces that were not trained on")
+    print(f"\n{correct:.1%} of the characters written correctly in a new batch")
     print(f"{'weight on the mirrored place':<30}" + "".join(f"{f'head {head + 1}':>9}" for head in range(4)))
     for layer, row in enumerate(mirrored_weights(weights).tolist(), start=1):
         print(f"{f'  layer {layer}':<30}" + "".join(f"{weight:>9.1%}" for weight in row))

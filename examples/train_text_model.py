@@ -340,8 +340,9 @@ def plot_losses(theirs: Training, ours: Training, title: str, path: Path) -> Non
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    window = max(1, len(losses) // 20)
-    return [statistics.fmean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+    """The mean over the neighbours of each step, fewer at the steep beginning."""
+    reaches = [min(i, max(1, len(losses) // 40)) for i in range(len(losses))]
+    return [statistics.fmean(losses[i - reach : i + reach + 1]) for i, reach in enumerate(reaches)]
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -385,7 +386,7 @@ def output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
 
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=1000, help="of each training (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=1500, help="of each training (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help="(default: %(default)s)")
     parser.add_argument("--context", type=positive, default=64, help="characters seen (default: %(default)s)")
     parser.add_argument("--layers", type=positive, default=2, help="(default: %(default)s)")

@@ -1,6 +1,6 @@
 """fused_mha: multi-head attention for PyTorch, a drop-in for `torch.nn.MultiheadAttention`."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from fused_mha.convert import ConversionReport, convert, revert
 from fused_mha.dispatch import Explanation, backend
@@ -9,7 +9,7 @@ from fused_mha.functional import attention
 from fused_mha.inputs import AttentionResult
 from fused_mha.multi_head_attention import MultiHeadAttention
 
-__version__ = version("fused-mha")
+__version__ = _version("fused-mha")
 
 __all__ = [
     "AttentionResult",

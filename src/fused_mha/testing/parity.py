@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fused_mha.testing.tolerances import FLOOR, tolerance
 
+_ROLES = ("query", "key", "value")  # what a module's first inputs are called, by position or by keyword
+
 
 class Comparison(NamedTuple):
     """One quantity of two modules: `error` and `torch_error` are the largest distances from the fp64 oracle."""
@@ -65,6 +67,7 @@ def assert_parity(
         The comparisons, all of which agree.
 
     Raises:
+        TypeError: there is no tensor among the arguments.
         AssertionError: something differs; the text names each quantity, its largest error and where it is, the
             tolerance and the seed.
 
@@ -92,23 +95,41 @@ def compare(
     if ours.training != theirs.training:
         problem = f"ours.training is {ours.training}, theirs.training is {theirs.training}"
         return [*comparisons, Comparison("mode", 0.0, 0.0, 0.0, (), problem)]
-    oracle = copy.deepcopy(theirs).double()
+    tensors = [x for x in (*inputs, *forward_arguments.values()) if isinstance(x, Tensor)]
+    if not tensors:
+        raise TypeError("assert_parity needs the modules' input: no tensor among the arguments")
+    buffers = {buffer: buffer.clone() for module in (ours, theirs) for buffer in module.buffers()}
     our_run = _run(ours, inputs, forward_arguments, seed)
     their_run = _run(theirs, inputs, forward_arguments, seed)
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        oracle_run = _run(oracle, *_double(inputs, forward_arguments), seed)
+    with torch.no_grad():
+        for buffer, before in buffers.items():  # such as running statistics, which a forward updates
+            buffer.copy_(before)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        oracle_run = _run_in(torch.float64, theirs, inputs, forward_arguments, seed)
     # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
     dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
     dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
-    tensors = [*inputs, *oracle_run.outputs.values(), *oracle_run.gradients.values()]
-    run_magnitude = max((_magnitude(tensor) for tensor in tensors if tensor is not None), default=0.0)
-    rows = max(tensor.numel() // max(tensor.shape[-1], 1) for tensor in inputs)
-    for part, is_gradient in (("outputs", False), ("gradients", True)):
-        mine, yours, exact = (getattr(run, part) for run in (our_run, their_run, oracle_run))
+    error_run, error_scale = their_run, 1.0
+    if dtype == torch.float64:  # the oracle is torch's own fp64: its fp32 error tells how large its fp64 error is
+        error_run = _run_in(torch.float32, theirs, inputs, forward_arguments, seed)
+        error_scale = FLOOR[torch.float64] / FLOOR[torch.float32]
+    named_inputs = [*inputs, *(forward_arguments[role] for role in _ROLES if role in forward_arguments)]
+    rows = max((x.numel() // max(x.shape[-1], 1) for x in named_inputs), default=1)
+    everything = [*named_inputs, *oracle_run.outputs.values(), *oracle_run.gradients.values()]
+    run_magnitude = max((_magnitude(tensor) for tensor in everything if tensor is not None), default=0.0)
+    for part, terms in (("outputs", 1), ("gradients", max(rows, 1))):
+        mine, yours, exact, rounded = (getattr(run, part) for run in (our_run, their_run, oracle_run, error_run))
         for name in {**yours, **mine}:
-            terms = max(rows, 1) if is_gradient else 1
-            triple = mine.get(name), yours.get(name), exact.get(name)
-            comparisons.append(_compare_tensors(name, *triple, dtype, terms, run_magnitude))
+            problem = _mismatch(mine.get(name), yours.get(name))
+            if problem is not None or mine[name] is None or mine[name].numel() == 0:
+                comparisons.append(Comparison(name, 0.0, 0.0, 0.0, (), problem))
+                continue
+            distance = _distance(mine[name], exact[name])
+            largest = int(distance.argmax())
+            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), distance.shape))
+            torch_error = float(_distance(rounded[name], exact[name]).max()) * error_scale
+            bound = tolerance(dtype, torch_error, _magnitude(exact[name]), terms, run_magnitude)
+            comparisons.append(Comparison(name, float(distance.flatten()[largest]), torch_error, bound, where))
     return comparisons
 
 
@@ -125,31 +146,16 @@ def _compare_state_dicts(ours: nn.Module, theirs: nn.Module) -> Comparison:
 def _same_bits(a: Any, b: Any) -> bool:
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a == b
-    return a.dtype == b.dtype and torch.equal(a, b)
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = (x.detach().contiguous().reshape(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
 
 
-def _compare_tensors(
-    name: str,
-    ours: Tensor | None,
-    theirs: Tensor | None,
-    oracle: Tensor | None,
-    dtype: torch.dtype,
-    terms: int,
-    run_magnitude: float,
-) -> Comparison:
-    if ours is None or theirs is None or oracle is None:
-        problem = None if ours is theirs else f"{_describe(ours)}, expected {_describe(theirs)}"
-        return Comparison(name, 0.0, 0.0, 0.0, (), problem)
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return Comparison(name, 0.0, 0.0, 0.0, (), f"{_describe(ours)}, expected {_describe(theirs)}")
-    if ours.numel() == 0:
-        return Comparison(name, 0.0, 0.0, 0.0, ())
-    distance = _distance(ours, oracle)
-    torch_error = float(_distance(theirs, oracle).max())
-    largest = int(distance.argmax())
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), distance.shape))
-    bound = tolerance(dtype, torch_error, _magnitude(oracle), terms, run_magnitude)
-    return Comparison(name, float(distance.flatten()[largest]), torch_error, bound, where)
+def _mismatch(ours: Tensor | None, theirs: Tensor | None) -> str | None:
+    """What keeps two results from being compared by number."""
+    mine, yours = (None if x is None else (x.shape, x.dtype) for x in (ours, theirs))
+    return None if mine == yours else f"{_describe(ours)}, expected {_describe(theirs)}"
 
 
 def _magnitude(tensor: Tensor) -> float:
@@ -168,18 +174,21 @@ def _describe(tensor: Tensor | None) -> str:
     return "None" if tensor is None else f"shape {tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _double(inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """The same arguments in fp64; one tensor that is passed twice stays one tensor."""
+def _run_in(
+    dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any], seed: int
+) -> _Run:
+    """`_run` of a copy in another dtype; one tensor that is passed twice stays one tensor."""
     memo: dict[int, Tensor] = {}
 
-    def double(argument: Any) -> Any:
+    def cast(argument: Any) -> Any:
         if not isinstance(argument, Tensor) or not argument.is_floating_point():
             return argument
         if id(argument) not in memo:
-            memo[id(argument)] = argument.detach().double().requires_grad_(argument.requires_grad)
+            memo[id(argument)] = argument.detach().to(dtype).requires_grad_(argument.requires_grad)
         return memo[id(argument)]
 
-    return tuple(double(x) for x in inputs), {name: double(argument) for name, argument in arguments.items()}
+    cast_arguments = {name: cast(argument) for name, argument in arguments.items()}
+    return _run(copy.deepcopy(module).to(dtype), tuple(cast(x) for x in inputs), cast_arguments, seed)
 
 
 def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any], seed: int) -> _Run:
@@ -197,12 +206,13 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any
             leaves[id(argument)], names[id(argument)] = argument.detach().requires_grad_(), name
         return leaves[id(argument)]
 
-    roles = ["query", "key", "value", *(f"input {i}" for i in range(3, len(inputs)))]
+    roles = [*_ROLES, *(f"input {i}" for i in range(len(_ROLES), len(inputs)))]
     own_inputs = [leaf(roles[i], x, differentiate=True) for i, x in enumerate(inputs)]
     own_arguments = {
-        name: leaf(name, x, differentiate=isinstance(x, Tensor) and x.requires_grad) for name, x in arguments.items()
+        name: leaf(name, x, differentiate=name in _ROLES or (isinstance(x, Tensor) and x.requires_grad))
+        for name, x in arguments.items()
     }
-    with torch.random.fork_rng(devices=[inputs[0].device] if inputs[0].is_cuda else []):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         outputs = dict(_named_outputs(module(*own_inputs, **own_arguments)))
     detached = {name: None if tensor is None else tensor.detach() for name, tensor in outputs.items()}

@@ -1,0 +1,50 @@
+"""`python -m fused_mha.info`: what a bug report needs."""
+
+import platform
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import torch
+
+from fused_mha import dispatch, info
+
+
+def rows(out):
+    return dict(re.split(r" +", line, maxsplit=1) for line in out.splitlines() if not line.startswith((" ", "back")))
+
+
+def test_names_versions_and_platform(capsys):
+    info.main()
+    found = rows(capsys.readouterr().out)
+    assert found["fused_mha"] == version("fused-mha")
+    assert found["torch"] == torch.__version__
+    assert found["python"] == platform.python_version()
+    assert found["platform"] == platform.platform()
+    assert found["cpu"] == f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    assert found["devices"].split(", ")[0] == "cpu"
+
+
+def test_names_the_number_of_threads(capsys):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        info.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert rows(capsys.readouterr().out)["threads"] == "3"
+
+
+def test_lists_back_ends_in_order_of_preference(capsys):
+    info.main()
+    listed = capsys.readouterr().out.split("back ends, in order of preference:\n")[1].splitlines()
+    assert [line.split(maxsplit=1) for line in listed] == [[b.name, b.summary] for b in dispatch.BACKENDS]
+
+
+def test_runs_as_a_command():
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "fused_mha.info"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert run.stderr == ""
+    assert rows(run.stdout)["fused_mha"] == version("fused-mha")

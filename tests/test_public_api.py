@@ -1,0 +1,124 @@
+"""The public names, their signatures and docstrings, and what the package ships."""
+
+import importlib
+import inspect
+import types
+from importlib.metadata import version
+from importlib.resources import files
+
+import pytest
+from torch import nn
+
+import fused_mha
+import fused_mha.testing
+
+NAMES = [
+    "AttentionResult",
+    "ConversionReport",
+    "Explanation",
+    "MultiHeadAttention",
+    "attention",
+    "backend",
+    "convert",
+    "explain",
+    "revert",
+]
+TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid"]
+PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
+FUNCTIONS = [
+    fused_mha.MultiHeadAttention,
+    fused_mha.attention,
+    fused_mha.backend,
+    fused_mha.convert,
+    fused_mha.explain,
+    fused_mha.revert,
+    fused_mha.testing.assert_parity,
+    fused_mha.testing.grid,
+]
+
+
+def described(function):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize(
+    ("package", "names"), [(fused_mha, NAMES), (fused_mha.testing, TESTING_NAMES)], ids=["fused_mha", "testing"]
+)
+def test_exact_public_names(package, names):
+    assert sorted(package.__all__) == names
+    visible = [
+        name
+        for name, value in vars(package).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    ]
+    assert sorted(visible) == names
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
+def test_docstring_says_what_it_is(package, name):
+    docstring = inspect.getdoc(getattr(package, name))
+    assert docstring
+    assert docstring.splitlines()[0].endswith((".", ":"))
+    assert not docstring.startswith(f"{name}(")  # what a NamedTuple has without one
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_docstring_names_every_argument(function):
+    docstring = inspect.getdoc(function)
+    for parameter in inspect.signature(function).parameters.values():
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        assert f"\n    {stars}{parameter.name}: " in docstring, parameter
+
+
+def test_compare_takes_what_assert_parity_takes():
+    assert described(fused_mha.testing.compare) == described(fused_mha.testing.assert_parity)
+
+
+def test_methods_of_the_module_have_docstrings_of_their_own():
+    for name in ("forward", "reset_parameters", "load_state_dict"):
+        assert vars(fused_mha.MultiHeadAttention)[name].__doc__, name
+
+
+@pytest.mark.parametrize("method", ["__init__", "forward", "merge_masks"])
+def test_signatures_are_torchs(method):
+    ours, theirs = (getattr(cls, method) for cls in (fused_mha.MultiHeadAttention, nn.MultiheadAttention))
+    assert described(ours) == described(theirs)
+
+
+def test_signature_of_attention():
+    parameters = inspect.signature(fused_mha.attention).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert positional == ["query", "key", "value"]
+    assert keywords == {
+        "attn_mask": None,
+        "key_padding_mask": None,
+        "is_causal": False,
+        "causal_alignment": "top_left",
+        "window": None,
+        "bias_k": None,
+        "bias_v": None,
+        "add_zero_attn": False,
+        "dropout_p": 0.0,
+        "scale": None,
+        "need_weights": False,
+        "average_attn_weights": True,
+        "return_lse": False,
+    }
+
+
+def test_is_a_subclass_of_torchs_module():
+    assert issubclass(fused_mha.MultiHeadAttention, nn.MultiheadAttention)
+
+
+def test_py_typed_is_shipped():
+    assert (files("fused_mha") / "py.typed").is_file()
+
+
+def test_version_is_the_distributions():
+    assert fused_mha.__version__ == version("fused-mha")
+
+
+@pytest.mark.parametrize("name", ["fused_mha.parity", "fused_mha.info"])
+def test_commands_have_a_main(name):
+    assert callable(importlib.import_module(name).main)
