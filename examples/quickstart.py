@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_mha
-from fused_mha.testing import assert_parity
-from fused_mha.testing.tolerances import tolerance
+from fused_mha.testing import assert_parity, tolerance
 
 
 def first_numbers(tensor: Tensor) -> str:

@@ -23,7 +23,7 @@ NAMES = [
     "explain",
     "revert",
 ]
-TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid"]
+TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
 PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
 FUNCTIONS = [
     fused_mha.MultiHeadAttention,

@@ -6,5 +6,6 @@ fused_mha.parity` runs.
 
 from fused_mha.testing.cases import Case, grid
 from fused_mha.testing.parity import Comparison, assert_parity, compare
+from fused_mha.testing.tolerances import tolerance
 
-__all__ = ["Case", "Comparison", "assert_parity", "compare", "grid"]
+__all__ = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
