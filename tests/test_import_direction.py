@@ -15,7 +15,7 @@ ALLOWED = {
     "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention"},
     "parity": {"", "testing"},
     "info": {"", "dispatch"},
-    "testing": {"testing.cases", "testing.parity"},
+    "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
     "testing.cases": {"multi_head_attention"},
     "testing.parity": {"testing.tolerances"},
     "testing.tolerances": set(),
