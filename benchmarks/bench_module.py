@@ -116,10 +116,11 @@ def _contender(module: nn.MultiheadAttention, x: Tensor, arguments: dict[str, An
 
 def _general_path(call: Contender) -> Contender:
     def without_fast_path() -> None:
+        before = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             call()
         finally:
-            torch.backends.mha.set_fastpath_enabled(True)
+            torch.backends.mha.set_fastpath_enabled(before)
 
     return without_fast_path

@@ -302,3 +302,11 @@ class TestRevert:
         model = nn.ModuleList([nn.MultiheadAttention(8, 2), OwnAttention(8, 2)])
         assert fused_mha.revert(model) == fused_mha.ConversionReport([], {})
         assert types(model) == [nn.MultiheadAttention, OwnAttention]
+
+
+def test_revert_leaves_a_module_with_a_replaced_forward_alone():
+    model = nn.Sequential(MultiHeadAttention(8, 2))
+    model[0].forward = lambda *args, **kwargs: None
+    report = fused_mha.revert(model)
+    assert type(model[0]) is MultiHeadAttention
+    assert report == ([], {"0": "its forward was replaced on the instance"})

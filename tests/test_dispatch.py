@@ -8,7 +8,7 @@ from torch import nn
 
 import fused_mha
 from attention_oracle import BACKENDS, DEFAULTS, make_arguments, naive_attention, run_with_gradients, torch_attention
-from fused_mha import dispatch
+from fused_mha import MultiHeadAttention, dispatch, modes
 from fused_mha.inputs import check_attention
 from fused_mha.testing.tolerances import tolerance
 
@@ -275,3 +275,14 @@ class TestExplain:
         name = type(other).__name__
         with pytest.raises(TypeError, match=f"^module must be a fused_mha.MultiHeadAttention; got {name}$"):
             fused_mha.explain(other, x)
+
+
+def test_without_torchs_private_names_the_reference_serves(monkeypatch):
+    monkeypatch.setattr(modes, "_functorch_is_active", lambda: True)  # what stands in for a name that is gone
+    module, x = MultiHeadAttention(8, 2), torch.randn(3, 2, 8)
+    assert fused_mha.explain(module, x, need_weights=False).chosen == "reference"
+
+
+def test_explain_names_an_argument_that_forward_does_not_have():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'masks'"):
+        fused_mha.explain(MultiHeadAttention(8, 2), torch.randn(3, 2, 8), masks=None)

@@ -122,8 +122,8 @@ ROWS = [
             ((2, 1, 1, 5), ""),
         )
     ),
-    error(RuntimeError, "bias_k and bias_v must be given together", bias_k=BIAS_K),
-    error(RuntimeError, "bias_k and bias_v must be given together", bias_v=BIAS_V),
+    error(RuntimeError, "bias_k and bias_v must be given together; got bias_k alone", bias_k=BIAS_K),
+    error(RuntimeError, "bias_k and bias_v must be given together; got bias_v alone", bias_v=BIAS_V),
     error(
         RuntimeError,
         "bias_k must have shape (2, 6) and dtype torch.float32; got (4, 6) and torch.float32",

@@ -20,7 +20,7 @@ ALLOWED = {
     "testing.parity": {"testing.tolerances"},
     "testing.tolerances": set(),
     "convert": {"multi_head_attention"},
-    "explanation": {"dispatch", "multi_head_attention", "nested"},
+    "explanation": {"dispatch", "multi_head_attention"},
     "multi_head_attention": {"dispatch", "inputs", "masks", "nested", "projections"},
     "functional": {"dispatch", "inputs", "masks", "modes"},
     "nested": set(),

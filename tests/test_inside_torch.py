@@ -200,3 +200,12 @@ def test_other_nested_input_is_an_assertion_error_that_says_why(change, text):
         arguments["attn_mask"] = torch.zeros(7, 7)
     with torch.set_grad_enabled(change == "with gradients"), pytest.raises(AssertionError, match=text):
         module(x, y, y, **arguments)
+
+
+def test_frozen_encoder_takes_padding_with_grad_mode_on():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    theirs = nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    fused_mha.convert(ours)
+    x, padding = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
+    torch.testing.assert_close(ours(x, src_key_padding_mask=padding), theirs(x, src_key_padding_mask=padding))

@@ -205,3 +205,62 @@ def test_exported_module_with_dynamic_shapes_agrees(need_weights):
         x, padding = torch.randn(N, L, 8), torch.arange(L) >= torch.randint(1, L, (N, 1))
         expected = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
         torch.testing.assert_close(program.module()(x, padding), expected)
+
+
+def test_symbolic_trace_refuses_hooks_that_the_graph_would_run_twice():
+    block = Block()
+    handle = block.attention.register_forward_hook(lambda module, args, result: (2 * result[0], result[1]))
+    with pytest.raises(TraceError, match=r"has forward hooks, which a torch\.fx graph would run twice"):
+        fx.symbolic_trace(block)
+    handle.remove()
+    fx.symbolic_trace(block)
+
+
+def test_symbolic_trace_takes_a_module_of_which_only_the_mask_is_traced():
+    class OwnInput(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("x", torch.randn(2, 4, 8))
+
+        def forward(self, attn_mask: Tensor) -> Tensor:
+            return self.attention(self.x, self.x, self.x, attn_mask=attn_mask)[0]
+
+    model, mask = OwnInput(), torch.randn(4, 4)
+    assert torch.equal(fx.symbolic_trace(model)(mask), model(mask))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_jit_trace_holds_at_other_sizes(need_weights):
+    block = Block(need_weights=need_weights)
+    traced = torch.jit.trace(block, torch.randn(2, 5, 8))
+    x = torch.randn(3, 7, 8)
+    torch.testing.assert_close(traced(x), block(x))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_jvp_under_compile_gives_the_eager_tangent(need_weights):
+    module, x, tangent = MultiHeadAttention(8, 2), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+
+    def directional_derivative(x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda y: module(y, y, y, need_weights=need_weights)[0], (x,), (tangent,))[1]
+
+    compiled = torch.compile(directional_derivative, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), directional_derivative(x))
+
+
+def test_tensor_subclasses_are_not_written_to_in_inference():
+    class Traced(Tensor):
+        """A subclass that knows no out= arguments, as DTensor."""
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            assert "out" not in (kwargs or {})
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    module, x = MultiHeadAttention(8, 2), torch.randn(3, 2, 8)
+    with torch.no_grad():
+        plain = module(x, x, x)
+        y = x.as_subclass(Traced)
+        for mine, expected in zip(module(y, y, y), plain, strict=True):
+            assert torch.equal(mine.as_subclass(Tensor), expected)

@@ -36,8 +36,8 @@ class WrongWeights(MultiHeadAttention):
 
 class WrongScale(MultiHeadAttention):
     def _attention_inputs(self, *args, **kwargs):
-        inputs, shapes = super()._attention_inputs(*args, **kwargs)
-        return inputs._replace(scale=inputs.scale * WRONG), shapes
+        inputs = super()._attention_inputs(*args, **kwargs)
+        return inputs._replace(scale=inputs.scale * WRONG)
 
 
 class NoWeights(MultiHeadAttention):

@@ -1,4 +1,7 @@
-"""`convert` and `revert`: swap `nn.MultiheadAttention` and `MultiHeadAttention` inside a model, in place."""
+"""`convert` and `revert`: swap `nn.MultiheadAttention` and `MultiHeadAttention` inside a model, in place.
+
+Users call them, before they shard, parametrize or script.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from torch import nn
 from fused_mha.multi_head_attention import MultiHeadAttention, ensure_forward_hook, remove_forward_hook
 
 NameFilter = Callable[[str], bool]
+
+FORWARD_REPLACED = "its forward was replaced on the instance"
 
 
 class ConversionReport(NamedTuple):
@@ -80,7 +85,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
         name_filter: as for `convert`.
 
     Returns:
-        The names of the reverted modules.
+        The names of the reverted modules, and those left alone because their ``forward`` was replaced.
 
     Raises:
         TypeError: ``model`` is not an `nn.Module`.
@@ -92,6 +97,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
         ['layers.0.self_attn', 'layers.1.self_attn']
     """
     changed: list[str] = []
+    skipped: dict[str, str] = {}
     swaps: list[nn.Module] = []
     for module, names in _modules_with_names(model):
         if not isinstance(module, MultiHeadAttention) or not _passes(names, name_filter):
@@ -101,12 +107,15 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
                 f"{names[0] or '(root)'} is a {type(module).__name__}, a subclass that torch.nn.MultiheadAttention "
                 "can't express (remove parametrizations first); nothing was changed"
             )
+        if "forward" in vars(module):
+            skipped.update(dict.fromkeys(names, FORWARD_REPLACED))
+            continue
         swaps.append(module)
         changed += names
     for module in swaps:
         module.__class__ = nn.MultiheadAttention
         remove_forward_hook(module)
-    return ConversionReport(changed, {})
+    return ConversionReport(changed, skipped)
 
 
 def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
@@ -134,5 +143,5 @@ def _why_not_convertible(module: nn.Module, names: list[str], name_filter: NameF
     if type(module) is not nn.MultiheadAttention:
         return f"a subclass, {type(module).__module__}.{type(module).__qualname__}: its own behaviour would be lost"
     if "forward" in vars(module):
-        return "its forward was replaced on the instance"
+        return FORWARD_REPLACED
     return None

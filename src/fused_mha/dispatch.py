@@ -77,7 +77,8 @@ class Explanation(NamedTuple):
 def backend(name: str) -> Iterator[None]:
     """Force one back end for the calls of this thread inside a ``with`` block; contexts nest.
 
-    An explicit choice is never replaced: a call that the back end cannot serve raises RuntimeError with the reasons.
+    An explicit choice is never replaced: a call that the back end cannot serve raises RuntimeError with the reasons. A
+    forward that is recomputed in the backward pass (activation checkpointing) needs the context there too.
 
     Args:
         name: ``"sdpa"`` or ``"reference"``; `python -m fused_mha.info` lists them.

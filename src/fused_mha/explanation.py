@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
 
-from fused_mha import nested
 from fused_mha.dispatch import Explanation, explain_inputs
 from fused_mha.multi_head_attention import MultiHeadAttention
 
@@ -20,7 +20,7 @@ def explain(
 ) -> Explanation:
     """Which back end would serve ``module(query, key, value, **forward_arguments)``, and why not the others.
 
-    Runs the module's checks and in-projections, but no attention, and draws no random numbers.
+    Runs the module's checks and in-projections, but no attention and no hooks, and draws no random numbers.
 
     Args:
         module: a `MultiHeadAttention`.
@@ -33,7 +33,7 @@ def explain(
         An `Explanation`; `print` it.
 
     Raises:
-        TypeError: ``module`` is not a `MultiHeadAttention`.
+        TypeError: ``module`` is not a `MultiHeadAttention`, or its forward has no such argument.
 
     Example:
         >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
@@ -44,11 +44,12 @@ def explain(
     if not isinstance(module, MultiHeadAttention):
         raise TypeError(f"module must be a fused_mha.MultiHeadAttention; got {type(module).__name__}")
     key = query if key is None else key
-    value = key if value is None else value
-    if query.is_nested:
-        attn_mask, padding = forward_arguments.get("attn_mask"), forward_arguments.get("key_padding_mask")
-        query, padding, _ = nested.unpack(query, key, value, padding, attn_mask, module.batch_first)
-        key = value = query
-        forward_arguments["key_padding_mask"] = padding
-    inputs, _ = module._attention_inputs(query, key, value, **forward_arguments)
-    return explain_inputs(inputs)
+    call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
+    call.apply_defaults()
+    arguments = call.arguments
+    roles = ("query", "key", "value")
+    if any(arguments[role].is_nested for role in roles):
+        given = {name: arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")}
+        padded, padding, _ = module._unpack_nested(**given)
+        arguments |= {**dict.fromkeys(roles, padded), "key_padding_mask": padding}
+    return explain_inputs(module._attention_inputs(**arguments))

@@ -65,15 +65,6 @@ class AttentionResult(NamedTuple):
     lse: Tensor | None
 
 
-class ModuleShapes(NamedTuple):
-    """Sizes of one `MultiHeadAttention.forward` call."""
-
-    N: int
-    L: int
-    S: int
-    is_batched: bool
-
-
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
@@ -89,6 +80,11 @@ def _check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]
     for name, other in others:
         if other is not None and other.device != query.device:
             raise RuntimeError(f"all tensors must be on query's device, {query.device}; got {name} on {other.device}")
+
+
+def default_scale(head_dim: int) -> float:
+    """1 / sqrt(D), the factor of the scores in equation 1 of "Attention Is All You Need"."""
+    return 1.0 / math.sqrt(head_dim)
 
 
 def check_dropout(dropout_p: float) -> None:
@@ -118,6 +114,8 @@ def check_attention(
 ) -> AttentionInputs:
     """Check the arguments of `attention` and resolve its defaults; RuntimeError and ValueError as torch's SDPA."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.is_nested:
+            raise RuntimeError(f"{name} must be a strided tensor; got a nested tensor")
         if tensor.dim() != 4:
             raise RuntimeError(f"{name} must be 4-D, (batch, length, heads, head size); got shape {_shape(tensor)}")
         if not tensor.is_floating_point():
@@ -168,7 +166,8 @@ def check_attention(
                 f"{_transposed_hint(key_padding_mask, N, S)}"
             )
     if (bias_k is None) != (bias_v is None):
-        raise RuntimeError("bias_k and bias_v must be given together")
+        given = "bias_v" if bias_k is None else "bias_k"
+        raise RuntimeError(f"bias_k and bias_v must be given together; got {given} alone")
     for name, bias, shape in (("bias_k", bias_k, (H_kv, D)), ("bias_v", bias_v, (H_kv, D_v))):
         if bias is not None and (bias.shape != shape or bias.dtype != query.dtype):
             raise RuntimeError(
@@ -176,7 +175,7 @@ def check_attention(
             )
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right'; got {causal_alignment!r}")
-    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+    if window is not None and not _is_window(window):
         raise ValueError(f"window must be (left, right), each None or a count of keys >= 0; got {window}")
     check_dropout(dropout_p)
     return AttentionInputs(
@@ -192,10 +191,18 @@ def check_attention(
         bias_v,
         add_zero_attn,
         dropout_p,
-        1.0 / math.sqrt(D) if scale is None else scale,
+        default_scale(D) if scale is None else scale,
         need_weights,
         average_attn_weights,
         return_lse,
+    )
+
+
+def _is_window(window: object) -> bool:
+    return (
+        isinstance(window, (tuple, list))
+        and len(window) == 2
+        and all(side is None or (isinstance(side, int) and side >= 0) for side in window)
     )
 
 
@@ -223,7 +230,7 @@ def check_module_inputs(
     num_heads: int,
     batch_first: bool,
     weight: Tensor,
-) -> ModuleShapes:
+) -> tuple[int, bool]:
     """Check what `MultiHeadAttention.forward` is called with, by torch's error types.
 
     Args:
@@ -240,7 +247,7 @@ def check_module_inputs(
         weight: the query's projection weight, which fixes dtype and device.
 
     Returns:
-        N, L, S and whether the input is batched.
+        N and whether the input is batched.
 
     Raises:
         AssertionError: ranks, embedding sizes, mask types, key_padding_mask's shape.
@@ -301,7 +308,7 @@ def check_module_inputs(
             )
     if attn_mask is not None:
         _check_module_attn_mask(attn_mask, N, num_heads, L, S, is_batched)
-    return ModuleShapes(N, L, S, is_batched)
+    return N, is_batched
 
 
 def _check_module_attn_mask(attn_mask: Tensor, N: int, H: int, L: int, S: int, is_batched: bool) -> None:

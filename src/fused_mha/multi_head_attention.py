@@ -1,4 +1,7 @@
-"""`MultiHeadAttention`: the drop-in for `torch.nn.MultiheadAttention`; parameters, initialisation, forward."""
+"""`MultiHeadAttention`: the drop-in for `torch.nn.MultiheadAttention`; parameters, initialisation, forward.
+
+Users build it, `convert` turns torch's modules into it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import Parameter
+from torch.nn.parameter import Parameter, is_lazy
 
 from fused_mha import dispatch, masks, nested, projections
-from fused_mha.inputs import AttentionInputs, ModuleShapes, check_dropout, check_module_inputs
+from fused_mha.inputs import AttentionInputs, check_dropout, check_module_inputs, default_scale
 
 
 def keep_forward_called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -188,25 +191,20 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Raises:
             RuntimeError: names (if ``strict``) or shapes do not fit; the text says which.
         """
-        if not self._load_state_dict_pre_hooks:  # such a hook may rename the keys
-            self._check_state_dict(state_dict, strict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _check_state_dict(self, state_dict: Mapping[str, Any], strict: bool) -> None:
-        own = self.state_dict()
-        problems = []
-        if strict:
-            if missing := [name for name in own if name not in state_dict]:
-                problems.append(f"missing {missing}")
-            if unexpected := [name for name in state_dict if name not in own]:
-                problems.append(f"unexpected {unexpected}")
-        for name, tensor in own.items():
-            if name in state_dict and isinstance(tensor, Tensor) and state_dict[name].shape != tensor.shape:
-                problems.append(f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(tensor.shape)}")
-        if problems:
-            raise RuntimeError(
-                f"Error(s) in loading state_dict for {type(self).__name__}, nothing was loaded: {'; '.join(problems)}"
-            )
+        holders: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (held, dict(held)) for module in self.modules() for held in (module._parameters, module._buffers)
+        ]
+        tensors = [tensor for _, before in holders for tensor in before.values() if tensor is not None]
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except Exception:  # torch reports what does not fit after it has loaded the rest
+            for held, before in holders:
+                held.update(before)
+            with torch.no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
+            raise
 
     def forward(
         self,
@@ -248,40 +246,49 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Source:
             `torch.nn.MultiheadAttention.forward`.
         """
-        if isinstance(query, fx.Proxy) or isinstance(key, fx.Proxy) or isinstance(value, fx.Proxy):
+        if any(
+            type(x) is not Tensor and isinstance(x, fx.Proxy) for x in (query, key, value, key_padding_mask, attn_mask)
+        ):
             return self._traced_call(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         if query.is_nested or key.is_nested or value.is_nested:
-            padded, padding, repack = nested.unpack(query, key, value, key_padding_mask, attn_mask, self.batch_first)
+            padded, padding, repack = self._unpack_nested(query, key, value, key_padding_mask, attn_mask)
             output, weights = self.forward(
                 padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
             )
             return repack(output, weights)
 
-        inputs, shapes = self._attention_inputs(
+        inputs = self._attention_inputs(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
         heads, weights, _ = dispatch.run(inputs)
-        output = self.out_proj(projections.merge_heads(heads, shapes.is_batched, self.batch_first))
-        if weights is not None and not shapes.is_batched:
+        is_batched = query.dim() == 3
+        output = self.out_proj(projections.merge_heads(heads, is_batched, self.batch_first))
+        if weights is not None and not is_batched:
             weights = weights.squeeze(0)
         return output, weights
+
+    def _unpack_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, nested.Repack]:
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *self.parameters()))
+        return nested.unpack(query, key, value, key_padding_mask, attn_mask, self.batch_first, requires_grad)
 
     def _attention_inputs(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[AttentionInputs, ModuleShapes]:
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> AttentionInputs:
         """Check, project and split into heads; `forward` and `fused_mha.explain` start with it."""
         packed_weight = self.in_proj_weight
-        shapes = check_module_inputs(
+        N, is_batched = check_module_inputs(
             query,
             key,
             value,
@@ -294,13 +301,16 @@ class MultiHeadAttention(nn.MultiheadAttention):
             batch_first=self.batch_first,
             weight=self.q_proj_weight if packed_weight is None else packed_weight,
         )
+        head_dim = (
+            self.embed_dim // self.num_heads
+        )  # not the attribute: torch follows a num_heads that is changed later
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
 
         hidden = None
         if key_padding_mask is not None:
             hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
-            if not shapes.is_batched:
+            if not is_batched:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
             elif not self.batch_first:
                 hidden = hidden.transpose(0, 1)
@@ -309,17 +319,19 @@ class MultiHeadAttention(nn.MultiheadAttention):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             q, k, v = projections.separate_in_projection(query, key, value, *weights, self.in_proj_bias, hidden)
-        q, k, v = (projections.split_heads(x, self.head_dim, self.batch_first) for x in (q, k, v))
+        q, k, v = (projections.split_heads(x, head_dim, self.batch_first) for x in (q, k, v))
 
         if attn_mask is not None:
             if attn_mask.dim() == 2:
                 attn_mask = attn_mask.view(1, 1, *attn_mask.shape)
             elif attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (shapes.N, self.num_heads))
-        bias_k = bias_v = None
-        if self.bias_k is not None and self.bias_v is not None:
-            bias_k, bias_v = (b.to(k.dtype).view(-1, self.head_dim) for b in (self.bias_k, self.bias_v))
-        inputs = AttentionInputs(
+                attn_mask = attn_mask.unflatten(0, (N, self.num_heads))
+        bias_k, bias_v = self.bias_k, self.bias_v
+        if bias_k is not None and bias_v is not None:
+            bias_k, bias_v = (bias.to(k.dtype).view(-1, head_dim) for bias in (bias_k, bias_v))
+        elif bias_k is not None or bias_v is not None:
+            raise AssertionError("bias_k and bias_v must both be tensors or both None; got one of them alone")
+        return AttentionInputs(
             query=q,
             key=k,
             value=v,
@@ -332,15 +344,20 @@ class MultiHeadAttention(nn.MultiheadAttention):
             bias_v=bias_v,
             add_zero_attn=self.add_zero_attn,
             dropout_p=dropout_p,
-            scale=self.head_dim**-0.5,
+            scale=default_scale(head_dim),
             need_weights=need_weights,
             average_attn_weights=average_attn_weights,
             return_lse=False,
         )
-        return inputs, shapes
 
     def _traced_call(self, *args: Any) -> Any:
         """Stand as one leaf in a `torch.fx` graph, as torch's module does."""
+        hooks = [*self._forward_hooks.values(), *self._forward_pre_hooks.values()]
+        if any(hook is not keep_forward_called for hook in hooks):
+            raise TraceError(
+                f"{type(self).__name__} has forward hooks, which a torch.fx graph would run twice: remove them, trace, "
+                "and register them on the traced module"
+            )
         tracer: Any = next(argument.tracer for argument in args if isinstance(argument, fx.Proxy))
         if self is getattr(tracer, "root", None):
             raise TraceError(

@@ -1,6 +1,7 @@
 """Strided nested tensors: `nn.TransformerEncoder` hands them to `MultiHeadAttention` in inference.
 
-The ragged batch is padded, attended to with a key_padding_mask, and cut back to the same lengths.
+The module's forward, and `explain`, call `unpack`: the ragged batch is padded, attended to with a key_padding_mask, and
+cut back to the same lengths.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ def unpack(
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     batch_first: bool,
+    requires_grad: bool,
 ) -> tuple[Tensor, Tensor, Repack]:
     """Pad nested self-attention input.
 
@@ -30,6 +32,7 @@ def unpack(
         key_padding_mask: must be None.
         attn_mask: must be None.
         batch_first: must be True.
+        requires_grad: whether the output would have to be differentiable; must be False.
 
     Returns:
         The padded input (N, L, E), its padding mask (N, L), True = padding, and a function that turns the output and
@@ -47,8 +50,8 @@ def unpack(
         problem = "the lengths are the mask: key_padding_mask and attn_mask must be None"
     elif not batch_first:
         problem = "the module must be batch_first=True"
-    elif torch.is_grad_enabled():
-        problem = "it works in inference only, under torch.no_grad() or torch.inference_mode()"
+    elif requires_grad:
+        problem = "it works in inference only, with grad mode off or nothing that requires a gradient"
     if problem is not None:
         raise AssertionError(f"MultiHeadAttention takes a NestedTensor for self-attention alone: {problem}")
 

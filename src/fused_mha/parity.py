@@ -71,6 +71,10 @@ def _run_case(case: Case, device: str, seed: int) -> Result:
             warnings.simplefilter("ignore")
             ours, theirs, inputs, forward_arguments = case.build(device, seed)
             comparisons = compare(ours, theirs, *inputs, seed=seed, **forward_arguments)
+            if not case.training:  # torch's fast path, and ours where it may overwrite
+                with torch.no_grad():
+                    inference = compare(ours, theirs, *inputs, seed=seed, **forward_arguments)
+                comparisons += [c._replace(quantity=f"{c.quantity} (no_grad)") for c in inference]
     except Exception as error:  # one broken configuration must not hide the others
         return Result(case, [], time.perf_counter() - start, f"{type(error).__name__}: {error}")
     return Result(case, comparisons, time.perf_counter() - start)

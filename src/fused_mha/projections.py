@@ -1,12 +1,13 @@
 """The linear maps around the attention core: embeddings to split heads, and heads back to embeddings.
 
 `MultiHeadAttention.forward` calls these. All are differentiable PyTorch on the parameters as they are at the call.
-`hidden` marks the rows of key and value that no query may see, NaN or not: 0 * NaN = NaN would reach the output and the
-gradients, so zeros take their place.
+`hidden` marks the rows of key and value that no query may see: 0 * NaN = NaN would reach the output and the gradients,
+so zeros take their place.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,12 +30,14 @@ def packed_in_projection(
     """
     E = weight.shape[1]
     if query is key and key is value:
-        packed = F.linear(query, weight, bias)
         if hidden is None:
-            q, k, v = packed.chunk(3, dim=-1)
+            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
             return q, k, v
-        # A hidden row is a query too, and reaches the weight's gradient as such: zeros behind the one product serve.
-        q, kv = packed[..., :E], packed[..., E:].masked_fill(hidden, 0.0)
+        # A hidden row is a query too, whose own output counts: only NaN and inf are taken out of it. The zeros behind
+        # the product serve where finite numbers overflow in it.
+        finite = query.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        packed = F.linear(torch.where(hidden, finite, query), weight, bias)
+        q, kv = packed.narrow(-1, 0, E), packed.narrow(-1, E, 2 * E).masked_fill(hidden, 0.0)
         k, v = kv.chunk(2, dim=-1)
         return q, k, v
     if key is value:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_mha import masks
-from fused_mha.modes import transform_is_active
+from fused_mha.modes import may_overwrite
 
 if TYPE_CHECKING:
     from fused_mha.inputs import CausalAlignment, Window
@@ -92,13 +92,13 @@ def attention(
 
     if dtype != out_dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    q = heads_first(query, H)  # [N * H, L, D]
+    q = heads_first(query, H) * scale  # [N * H, L, D]
     k = heads_first(key, H)  # [N * H, S', D]
     v = heads_first(value, H)  # [N * H, S', D_v]
     if bias is None:
-        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        scores = torch.bmm(q, k.transpose(1, 2))  # [N * H, L, S']
     else:
-        scores = torch.baddbmm(_batch_of_heads(bias, N, H), q, k.transpose(1, 2), alpha=scale)  # [N * H, L, S']
+        scores = torch.baddbmm(_batch_of_heads(bias, N, H), q, k.transpose(1, 2))
     lse = _log_sum_exp(scores.unflatten(0, (N, H)), empty) if return_lse else None
 
     weights = _softmax(scores)
@@ -137,9 +137,9 @@ def _batch_of_heads(bias: Tensor, N: int, H: int) -> Tensor:
 
 def _softmax(scores: Tensor) -> Tensor:
     # In inference the weights take the place of the scores: new memory of this size costs more than the softmax.
-    if scores.requires_grad or transform_is_active() or torch.compiler.is_compiling():
-        return torch.softmax(scores, dim=-1)
-    return torch.softmax(scores, dim=-1, out=scores)
+    if may_overwrite(scores):
+        return torch.softmax(scores, dim=-1, out=scores)
+    return torch.softmax(scores, dim=-1)
 
 
 def _log_sum_exp(scores: Tensor, empty: Tensor | None) -> Tensor:

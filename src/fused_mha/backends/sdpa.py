@@ -40,7 +40,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
         dropout_p=inputs.dropout_p,
         is_causal=inputs.is_causal and mask is None,
         scale=inputs.scale,
-        enable_gqa=key.shape[2] != query.shape[2],
+        enable_gqa=bool(key.shape[2] != query.shape[2]),  # sizes are tensors under torch.jit.trace
     )
     return AttentionResult(output.transpose(1, 2), None, None)
 

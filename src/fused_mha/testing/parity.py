@@ -6,7 +6,7 @@ Users call it in their own tests; `python -m fused_mha.parity` and the project's
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -98,12 +98,17 @@ def compare(
     tensors = [x for x in (*inputs, *forward_arguments.values()) if isinstance(x, Tensor)]
     if not tensors:
         raise TypeError("assert_parity needs the modules' input: no tensor among the arguments")
+    given = [x.clone() for x in tensors]
     buffers = {buffer: buffer.clone() for module in (ours, theirs) for buffer in module.buffers()}
-    our_run = _run(ours, inputs, forward_arguments, seed)
-    their_run = _run(theirs, inputs, forward_arguments, seed)
-    with torch.no_grad():
-        for buffer, before in buffers.items():  # such as running statistics, which a forward updates
-            buffer.copy_(before)
+    try:
+        our_run = _run(ours, inputs, forward_arguments, seed)
+        if not all(map(_same_bits, tensors, given)):
+            return [*comparisons, Comparison("arguments", 0.0, 0.0, 0.0, (), "ours changed a tensor that it was given")]
+        their_run = _run(theirs, inputs, forward_arguments, seed)
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers.items():  # such as running statistics, which a forward updates
+                buffer.copy_(before)
     with torch.autocast(tensors[0].device.type, enabled=False):
         oracle_run = _run_in(torch.float64, theirs, inputs, forward_arguments, seed)
     # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
@@ -114,13 +119,13 @@ def compare(
         error_run = _run_in(torch.float32, theirs, inputs, forward_arguments, seed)
         error_scale = FLOOR[torch.float64] / FLOOR[torch.float32]
     named_inputs = [*inputs, *(forward_arguments[role] for role in _ROLES if role in forward_arguments)]
-    rows = max((x.numel() // max(x.shape[-1], 1) for x in named_inputs), default=1)
-    everything = [*named_inputs, *oracle_run.outputs.values(), *oracle_run.gradients.values()]
-    run_magnitude = max((_magnitude(tensor) for tensor in everything if tensor is not None), default=0.0)
+    rows = max((x.numel() // max(x.shape[-1], 1) for x in named_inputs if x.dim()), default=1)
+    results = [*oracle_run.outputs.values(), *oracle_run.gradients.values()]
+    run_magnitude = max((_magnitude(tensor) for tensor in results if tensor is not None), default=0.0)
     for part, terms in (("outputs", 1), ("gradients", max(rows, 1))):
         mine, yours, exact, rounded = (getattr(run, part) for run in (our_run, their_run, oracle_run, error_run))
         for name in {**yours, **mine}:
-            problem = _mismatch(mine.get(name), yours.get(name))
+            problem = _mismatch(mine.get(name), yours.get(name), exact.get(name))
             if problem is not None or mine[name] is None or mine[name].numel() == 0:
                 comparisons.append(Comparison(name, 0.0, 0.0, 0.0, (), problem))
                 continue
@@ -152,10 +157,14 @@ def _same_bits(a: Any, b: Any) -> bool:
     return torch.equal(a, b)
 
 
-def _mismatch(ours: Tensor | None, theirs: Tensor | None) -> str | None:
+def _mismatch(ours: Tensor | None, theirs: Tensor | None, oracle: Tensor | None) -> str | None:
     """What keeps two results from being compared by number."""
     mine, yours = (None if x is None else (x.shape, x.dtype) for x in (ours, theirs))
-    return None if mine == yours else f"{_describe(ours)}, expected {_describe(theirs)}"
+    if mine != yours:
+        return f"{_describe(ours)}, expected {_describe(theirs)}"
+    if theirs is not None and oracle is not None and bool((oracle.isfinite() & ~theirs.isfinite()).any()):
+        return f"nothing to compare with: theirs is not finite in {theirs.dtype} where it is in fp64"
+    return None
 
 
 def _magnitude(tensor: Tensor) -> float:
@@ -235,5 +244,9 @@ def _named_outputs(result: Any) -> Iterator[tuple[str, Tensor | None]]:
     if isinstance(result, Tensor):
         yield "output", result
         return
+    if isinstance(result, Mapping):
+        yield from ((str(name), item) for name, item in result.items() if isinstance(item, Tensor))
+        return
     for i, item in enumerate(result):
-        yield ("output", "weights")[i] if i < 2 else f"output {i}", item
+        if item is None or isinstance(item, Tensor):
+            yield ("output", "weights")[i] if i < 2 else f"output {i}", item

@@ -1,7 +1,7 @@
 """How far from the fp64 oracle a result may lie: one rule and one table for the parity kit and the project's tests.
 
 tolerance = FACTOR * (torch's own largest error) + sqrt(terms) * (FLOOR[dtype] * (the oracle's largest magnitude)
-            + FLOOR[float64] * (the largest magnitude of anything in the run)).
+            + FLOOR[float64] * (the largest magnitude of any result of the run)).
 
 The last term is the oracle's own rounding: a result may be what is left where far larger terms cancel.
 """
@@ -28,7 +28,7 @@ def tolerance(
         torch_error: the largest error of torch's result in the same dtype against the oracle.
         oracle_magnitude: the oracle's largest magnitude.
         terms: how many terms each entry sums over, for gradients of parameters and masks.
-        run_magnitude: the largest magnitude among the inputs, the outputs and the gradients.
+        run_magnitude: the largest magnitude among the outputs and the gradients.
 
     Returns:
         An absolute bound.
