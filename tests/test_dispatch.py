@@ -286,3 +286,19 @@ def test_without_torchs_private_names_the_reference_serves(monkeypatch):
 def test_explain_names_an_argument_that_forward_does_not_have():
     with pytest.raises(TypeError, match="unexpected keyword argument 'masks'"):
         fused_mha.explain(MultiHeadAttention(8, 2), torch.randn(3, 2, 8), masks=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_a_causal_mask_beside_is_causal_is_not_merged(dtype):
+    module, x = MultiHeadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)
+    mask = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    if dtype != torch.bool:
+        mask = torch.zeros(4, 4).masked_fill(mask, -torch.inf)
+    arguments = {"attn_mask": mask, "is_causal": True, "need_weights": False}
+    assert fused_mha.explain(module, x, **arguments).notes == []
+    assert torch.equal(module(x, x, x, **arguments)[0], module(x, x, x, is_causal=True, need_weights=False)[0])
+    mask[3, 0] = True if dtype == torch.bool else -2.0  # says more than causality
+    assert "merged" in fused_mha.explain(module, x, **arguments).notes[0]
+    with fused_mha.backend("reference"):
+        expected, _ = module(x, x, x, **arguments)
+    torch.testing.assert_close(module(x, x, x, **arguments)[0], expected)

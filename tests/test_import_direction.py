@@ -27,7 +27,7 @@ ALLOWED = {
     "projections": set(),
     "dispatch": {"backends.capability", "backends.sdpa", "inputs", "modes", "reference"},
     "backends": set(),
-    "backends.sdpa": {"backends.capability", "inputs", "masks", "reference"},
+    "backends.sdpa": {"backends.capability", "inputs", "masks", "modes", "reference"},
     "backends.capability": {"inputs", "modes"},
     "reference": {"masks", "modes"},
     "inputs": {"modes"},

@@ -21,7 +21,8 @@ def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def may_overwrite(x: Tensor) -> bool:
-    """Whether ``x`` is a plain tensor that nothing records or transforms, so that a result may take its place."""
-    is_plain = type(x) is Tensor and not x.requires_grad
-    return is_plain and not (transform_is_active() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing records or transforms ``x``, so that its values may be read and a result may take its place."""
+    if type(x) is not Tensor or x.requires_grad:
+        return False
+    return not (transform_is_active() or torch.compiler.is_compiling() or torch.jit.is_tracing())

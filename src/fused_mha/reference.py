@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_mha import masks
-from fused_mha.modes import may_overwrite
+from fused_mha.modes import is_plain
 
 if TYPE_CHECKING:
     from fused_mha.inputs import CausalAlignment, Window
@@ -137,7 +137,7 @@ def _batch_of_heads(bias: Tensor, N: int, H: int) -> Tensor:
 
 def _softmax(scores: Tensor) -> Tensor:
     # In inference the weights take the place of the scores: new memory of this size costs more than the softmax.
-    if may_overwrite(scores):
+    if is_plain(scores):
         return torch.softmax(scores, dim=-1, out=scores)
     return torch.softmax(scores, dim=-1)
 

@@ -8,10 +8,26 @@ import torch.nn.functional as F
 from fused_mha import masks
 from fused_mha.backends.capability import Backend, Capability
 from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.modes import is_plain
 from fused_mha.reference import append_virtual_keys
 
 
+def _without_redundant_mask(inputs: AttentionInputs) -> AttentionInputs:
+    """Drop an attn_mask that says no more than ``is_causal``, as `nn.Transformer` passes both.
+
+    torch's op skips the hidden half under its flag alone. The mask's values are read only where that costs a hundredth
+    of the attention and no graph: on the CPU, at once.
+    """
+    mask = inputs.attn_mask
+    if mask is None or not inputs.is_causal or inputs.causal_alignment != "top_left":
+        return inputs
+    if mask.device.type != "cpu" or not is_plain(mask) or mask.shape[:2] != (1, 1) or bool(mask.tril().any()):
+        return inputs
+    return inputs._replace(attn_mask=None)
+
+
 def _run(inputs: AttentionInputs) -> AttentionResult:
+    inputs = _without_redundant_mask(inputs)
     query, S = inputs.query, inputs.key.shape[1]
     key = append_virtual_keys(inputs.key, inputs.bias_k, inputs.add_zero_attn)
     value = append_virtual_keys(inputs.value, inputs.bias_v, inputs.add_zero_attn)
@@ -46,7 +62,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:
-    if inputs.needs_mask_tensor:
+    if _without_redundant_mask(inputs).needs_mask_tensor:
         return ["the masks of the call are merged into one additive tensor, (N|1, H|1, L|1, S)"]
     return []
 
