@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_mha
 from attention_oracle import BACKENDS, DEFAULTS, make_arguments, naive_attention, run_with_gradients, torch_attention
@@ -302,3 +303,17 @@ def test_a_causal_mask_beside_is_causal_is_not_merged(dtype):
     with fused_mha.backend("reference"):
         expected, _ = module(x, x, x, **arguments)
     torch.testing.assert_close(module(x, x, x, **arguments)[0], expected)
+
+
+def test_make_fx_records_the_mask_although_it_is_causal_at_the_trace():
+    module, x = MultiHeadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)
+    causal = torch.zeros(4, 4).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -torch.inf)
+
+    def call(x, mask):
+        return module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+    with torch.no_grad():
+        graph = make_fx(call)(x, causal)
+        mask = causal.clone()
+        mask[3, 0] = -2.0
+        torch.testing.assert_close(graph(x, mask), call(x, mask))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# torch has no public name for either. Where a future torch lacks one, a transform is taken to be active: the reference
+# torch has no public names for these. Where a future torch lacks one, the mode is taken to be active: the reference
 # core serves then, which is slower and right.
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # make_fx, FakeTensorMode, ...
 
 
 def transform_is_active() -> bool:
@@ -23,6 +24,6 @@ def autocast_is_on(device_type: str) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether nothing records or transforms ``x``, so that its values may be read and a result may take its place."""
-    if type(x) is not Tensor or x.requires_grad:
+    if type(x) is not Tensor or x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not (transform_is_active() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return not transform_is_active() and _count_dispatch_modes() == 0

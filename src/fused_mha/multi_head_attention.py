@@ -301,9 +301,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             batch_first=self.batch_first,
             weight=self.q_proj_weight if packed_weight is None else packed_weight,
         )
-        head_dim = (
-            self.embed_dim // self.num_heads
-        )  # not the attribute: torch follows a num_heads that is changed later
+        # Not the attribute: torch too follows a num_heads that is changed later.
+        head_dim = self.embed_dim // self.num_heads
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
 
