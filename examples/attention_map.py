@@ -33,6 +33,7 @@ from train_text_model import (
     Training,
     exit_status,
     output_folder,
+    parse_with_quick,
     positive,
     seed_number,
     standard_library_text,
@@ -168,12 +169,7 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, 
     parser.add_argument("--batch-size", type=positive, default=48, help="(default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of parameters and batches (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture (default: %(default)s)")
-    short = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    parser.add_argument("--quick", action="store_true", help=f"a short run: {short}, unless given")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        parser.set_defaults(**QUICK)
-        options = parser.parse_args(arguments)
+    options = parse_with_quick(parser, QUICK, arguments)
     if options.length > len(DRAWN_TEXT):
         parser.error(f"--length must be at most {len(DRAWN_TEXT)}, the text that is drawn; got {options.length}")
     output_folder(parser, options.out)

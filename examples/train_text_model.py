@@ -384,6 +384,19 @@ def output_folder(parser: argparse.ArgumentParser, folder: Path) -> Path:
     return folder
 
 
+def parse_with_quick(
+    parser: argparse.ArgumentParser, quick: dict[str, int], arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse with one more option, `--quick`, under which other defaults hold."""
+    short = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
+    parser.add_argument("--quick", action="store_true", help=f"a short run: {short}, unless given")
+    options = parser.parse_args(arguments)
+    if not options.quick:
+        return options
+    parser.set_defaults(**quick)
+    return parser.parse_args(arguments)
+
+
 def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Text]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=positive, default=1500, help="of each training (default: %(default)s)")
@@ -396,12 +409,7 @@ def parse_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, 
     parser.add_argument("--seed", type=seed_number, default=0, help="of parameters and batches (default: %(default)s)")
     parser.add_argument("--threads", type=positive, help="of torch (default: torch's choice)")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: %(default)s)")
-    short = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
-    parser.add_argument("--quick", action="store_true", help=f"a short run: {short}, unless given")
-    options = parser.parse_args(arguments)
-    if options.quick:
-        parser.set_defaults(**QUICK)
-        options = parser.parse_args(arguments)
+    options = parse_with_quick(parser, QUICK, arguments)
     if options.embed_dim % options.heads:
         parser.error(f"--heads must divide --embed-dim; got {options.heads} and {options.embed_dim}")
     if not 0 < options.learning_rate < math.inf:

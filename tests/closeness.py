@@ -6,7 +6,7 @@ from fused_mha.testing.tolerances import tolerance
 
 
 def assert_close_to_oracle(ours: Tensor, theirs: Tensor, oracle: Tensor, terms: int = 1) -> None:
-    """Assert that ours is as near to the fp64 oracle as DESIGN's rule asks, theirs being torch's result.
+    """Assert that ours is as near to the fp64 oracle as the rule asks, theirs being torch's result.
 
     Args:
         ours: the result under test.

@@ -10,34 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fused_mha
+from calls import BACK_ENDS, INF, WEIGHTS, forced, random_module
 from closeness import assert_close_to_oracle
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
 
 from strategies import DTYPES
-
-BACK_ENDS = ["sdpa", "reference"]
-NAN, INF = float("nan"), float("inf")
-
-# What a call may return: (need_weights, average_attn_weights).
-WEIGHTS = pytest.mark.parametrize(
-    ("need_weights", "average"), [(True, True), (True, False), (False, True)], ids=["averaged", "per head", "none"]
-)
-
-
-def _forced(back_end: str, need_weights: bool):
-    """The back end for calls without weights; with weights only one can serve."""
-    return fused_mha.backend("reference" if need_weights else back_end)
-
-
-def _module(**arguments) -> MultiHeadAttention:
-    """A module whose biases are not zero."""
-    module = MultiHeadAttention(8, 2, **{"batch_first": True, **arguments})
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    return module
-
 
 # 1. One behaviour in every mode
 
@@ -126,7 +104,7 @@ def test_is_causal_and_attn_mask_both_apply(need_weights, batched, back_end):
     module, _, inputs, arguments = case.build()
     future = torch.ones(case.L, case.S, dtype=torch.bool).triu(1)
     merged = {**arguments, "attn_mask": arguments["attn_mask"].masked_fill(future, -INF)}
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         output, weights = module(*inputs, **{**arguments, "is_causal": True})
         expected, expected_weights = module(*inputs, **merged)
         unhinted, _ = module(*inputs, **arguments)
@@ -143,7 +121,7 @@ def test_virtual_keys_stay_visible_under_is_causal(need_weights, back_end):
     case = Case(add_bias_kv=True, add_zero_attn=True, attn_mask="causal bool", need_weights=need_weights)
     module, theirs, inputs, arguments = case.build()
     expected, expected_weights = theirs(*inputs, **arguments)  # without the hint torch reads its mask
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         for attn_mask in (arguments["attn_mask"], None):
             output, weights = module(*inputs, need_weights=need_weights, attn_mask=attn_mask, is_causal=True)
             torch.testing.assert_close(output, expected)
@@ -154,7 +132,7 @@ def test_virtual_keys_stay_visible_under_is_causal(need_weights, back_end):
 
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_is_causal_hides_the_future_from_outputs_and_gradients(need_weights):
-    module = _module()
+    module = random_module()
     x = torch.randn(1, 6, 8, requires_grad=True)
     output, _ = module(x, x, x, is_causal=True, need_weights=need_weights)
     (gradient,) = torch.autograd.grad(output[:, 2].sum(), x)
@@ -180,7 +158,7 @@ def test_dropout_is_reproducible_and_draws_as_torch(need_weights):
 
 
 def test_dropout_keeps_weights_scaled_by_what_is_left():
-    module = _module(dropout=0.25)
+    module = random_module(dropout=0.25)
     x = torch.randn(4, 32, 8)
     _, weights = module(x, x, x, average_attn_weights=False)
     _, expected = module.eval()(x, x, x, average_attn_weights=False)
@@ -201,7 +179,7 @@ def test_float_mask_of_any_dtype_means_what_its_numbers_say(dtype, mask_dtype, n
     case = Case(attn_mask="float", key_padding_mask="float", sharing="cross", dtype=dtype, need_weights=need_weights)
     module, _, inputs, arguments = case.build()
     masks = {name: arguments.pop(name).bfloat16().to(mask_dtype) for name in ("attn_mask", "key_padding_mask")}
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         output, weights = module(*inputs, **masks, **arguments)
         same = {name: mask.to(torch.promote_types(dtype, torch.float32)) for name, mask in masks.items()}
         expected, expected_weights = module(*inputs, **same, **arguments)
@@ -229,7 +207,7 @@ def test_4d_mask_broadcasts_to_the_3d_mask_of_torch(size, kind, need_weights, ba
     mask[..., 0] = False
     if kind == "float":
         mask = torch.randn(*size, 6).masked_fill(mask, -INF)
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         result = module(*inputs, **{**arguments, "attn_mask": mask})
     full = mask.expand(3, 2, 4, 6).reshape(6, 4, 6)
     torch.testing.assert_close(result, theirs(*inputs, **{**arguments, "attn_mask": full}))
@@ -257,7 +235,7 @@ def test_output_is_contiguous_in_every_layout(case, training, need_weights, back
     module, _, inputs, arguments = case._replace(training=training, need_weights=need_weights).build()
     for out_proj in (module.out_proj, nn.Identity()):  # a Linear copies its input; others see the merged heads' layout
         module.out_proj = out_proj
-        with _forced(back_end, need_weights):
+        with forced(back_end, need_weights):
             output, _ = module(*inputs, **arguments)
         assert output.shape == inputs[0].shape
         assert output.is_contiguous()

@@ -5,32 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention
+from calls import BACK_ENDS, INF, NAN, WEIGHTS, forced, random_module
 
 from strategies import DTYPES
-
-BACK_ENDS = ["sdpa", "reference"]
-NAN, INF = float("nan"), float("inf")
-
-# What a call may return: (need_weights, average_attn_weights).
-WEIGHTS = pytest.mark.parametrize(
-    ("need_weights", "average"), [(True, True), (True, False), (False, True)], ids=["averaged", "per head", "none"]
-)
-
-
-def _forced(back_end: str, need_weights: bool):
-    """The back end for calls without weights; with weights only one can serve."""
-    return fused_mha.backend("reference" if need_weights else back_end)
-
-
-def _module(**arguments) -> MultiHeadAttention:
-    """A module whose biases are not zero."""
-    module = MultiHeadAttention(8, 2, **{"batch_first": True, **arguments})
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_()
-    return module
-
 
 # 2. A row that is masked everywhere
 
@@ -48,7 +25,11 @@ HIDE_ROW = {
 @pytest.mark.parametrize("shape", HIDE_ROW)
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_row_hidden_by_attn_mask_gives_out_proj_bias(shape, as_float, need_weights, average, back_end):
-    module, query, key = _module(), torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 6, 8, requires_grad=True)
+    module, query, key = (
+        random_module(),
+        torch.randn(3, 4, 8, requires_grad=True),
+        torch.randn(3, 6, 8, requires_grad=True),
+    )
     size, row = HIDE_ROW[shape]
     mask = torch.rand(size) < 0.4
     mask[..., 0] = False
@@ -56,7 +37,7 @@ def test_row_hidden_by_attn_mask_gives_out_proj_bias(shape, as_float, need_weigh
     mask[row] = True
     hidden = _as_float(mask) if as_float else mask
     arguments = {"need_weights": need_weights, "average_attn_weights": average}
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         output, weights = module(query, key, key, attn_mask=hidden, **arguments)
         expected, expected_weights = module(query, key, key, attn_mask=visible, **arguments)
     rows = torch.zeros(3, 4, dtype=torch.bool)
@@ -93,11 +74,15 @@ def _assert_finite_gradients(module: nn.Module, output: Tensor, weights: Tensor 
 @pytest.mark.parametrize("as_float", [False, True], ids=["bool", "float"])
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_sequence_hidden_by_key_padding_mask_gives_out_proj_bias(as_float, need_weights, average, back_end):
-    module, query, key = _module(), torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 6, 8, requires_grad=True)
+    module, query, key = (
+        random_module(),
+        torch.randn(3, 4, 8, requires_grad=True),
+        torch.randn(3, 6, 8, requires_grad=True),
+    )
     padding = torch.zeros(3, 6, dtype=torch.bool)
     padding[1] = True
     arguments = {"need_weights": need_weights, "average_attn_weights": average}
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         mask = _as_float(padding) if as_float else padding
         output, weights = module(query, key, key, key_padding_mask=mask, **arguments)
         expected, _ = module(query, key, key, **arguments)
@@ -112,13 +97,17 @@ def test_sequence_hidden_by_key_padding_mask_gives_out_proj_bias(as_float, need_
 @WEIGHTS
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_masks_that_hide_a_row_only_together_give_out_proj_bias(need_weights, average, back_end):
-    module, query, key = _module(), torch.randn(3, 4, 8, requires_grad=True), torch.randn(3, 6, 8, requires_grad=True)
+    module, query, key = (
+        random_module(),
+        torch.randn(3, 4, 8, requires_grad=True),
+        torch.randn(3, 6, 8, requires_grad=True),
+    )
     attn_mask = torch.zeros(4, 6)
     attn_mask[2, :3] = -INF
     padding = torch.zeros(3, 6, dtype=torch.bool)
     padding[0, 3:] = True
     padding[2, 0] = True  # with causality, the first row of sequence 2 too
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         output, weights = module(
             query,
             key,
@@ -138,7 +127,7 @@ def test_masks_that_hide_a_row_only_together_give_out_proj_bias(need_weights, av
 
 
 def test_row_hidden_for_one_head_alone_keeps_the_other_heads():
-    module = _module()
+    module = random_module()
     x = torch.randn(1, 4, 8)
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[0, 1] = True
@@ -153,7 +142,7 @@ def test_row_hidden_for_one_head_alone_keeps_the_other_heads():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_everything_hidden_is_finite_in_every_dtype_and_under_autocast(dtype, back_end):
-    module = _module(dtype=dtype)
+    module = random_module(dtype=dtype)
     x = torch.randn(3, 4, 8, dtype=dtype)
     hidden = torch.ones(3, 4, dtype=torch.bool)
     with fused_mha.backend(back_end):
@@ -164,7 +153,7 @@ def test_everything_hidden_is_finite_in_every_dtype_and_under_autocast(dtype, ba
 
 
 def test_virtual_keys_are_all_that_a_hidden_row_sees():
-    module = _module(add_bias_kv=True)
+    module = random_module(add_bias_kv=True)
     x = torch.randn(3, 4, 8)
     output, weights = module(x, x, x, torch.ones(3, 4, dtype=torch.bool))
     assert torch.equal(weights, torch.eye(5)[-1].expand(3, 4, 5))
@@ -195,7 +184,7 @@ def test_nan_in_a_hidden_key_reaches_no_output_and_no_gradient(
     poison, as_float, layout, sharing, back_end, need_weights
 ):
     kdim, vdim = (5, 7) if sharing == "kdim and vdim" else (8, 8)
-    module = _module(batch_first=layout == "batch first", kdim=kdim, vdim=vdim, add_bias_kv=True)
+    module = random_module(batch_first=layout == "batch first", kdim=kdim, vdim=vdim, add_bias_kv=True)
     padding = torch.rand(3, 6) < 0.5
     padding[:, 0], padding[:, 1] = False, True
     query, key, value = torch.randn(3, 4, 8), torch.randn(3, 6, kdim), torch.randn(3, 6, vdim)
@@ -222,9 +211,9 @@ def test_nan_in_a_hidden_key_reaches_no_output_and_no_gradient(
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_nan_in_padded_positions_of_self_attention_reaches_nothing(need_weights, back_end):
-    module, x = _module(), torch.randn(3, 6, 8)
+    module, x = random_module(), torch.randn(3, 6, 8)
     padding = torch.arange(6) >= torch.tensor([[6], [4], [1]])
-    with _forced(back_end, need_weights):
+    with forced(back_end, need_weights):
         poisoned = _poisoned(x, padding, NAN).requires_grad_()
         output, weights = module(poisoned, poisoned, poisoned, padding, need_weights=need_weights)
         gradients = torch.autograd.grad(output.sum(), [poisoned, *module.parameters()])
@@ -238,7 +227,7 @@ def test_nan_in_padded_positions_of_self_attention_reaches_nothing(need_weights,
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_nan_in_a_hidden_key_stays_out_under_autocast_and_compile(back_end):
-    module, query = _module(), torch.randn(3, 4, 8)
+    module, query = random_module(), torch.randn(3, 4, 8)
     padding = torch.zeros(3, 6, dtype=torch.bool)
     padding[:, 4:] = True
     key = _poisoned(torch.randn(3, 6, 8), padding, NAN)
@@ -252,7 +241,7 @@ def test_nan_in_a_hidden_key_stays_out_under_autocast_and_compile(back_end):
 
 @pytest.mark.parametrize("back_end", BACK_ENDS)
 def test_nan_in_a_visible_key_stays_in_its_batch_element(back_end):
-    module, query, key = _module(), torch.randn(3, 4, 8), torch.randn(3, 6, 8)
+    module, query, key = random_module(), torch.randn(3, 4, 8), torch.randn(3, 6, 8)
     key[1, 2] = NAN
     with fused_mha.backend(back_end):
         output, _ = module(query, key, key, torch.zeros(3, 6, dtype=torch.bool), need_weights=False)

@@ -1,0 +1,29 @@
+"""The ways in which the tests of the deviations call the module: back ends, weights, a module of random parameters."""
+
+import pytest
+import torch
+
+import fused_mha
+from fused_mha import MultiHeadAttention
+
+BACK_ENDS = ["sdpa", "reference"]
+NAN, INF = float("nan"), float("inf")
+
+# What a call may return: (need_weights, average_attn_weights).
+WEIGHTS = pytest.mark.parametrize(
+    ("need_weights", "average"), [(True, True), (True, False), (False, True)], ids=["averaged", "per head", "none"]
+)
+
+
+def forced(back_end: str, need_weights: bool):
+    """The back end for calls without weights; with weights only one can serve."""
+    return fused_mha.backend("reference" if need_weights else back_end)
+
+
+def random_module(**arguments) -> MultiHeadAttention:
+    """A module whose biases are not zero."""
+    module = MultiHeadAttention(8, 2, **{"batch_first": True, **arguments})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
