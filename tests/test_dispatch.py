@@ -317,3 +317,12 @@ def test_make_fx_records_the_mask_although_it_is_causal_at_the_trace():
         mask = causal.clone()
         mask[3, 0] = -2.0
         torch.testing.assert_close(graph(x, mask), call(x, mask))
+
+
+def test_a_mask_row_that_broadcasts_over_queries_is_not_taken_for_a_causal_one():
+    module, x = MultiHeadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)
+    mask = torch.tensor([False, True, False, False]).view(1, 1, 1, 4)  # hides key 1 from every query
+    arguments = {"attn_mask": mask, "is_causal": True, "need_weights": False}
+    with fused_mha.backend("reference"):
+        expected, _ = module(x, x, x, **arguments)
+    torch.testing.assert_close(module(x, x, x, **arguments)[0], expected)

@@ -21,7 +21,9 @@ def _without_redundant_mask(inputs: AttentionInputs) -> AttentionInputs:
     mask = inputs.attn_mask
     if mask is None or not inputs.is_causal or inputs.causal_alignment != "top_left":
         return inputs
-    if mask.device.type != "cpu" or not is_plain(mask) or mask.shape[:2] != (1, 1) or bool(mask.tril().any()):
+    if mask.shape[:3] != (1, 1, inputs.query.shape[1]):  # the triangle of a mask that broadcasts over L is not its own
+        return inputs
+    if mask.device.type != "cpu" or not is_plain(mask) or bool(mask.tril().any()):
         return inputs
     return inputs._replace(attn_mask=None)
 
