@@ -6,7 +6,9 @@ import torch
 import fused_mha
 from fused_mha import MultiHeadAttention
 
-BACK_ENDS = ["sdpa", "reference"]
+BACK_ENDS = ["cpu", "sdpa", "reference"]
+WITH_WEIGHTS = ["cpu", "reference"]  # those that serve weights and dropout
+CALLS = [("cpu", True), ("cpu", False), ("sdpa", False), ("reference", True), ("reference", False)]  # need_weights
 NAN, INF = float("nan"), float("inf")
 
 # What a call may return: (need_weights, average_attn_weights).
@@ -16,8 +18,8 @@ WEIGHTS = pytest.mark.parametrize(
 
 
 def forced(back_end: str, need_weights: bool):
-    """The back end for calls without weights; with weights only one can serve."""
-    return fused_mha.backend("reference" if need_weights else back_end)
+    """The back end; the reference for a call with weights, which sdpa cannot serve."""
+    return fused_mha.backend("reference" if need_weights and back_end == "sdpa" else back_end)
 
 
 def random_module(**arguments) -> MultiHeadAttention:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_mha
-from calls import BACK_ENDS, INF, WEIGHTS, forced, random_module
+from calls import BACK_ENDS, CALLS, INF, WEIGHTS, WITH_WEIGHTS, forced, random_module
 from closeness import assert_close_to_oracle
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
@@ -37,7 +37,7 @@ from strategies import DTYPES
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("back_end", "need_weights"), [("reference", True), ("reference", False), ("sdpa", False)])
+@pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
 def test_every_mode_gives_the_same_bits(case, back_end, need_weights):
     if back_end == "sdpa" and case.N == 0:
         back_end = "reference"
@@ -56,14 +56,17 @@ def test_every_mode_gives_the_same_bits(case, back_end, need_weights):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key_padding_mask", [None, "float"])
-def test_output_is_the_same_with_and_without_weights(dtype, key_padding_mask):
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_output_is_the_same_with_and_without_weights(dtype, key_padding_mask, back_end):
     case = Case(L=33, attn_mask="float", key_padding_mask=key_padding_mask, dtype=dtype)
     ours, theirs, inputs, arguments = case.build()
     oracle, _ = theirs.double()(*(x.double() for x in inputs), **_double(arguments))
     theirs.to(dtype)
     for need_weights in (True, False):
         arguments["need_weights"] = need_weights
-        assert_close_to_oracle(ours(*inputs, **arguments)[0], theirs(*inputs, **arguments)[0], oracle)
+        with forced(back_end, need_weights):
+            output, _ = ours(*inputs, **arguments)
+        assert_close_to_oracle(output, theirs(*inputs, **arguments)[0], oracle)
 
 
 def _double(arguments: dict) -> dict:
@@ -77,8 +80,11 @@ def _double(arguments: dict) -> dict:
 @pytest.mark.parametrize("key_padding_mask", [None, "bool", "float"])
 @pytest.mark.parametrize("attn_mask", ["causal bool", "causal float"])
 @pytest.mark.parametrize(("L", "sharing"), [(5, "self"), (4, "cross"), (9, "cross")], ids=["L=S", "L<S", "L>S"])
+@pytest.mark.parametrize("back_end", BACK_ENDS)
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
-def test_is_causal_alone_does_what_the_causal_mask_does(L, sharing, attn_mask, key_padding_mask, need_weights, average):
+def test_is_causal_alone_does_what_the_causal_mask_does(
+    L, sharing, attn_mask, key_padding_mask, need_weights, average, back_end
+):
     case = Case(
         L=L,
         sharing=sharing,
@@ -93,7 +99,8 @@ def test_is_causal_alone_does_what_the_causal_mask_does(L, sharing, attn_mask, k
         return MultiHeadAttention.forward(ours, *args, **rest, is_causal=True)
 
     ours.forward = hinted
-    assert_parity(ours, theirs, *inputs, **arguments)
+    with forced(back_end, need_weights):
+        assert_parity(ours, theirs, *inputs, **arguments)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -131,37 +138,56 @@ def test_virtual_keys_stay_visible_under_is_causal(need_weights, back_end):
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_is_causal_hides_the_future_from_outputs_and_gradients(need_weights):
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_is_causal_hides_the_future_from_outputs_and_gradients(need_weights, back_end):
     module = random_module()
     x = torch.randn(1, 6, 8, requires_grad=True)
-    output, _ = module(x, x, x, is_causal=True, need_weights=need_weights)
+    with forced(back_end, need_weights):
+        output, _ = module(x, x, x, is_causal=True, need_weights=need_weights)
     (gradient,) = torch.autograd.grad(output[:, 2].sum(), x)
     assert (gradient[:, :3] != 0).any(-1).all()
     assert torch.equal(gradient[:, 3:], torch.zeros(1, 3, 8))
 
 
-# 5. Dropout (as far as the reference back end goes)
+# 5. Dropout
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_dropout_is_reproducible_and_draws_as_torch(need_weights):
+@pytest.mark.parametrize("back_end", WITH_WEIGHTS)
+def test_dropout_is_reproducible_under_one_seed(need_weights, back_end):
+    module, _, inputs, arguments = Case(N=3, L=17, dropout=0.4, need_weights=need_weights).build()
+    outputs = []
+    with fused_mha.backend(back_end):
+        for seed in (11, 11, 12):
+            torch.manual_seed(seed)
+            outputs += [module(*inputs, **arguments)[0] for _ in range(2)]
+    first, second, *again = outputs
+    assert torch.equal(again[0], first)
+    assert torch.equal(again[1], second)
+    assert not torch.equal(second, first)
+    assert not torch.equal(again[2], first)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_of_the_reference_draws_as_torch(need_weights):
     case = Case(N=3, L=17, S=9, sharing="cross", dropout=0.4, need_weights=need_weights)
     ours, theirs, inputs, arguments = case.build()
     outputs = []
-    for module in (ours, ours, theirs):
-        torch.manual_seed(11)
-        outputs.append((module(*inputs, **arguments)[0], torch.get_rng_state()))
-    assert torch.equal(outputs[0][0], outputs[1][0])
-    torch.testing.assert_close(outputs[0][0], outputs[2][0])
-    assert torch.equal(outputs[0][1], outputs[2][1])
-    assert not torch.equal(ours(*inputs, **arguments)[0], outputs[0][0])
+    with fused_mha.backend("reference"):
+        for module in (ours, theirs):
+            torch.manual_seed(11)
+            outputs.append((module(*inputs, **arguments)[0], torch.get_rng_state()))
+    torch.testing.assert_close(outputs[0][0], outputs[1][0])
+    assert torch.equal(outputs[0][1], outputs[1][1])
 
 
-def test_dropout_keeps_weights_scaled_by_what_is_left():
+@pytest.mark.parametrize("back_end", WITH_WEIGHTS)
+def test_dropout_keeps_weights_scaled_by_what_is_left(back_end):
     module = random_module(dropout=0.25)
     x = torch.randn(4, 32, 8)
-    _, weights = module(x, x, x, average_attn_weights=False)
-    _, expected = module.eval()(x, x, x, average_attn_weights=False)
+    with fused_mha.backend(back_end):
+        _, weights = module(x, x, x, average_attn_weights=False)
+        _, expected = module.eval()(x, x, x, average_attn_weights=False)
     dropped = weights == 0
     torch.testing.assert_close(weights, (expected / 0.75).masked_fill(dropped, 0.0))
     spread = math.sqrt(0.25 * 0.75 / dropped.numel())
@@ -187,10 +213,12 @@ def test_float_mask_of_any_dtype_means_what_its_numbers_say(dtype, mask_dtype, n
     assert weights is None or torch.equal(weights, expected_weights)
 
 
-def test_bool_and_float_masks_mix_without_a_warning():
+@pytest.mark.parametrize("back_end", WITH_WEIGHTS)
+def test_bool_and_float_masks_mix_without_a_warning(back_end):
     case = Case(sharing="cross", attn_mask="float", key_padding_mask="bool")
     ours, theirs, inputs, arguments = case.build()
-    output, weights = ours(*inputs, **arguments)  # a warning would be an error here
+    with fused_mha.backend(back_end):
+        output, weights = ours(*inputs, **arguments)  # a warning would be an error here
     with pytest.warns(UserWarning, match="mismatched key_padding_mask and attn_mask"):
         expected = theirs(*inputs, **arguments)
     torch.testing.assert_close((output, weights), expected)

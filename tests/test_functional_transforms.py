@@ -8,6 +8,7 @@ import fused_mha
 from attention_oracle import (
     BACKENDS,
     DEFAULTS,
+    SERVE_EVERYTHING,
     assert_matches_oracle,
     make_arguments,
     naive_attention,
@@ -21,6 +22,7 @@ from fused_mha.testing.tolerances import tolerance
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
+each_that_serves_everything = pytest.mark.parametrize("backend", SERVE_EVERYTHING)
 GRADCHECK_CASES = {
     "plain": {},
     "grouped": {"H": 4, "H_kv": 2, "is_causal": True},
@@ -61,17 +63,21 @@ def finite(arguments):
 
 @pytest.mark.parametrize("wanted", [{}, {"need_weights": True}, EVERYTHING], ids=["output", "averaged", "everything"])
 @pytest.mark.parametrize("case", GRADCHECK_CASES.values(), ids=GRADCHECK_CASES)
-def test_gradients_are_the_numeric_ones(case, wanted):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_the_numeric_ones(backend, case, wanted):
     shape = {"N": 2, "L": 3, "S": 4, "H": 2, "H_kv": 2, "D": 2, "D_v": 3, "dtype": torch.float64} | case
     function, values = as_function(finite(make_arguments(**shape, **wanted)))
-    assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in values))
+    with fused_mha.backend("reference" if wanted and backend == "sdpa" else backend):
+        assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in values))
 
 
+@each_that_serves_everything
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
-def test_second_derivatives_are_the_numeric_ones(case):
+def test_second_derivatives_are_the_numeric_ones(backend, case):
     shape = {"N": 1, "L": 2, "S": 3, "H": 2, "H_kv": 1, "D": 2, "D_v": 2, "dtype": torch.float64}
     function, values = as_function(finite(make_arguments(**shape | GRADCHECK_CASES[case] | EVERYTHING)))
-    assert torch.autograd.gradgradcheck(function, tuple(x.requires_grad_() for x in values))
+    with fused_mha.backend(backend):
+        assert torch.autograd.gradgradcheck(function, tuple(x.requires_grad_() for x in values))
 
 
 @pytest.mark.parametrize("wanted", [{}, EVERYTHING], ids=["output", "everything"])
@@ -133,22 +139,26 @@ def test_per_sample_gradients_by_vmap_of_grad():
         assert (ours - leaf.grad).abs().max().item() <= bound
 
 
+@each_that_serves_everything
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_log_sum_exp_is_differentiable_in_fp32_or_fp64(dtype):
+def test_log_sum_exp_is_differentiable_in_fp32_or_fp64(backend, dtype):
     arguments = make_arguments(dtype=dtype, mask_dtype=torch.float32, return_lse=True)
-    assert_matches_oracle(arguments, "reference")
+    assert_matches_oracle(arguments, backend)
     arguments["query"].requires_grad_()
-    lse = fused_mha.attention(**arguments).lse
+    with fused_mha.backend(backend):
+        lse = fused_mha.attention(**arguments).lse
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (gradient,) = torch.autograd.grad(lse.sum(), arguments["query"])
     assert gradient.dtype == dtype
     assert gradient.abs().max() > 1e-2
 
 
-def test_log_sum_exp_is_taken_before_dropout():
+@each_that_serves_everything
+def test_log_sum_exp_is_taken_before_dropout(backend):
     arguments = make_arguments(return_lse=True)
-    with_dropout = fused_mha.attention(**arguments, dropout_p=0.9).lse
-    assert torch.equal(with_dropout, fused_mha.attention(**arguments).lse)
+    with fused_mha.backend(backend):
+        with_dropout = fused_mha.attention(**arguments, dropout_p=0.9).lse
+        assert torch.equal(with_dropout, fused_mha.attention(**arguments).lse)
 
 
 def merge(first, second):
@@ -158,9 +168,10 @@ def merge(first, second):
     return shares[0] * first.output + shares[1] * second.output, lse
 
 
+@each_that_serves_everything
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("masks", [{}, {"padding_dtype": torch.float64, "mask_dtype": torch.float64}], ids=str)
-def test_two_blocks_merge_to_the_whole_with_equal_gradients(split, masks):
+def test_two_blocks_merge_to_the_whole_with_equal_gradients(backend, split, masks):
     arguments = finite(make_arguments(S=5, dtype=torch.float64, return_lse=True, **masks))
 
     def by_blocks(**a):
@@ -172,8 +183,9 @@ def test_two_blocks_merge_to_the_whole_with_equal_gradients(split, masks):
         output, lse = merge(*blocks)
         return fused_mha.AttentionResult(output, None, lse)
 
-    merged = run_with_gradients(by_blocks, arguments)
-    whole = run_with_gradients(fused_mha.attention, arguments)
+    with fused_mha.backend(backend):
+        merged = run_with_gradients(by_blocks, arguments)
+        whole = run_with_gradients(fused_mha.attention, arguments)
     oracle = run_with_gradients(naive_attention, arguments)
     assert set(merged) == set(whole) == set(oracle)
     for name, exact in oracle.items():
@@ -194,12 +206,13 @@ class TestDropout:
         return F.dropout(torch.ones(N * H, L, S, dtype=torch.float64), self.P).ne(0).unflatten(0, (N, H))
 
     @pytest.mark.parametrize("bias_kv", [False, True], ids=["", "virtual key"])
-    def test_draws_are_those_of_torch_on_one_row_of_heads(self, bias_kv):
+    def test_draws_of_the_reference_are_those_of_torch_on_one_row_of_heads(self, bias_kv):
         arguments = self.arguments(dropout_p=self.P, bias_kv=bias_kv, need_weights=True, average_attn_weights=False)
         keep = self.keep(5, (2, 4, 3, 5 if bias_kv else 4))
         assert 0 < keep.sum() < keep.numel()
         torch.manual_seed(5)
-        ours = run_with_gradients(fused_mha.attention, arguments)
+        with fused_mha.backend("reference"):
+            ours = run_with_gradients(fused_mha.attention, arguments)
         oracle = run_with_gradients(lambda **a: naive_attention(keep, **a), arguments)
         assert torch.equal(ours["weights"] != 0, keep)
         for name, exact in oracle.items():
@@ -209,7 +222,8 @@ class TestDropout:
     def test_a_given_mask_replays_a_draw_bit_by_bit(self):
         arguments = self.arguments(dropout_p=self.P, need_weights=True, average_attn_weights=False)
         torch.manual_seed(5)
-        drawn = fused_mha.attention(**arguments)
+        with fused_mha.backend("reference"):
+            drawn = fused_mha.attention(**arguments)
         state = torch.get_rng_state()
         inputs = check_attention(**DEFAULTS | arguments)
         output, weights, _ = reference.attention(*inputs, dropout_mask=self.keep(5, (2, 4, 3, 4)))
@@ -220,29 +234,37 @@ class TestDropout:
         assert torch.equal(torch.get_rng_state(), torch.manual_seed(5).get_state())
         assert not torch.equal(torch.get_rng_state(), state)
 
-    def test_everything_dropped_gives_zeros_and_finite_gradients(self):
+    @each_that_serves_everything
+    def test_everything_dropped_gives_zeros_and_finite_gradients(self, backend):
         arguments = self.arguments(dropout_p=1.0, need_weights=True)
-        results = run_with_gradients(fused_mha.attention, arguments)
+        with fused_mha.backend(backend):
+            results = run_with_gradients(fused_mha.attention, arguments)
         assert all(torch.equal(x, torch.zeros_like(x)) for x in results.values())
+
+    def test_a_given_mask_that_keeps_nothing_gives_zeros(self):
+        arguments = self.arguments(dropout_p=1.0, need_weights=True)
         inputs = check_attention(**DEFAULTS | arguments)
         nothing = torch.zeros(2, 4, 3, 4, dtype=torch.bool)
         output, weights, _ = reference.attention(*inputs, dropout_mask=nothing)
         assert torch.equal(output, torch.zeros_like(output))
         assert torch.equal(weights, torch.zeros_like(weights))
 
-    def test_the_mean_over_draws_is_the_result_without_dropout(self):
+    @each_that_serves_everything
+    def test_the_mean_over_draws_is_the_result_without_dropout(self, backend):
         draws = 4000
         # each draw is one element of the batch
         one = make_arguments(N=1, L=1, S=3, H=1, H_kv=1, dtype=torch.float64, need_weights=True)
         many = {name: x.expand(draws, -1, -1, -1) if isinstance(x, torch.Tensor) else x for name, x in one.items()}
         torch.manual_seed(0)
-        weights = fused_mha.attention(**many, dropout_p=self.P).weights
-        expected = fused_mha.attention(**one).weights[0]
+        with fused_mha.backend(backend):
+            weights = fused_mha.attention(**many, dropout_p=self.P).weights
+            expected = fused_mha.attention(**one).weights[0]
         deviation = expected * (self.P / (1.0 - self.P)) ** 0.5 / draws**0.5  # of the mean of scaled Bernoulli draws
         assert bool(((weights.mean(0) - expected).abs() <= 5.0 * deviation).all())
 
-    def test_is_applied_whatever_the_grad_mode(self):
-        with torch.no_grad():
+    @each_that_serves_everything
+    def test_is_applied_whatever_the_grad_mode(self, backend):
+        with torch.no_grad(), fused_mha.backend(backend):
             weights = fused_mha.attention(**self.arguments(dropout_p=self.P, need_weights=True)).weights
             plain = fused_mha.attention(**self.arguments(need_weights=True)).weights
         assert not torch.allclose(weights, plain)

@@ -1,5 +1,6 @@
 """`python -m fused_mha.info`: what a bug report needs."""
 
+import os
 import platform
 import re
 import subprocess
@@ -9,6 +10,7 @@ from importlib.metadata import version
 import torch
 
 from fused_mha import dispatch, info
+from fused_mha.backends import cpu
 
 
 def rows(out):
@@ -42,9 +44,33 @@ def test_lists_back_ends_in_order_of_preference(capsys):
     assert [line.split(maxsplit=1) for line in listed] == [[b.name, b.summary] for b in dispatch.BACKENDS]
 
 
-def test_runs_as_a_command():
+def back_ends(out):
+    return dict(line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  "))
+
+
+def run_as_a_command(**variables):
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "fused_mha.info"], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-W", "error", "-m", "fused_mha.info"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=os.environ | variables,
     )
     assert run.stderr == ""
-    assert rows(run.stdout)["fused_mha"] == version("fused-mha")
+    return run.stdout
+
+
+def test_names_the_instruction_set_of_the_fused_core(capsys):
+    info.main()
+    assert back_ends(capsys.readouterr().out)["cpu"] == f"the fused core in C++, instruction set {cpu.LIBRARY.isa}"
+
+
+def test_names_the_instruction_set_that_the_environment_asks_for():
+    isa = cpu.LIBRARY.available_isas[0]
+    out = run_as_a_command(FUSED_MHA_ISA=isa)
+    assert back_ends(out)["cpu"] == f"the fused core in C++, instruction set {isa}"
+
+
+def test_runs_as_a_command():
+    assert rows(run_as_a_command())["fused_mha"] == version("fused-mha")

@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
 import fused_mha
+from calls import CALLS
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
 
@@ -109,17 +110,22 @@ def test_script_of_a_converted_encoder_is_torchs_module_on_the_same_parameters(t
     assert {name: parameter.data_ptr() for name, parameter in scripted.named_parameters()} == before
 
 
-@pytest.mark.parametrize("arguments", ARGUMENTS, ids=str)
-def test_compiled_module_agrees_with_torch_forward_and_backward(arguments):
+@pytest.mark.parametrize(
+    ("back_end", "arguments"),
+    [(name, a) for name, weights in CALLS for a in ARGUMENTS if a.get("need_weights", True) == weights],
+    ids=str,
+)
+def test_compiled_module_agrees_with_torch_forward_and_backward(back_end, arguments):
     ours, theirs, inputs, forward_arguments = Case(**arguments).build()
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     if arguments.get("is_causal"):  # torch needs the mask that the flag stands for
         mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
         forward_arguments["attn_mask"] = mask
-    _assert_same_as_eager(compiled, ours, inputs, forward_arguments)
-    with torch.no_grad():
-        _assert_same_as_eager(compiled, ours.eval(), inputs, forward_arguments)
-        torch.testing.assert_close(compiled(*inputs, **forward_arguments), theirs(*inputs, **forward_arguments))
+    with fused_mha.backend(back_end):
+        _assert_same_as_eager(compiled, ours, inputs, forward_arguments)
+        with torch.no_grad():
+            _assert_same_as_eager(compiled, ours.eval(), inputs, forward_arguments)
+            torch.testing.assert_close(compiled(*inputs, **forward_arguments), theirs(*inputs, **forward_arguments))
 
 
 def _assert_same_as_eager(compiled, module: nn.Module, inputs, arguments) -> None:
@@ -161,8 +167,8 @@ def test_compiled_converted_encoder_layer_has_one_graph():
         torch.testing.assert_close(compiled(x, src_key_padding_mask=padding), layer(x, src_key_padding_mask=padding))
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_compiled_module_with_dynamic_shapes_compiles_once(need_weights):
+@pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
+def test_compiled_module_with_dynamic_shapes_compiles_once(back_end, need_weights):
     module = MultiHeadAttention(8, 2, batch_first=True)
     graphs = []
 
@@ -175,18 +181,21 @@ def test_compiled_module_with_dynamic_shapes_compiles_once(need_weights):
         query, key = torch.randn(N, L, 8), torch.randn(N, S, 8)
         padding = torch.arange(S) >= torch.randint(1, S, (N, 1))
         arguments = {"key_padding_mask": padding, "need_weights": need_weights}
-        torch.testing.assert_close(compiled(query, key, key, **arguments), module(query, key, key, **arguments))
+        with fused_mha.backend(back_end):
+            torch.testing.assert_close(compiled(query, key, key, **arguments), module(query, key, key, **arguments))
     assert len(graphs) == 1
 
 
-def test_module_compiled_by_inductor_agrees_forward_and_backward():
+@pytest.mark.parametrize("back_end", ["cpu", "sdpa"])
+def test_module_compiled_by_inductor_agrees_forward_and_backward(back_end):
     ours, _, inputs, arguments = Case(need_weights=False, attn_mask="float", key_padding_mask="bool").build()
     compiled = torch.compile(ours, backend="inductor", fullgraph=True)
-    _assert_same_as_eager(compiled, ours, inputs, arguments)
+    with fused_mha.backend(back_end):
+        _assert_same_as_eager(compiled, ours, inputs, arguments)
 
 
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_exported_module_with_dynamic_shapes_agrees(need_weights):
+@pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
+def test_exported_module_with_dynamic_shapes_agrees(back_end, need_weights):
     module = MultiHeadAttention(8, 2, batch_first=True).eval()
     batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
     x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
@@ -200,7 +209,8 @@ def test_exported_module_with_dynamic_shapes_agrees(need_weights):
             return self.attention(x, x, x, key_padding_mask=padding, need_weights=need_weights)
 
     shapes = {"x": {0: batch, 1: length}, "padding": {0: batch, 1: length}}
-    program = torch.export.export(SelfAttention(), (x, padding), dynamic_shapes=shapes)
+    with fused_mha.backend(back_end):
+        program = torch.export.export(SelfAttention(), (x, padding), dynamic_shapes=shapes)
     for N, L in ((3, 5), (2, 9)):
         x, padding = torch.randn(N, L, 8), torch.arange(L) >= torch.randint(1, L, (N, 1))
         expected = module(x, x, x, key_padding_mask=padding, need_weights=need_weights)
@@ -230,10 +240,11 @@ def test_symbolic_trace_takes_a_module_of_which_only_the_mask_is_traced():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
-@pytest.mark.parametrize("need_weights", [False, True])
-def test_jit_trace_holds_at_other_sizes(need_weights):
+@pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
+def test_jit_trace_holds_at_other_sizes(back_end, need_weights):
     block = Block(need_weights=need_weights)
-    traced = torch.jit.trace(block, torch.randn(2, 5, 8))
+    with fused_mha.backend(back_end):
+        traced = torch.jit.trace(block, torch.randn(2, 5, 8))
     x = torch.randn(3, 7, 8)
     torch.testing.assert_close(traced(x), block(x))
 
@@ -249,7 +260,8 @@ def test_jvp_under_compile_gives_the_eager_tangent(need_weights):
     torch.testing.assert_close(compiled(x), directional_derivative(x))
 
 
-def test_tensor_subclasses_are_not_written_to_in_inference():
+@pytest.mark.parametrize("back_end", ["cpu", "reference"])
+def test_tensor_subclasses_are_not_written_to_in_inference(back_end):
     class Traced(Tensor):
         """A subclass that knows no out= arguments, as DTensor."""
 
@@ -259,7 +271,7 @@ def test_tensor_subclasses_are_not_written_to_in_inference():
             return super().__torch_function__(function, types, args, kwargs or {})
 
     module, x = MultiHeadAttention(8, 2), torch.randn(3, 2, 8)
-    with torch.no_grad():
+    with torch.no_grad(), fused_mha.backend(back_end):
         plain = module(x, x, x)
         y = x.as_subclass(Traced)
         for mine, expected in zip(module(y, y, y), plain, strict=True):

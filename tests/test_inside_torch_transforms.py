@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vjp, vmap
 
 import fused_mha
+from calls import BACK_ENDS, WITH_WEIGHTS, forced
 from closeness import assert_close_to_oracle
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case
@@ -169,18 +170,21 @@ def test_forward_mode_ad_equals_finite_differences(need_weights):
 
 
 @WEIGHTS
-def test_vjp_equals_backward(need_weights):
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_vjp_equals_backward(need_weights, back_end):
     module, _, (x, *_), arguments = Case(need_weights=need_weights).build()
     x.requires_grad_()
-    output = module(x, x, x, **arguments)[0]
+    with forced(back_end, need_weights):
+        output = module(x, x, x, **arguments)[0]
     cotangent = torch.randn_like(output)
     (expected,) = torch.autograd.grad(output, x, cotangent)
     _, pullback = vjp(lambda x: module(x, x, x, **arguments)[0], x)
     torch.testing.assert_close(pullback(cotangent)[0], expected)
 
 
+@pytest.mark.parametrize("back_end", WITH_WEIGHTS)
 @CASES
-def test_double_backward_with_weights_agrees_with_torch(case):
+def test_double_backward_with_weights_agrees_with_torch(case, back_end):
     ours, theirs, oracle, inputs, arguments = _three(case)
 
     def second(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict) -> dict[str, Tensor]:
@@ -192,7 +196,8 @@ def test_double_backward_with_weights_agrees_with_torch(case):
         penalty = sum(gradient.square().sum() for gradient in first)
         return dict(zip(wanted, torch.autograd.grad(penalty, list(wanted.values())), strict=True))
 
-    _assert_all_close_to_oracle(second, ours, theirs, oracle, inputs, arguments)
+    with fused_mha.backend(back_end):
+        _assert_all_close_to_oracle(second, ours, theirs, oracle, inputs, arguments)
 
 
 def test_double_backward_without_weights_raises_on_the_op_of_torch():
@@ -205,12 +210,13 @@ def test_double_backward_without_weights_raises_on_the_op_of_torch():
         torch.autograd.grad(first.sum(), x)
 
 
-def test_double_backward_passes_gradgradcheck_on_the_reference_back_end():
+@pytest.mark.parametrize("back_end", WITH_WEIGHTS)
+def test_double_backward_without_weights_passes_gradgradcheck(back_end):
     module, _, (x, *_), _ = Case(L=3, embed_dim=4, num_heads=2, dtype=torch.float64).build()
     mask = torch.tensor([[False, True, True], [True, True, True], [False, False, True]])  # one row is hidden everywhere
 
     def attend(x: Tensor) -> Tensor:
-        with fused_mha.backend("reference"):
+        with fused_mha.backend(back_end):
             return module(x, x, x, need_weights=False, attn_mask=mask)[0]
 
     x.requires_grad_()
@@ -220,7 +226,8 @@ def test_double_backward_passes_gradgradcheck_on_the_reference_back_end():
 
 @WEIGHTS
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
-def test_training_steps_agree_with_torch(optimizer, need_weights):
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+def test_training_steps_agree_with_torch(optimizer, need_weights, back_end):
     ours, theirs, oracle, inputs, arguments = _three(Case(N=3, L=9, need_weights=need_weights))
     target = torch.randn(3, 9, 16)
 
@@ -236,7 +243,8 @@ def test_training_steps_agree_with_torch(optimizer, need_weights):
         assert history[-1] < history[0]
         return {"losses": torch.stack(history)}
 
-    _assert_all_close_to_oracle(losses, ours, theirs, oracle, inputs, target, arguments)
+    with forced(back_end, need_weights):
+        _assert_all_close_to_oracle(losses, ours, theirs, oracle, inputs, target, arguments)
 
 
 @WEIGHTS

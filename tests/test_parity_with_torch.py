@@ -50,6 +50,12 @@ def test_any_call_agrees_with_torch_on_the_reference_back_end(case, seed):
         _assert_parity(case, seed)
 
 
+@given(case=cases(allow_empty=False), seed=seeds)
+def test_any_call_without_weights_agrees_with_torch_on_the_op_of_torch(case, seed):
+    with fused_mha.backend("sdpa"):
+        _assert_parity(case._replace(need_weights=False, dropout=0.0), seed)
+
+
 @given(case=cases(), seed=seeds)
 def test_any_call_without_gradients_agrees_with_torch(case, seed):
     with torch.no_grad():

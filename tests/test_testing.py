@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention
+from fused_mha import MultiHeadAttention, explain
 from fused_mha.testing import Case, assert_parity, compare, grid
 from fused_mha.testing.tolerances import FLOOR, tolerance
 
@@ -150,6 +150,23 @@ class TestPasses:
     def test_dropout_draws_from_the_seed_in_both(self, dropout):
         ours, theirs, inputs, arguments = build(dropout=dropout)
         assert_parity(ours, theirs, *inputs, seed=3, **arguments)
+
+    @pytest.mark.parametrize(
+        ("dropout", "training", "back_end"), [(0.3, True, "reference"), (0.3, False, "cpu"), (0.0, True, "cpu")]
+    )
+    def test_only_dropout_of_weights_is_compared_on_the_reference_core(self, dropout, training, back_end):
+        theirs = nn.TransformerEncoderLayer(16, 4, 16, dropout=0.3, batch_first=False).train(training)
+        theirs.self_attn.dropout = dropout
+        ours = copy.deepcopy(theirs)
+        fused_mha.convert(ours)
+        chosen = []
+        ours.self_attn.register_forward_pre_hook(lambda attention, x: chosen.append(explain(attention, x[0]).chosen))
+        assert_parity(ours, theirs, torch.randn(5, 2, 16), seed=3)
+        assert chosen == [back_end]
+
+    def test_dropout_of_our_module_with_itself(self):
+        ours, _, inputs, arguments = build(dropout=0.3)
+        assert_parity(ours, ours, *inputs, **arguments)
 
 
 class FirstOutput(nn.Module):

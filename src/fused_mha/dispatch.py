@@ -1,6 +1,6 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` and `MultiHeadAttention.forward` call `run`, `explanation` calls `explain_inputs`, users call
+`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `explanation` `explain_inputs`; users call
 `backend`.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fused_mha import reference
-from fused_mha.backends import sdpa
+from fused_mha.backends import cpu, sdpa
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import autocast_is_on
@@ -41,7 +41,7 @@ REFERENCE = Backend(
 )
 
 # In order of preference: the first that can serve a call does.
-BACKENDS: tuple[Backend, ...] = (sdpa.BACKEND, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, sdpa.BACKEND, REFERENCE)
 
 
 class _Override(threading.local):
@@ -81,7 +81,7 @@ def backend(name: str) -> Iterator[None]:
     forward that is recomputed in the backward pass (activation checkpointing) needs the context there too.
 
     Args:
-        name: ``"sdpa"`` or ``"reference"``; `python -m fused_mha.info` lists them.
+        name: ``"cpu"``, ``"sdpa"`` or ``"reference"``; `python -m fused_mha.info` lists them.
 
     Yields:
         None.
@@ -113,9 +113,14 @@ def explain_inputs(inputs: AttentionInputs) -> Explanation:
     return Explanation(None, reasons, [], _override.name)
 
 
-def run(inputs: AttentionInputs) -> AttentionResult:
-    """Compute attention on the first back end that can serve; RuntimeError, with every reason, if none can."""
+def choose(inputs: AttentionInputs) -> Backend:
+    """The first back end that can serve these inputs; RuntimeError, with every reason, if none can."""
     for candidate in BACKENDS:
         if _override.name in (None, candidate.name) and not not_supported_reasons(candidate.capability, inputs):
-            return candidate.run(inputs)
+            return candidate
     raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
+
+
+def run(inputs: AttentionInputs) -> AttentionResult:
+    """Compute attention on the back end that `choose` finds."""
+    return choose(inputs).run(inputs)

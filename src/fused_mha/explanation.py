@@ -37,9 +37,10 @@ def explain(
 
     Example:
         >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
-        back end: reference (the first that can serve)
-          note: the scores are built as an (N, H, L, S) tensor
+        back end: cpu (the first that can serve)
+          note: instruction set avx512_bf16
           sdpa: cannot: it returns no attention weights (need_weights=True)
+          reference: could serve
     """
     if not isinstance(module, MultiHeadAttention):
         raise TypeError(f"module must be a fused_mha.MultiHeadAttention; got {type(module).__name__}")

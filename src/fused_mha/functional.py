@@ -100,10 +100,11 @@ def attention(
         average_attn_weights=average_attn_weights,
         return_lse=return_lse,
     )
-    if key_padding_mask is not None:  # 0 * NaN = NaN would reach the output and the gradients
-        hidden = masks.hidden_keys(key_padding_mask)[:, :, None, None]
-        inputs = inputs._replace(key=key.masked_fill(hidden, 0.0), value=value.masked_fill(hidden, 0.0))
-    return dispatch.run(inputs)
+    back_end = dispatch.choose(inputs)
+    if key_padding_mask is not None and back_end.capability.reads_hidden_keys:
+        key, value = masks.without_hidden_keys(key, value, key_padding_mask)
+        inputs = inputs._replace(key=key, value=value)
+    return back_end.run(inputs)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -23,6 +23,12 @@ def hidden_keys(key_padding_mask: Tensor) -> Tensor:
     return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == NEGATIVE_INFINITY
 
 
+def without_hidden_keys(key: Tensor, value: Tensor, key_padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (N, S, H_kv, D) with zeros where the mask hides them: 0 * NaN = NaN would reach the output."""
+    hidden = hidden_keys(key_padding_mask)[:, :, None, None]
+    return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
+
+
 def outside_band(
     L: int, S: int, is_causal: bool, alignment: CausalAlignment, window: Window | None, device: torch.device
 ) -> Tensor | None:

@@ -22,6 +22,11 @@ def autocast_is_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def onnx_export_is_active() -> bool:
+    """Whether `torch.onnx.export` is tracing; its own check alone costs as much as three small ops."""
+    return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether nothing records or transforms ``x``, so that its values may be read and a result may take its place."""
     if type(x) is not Tensor or x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import transform_is_active
+from fused_mha.modes import onnx_export_is_active, transform_is_active
 
 
 class Capability(NamedTuple):
     """The requests that a back end can serve; everything that is not named here, each back end serves."""
 
+    is_installed: bool = True
+    devices: tuple[str, ...] | None = None  # None is any
+    dtypes: tuple[torch.dtype, ...] | None = None  # None is any
     weights: bool = True
     lse: bool = True
     transforms: bool = True  # torch.func and forward-mode AD
+    onnx_export: bool = True
+    reads_hidden_keys: bool = True  # 0 * NaN = NaN: zeros have to take the place of keys that are hidden from all
     empty_tensors: bool = True
     cpu_dropout: bool = True
     off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU
@@ -32,12 +39,22 @@ class Backend(NamedTuple):
 
 def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
     """Why a back end cannot serve these inputs; an empty list if it can."""
+    if not capability.is_installed:
+        return ["it is not in this installation"]
     reasons = []
     if inputs.need_weights and not capability.weights:
         reasons.append("it returns no attention weights (need_weights=True)")
     if inputs.return_lse and not capability.lse:
         reasons.append("it returns no log-sum-exp (return_lse=True)")
     device = inputs.query.device.type
+    if capability.devices is not None and device not in capability.devices:
+        reasons.append(f"it runs on {', '.join(capability.devices)} alone (query is on {device})")
+    if capability.dtypes is not None:
+        masks = (inputs.attn_mask, inputs.key_padding_mask)
+        dtypes = {inputs.query.dtype, *(mask.dtype for mask in masks if mask is not None)} - {torch.bool}
+        unknown = [str(dtype) for dtype in dtypes if dtype not in capability.dtypes]
+        if unknown:
+            reasons.append(f"it knows no {' and no '.join(sorted(unknown))}")
     if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
     if inputs.needs_mask_tensor and not capability.off_cpu_masks and device != "cpu":
@@ -46,4 +63,6 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
         reasons.append(f"an input is empty (query {tuple(inputs.query.shape)}, key {tuple(inputs.key.shape)})")
     if not capability.transforms and transform_is_active():
         reasons.append("a torch.func transform or forward-mode AD is active")
+    if not capability.onnx_export and onnx_export_is_active():
+        reasons.append("the model is exported to ONNX, which has no operator for it")
     return reasons

@@ -5,6 +5,7 @@ Users call it in their own tests; `python -m fused_mha.parity` and the project's
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_mha.dispatch import backend
+from fused_mha.multi_head_attention import MultiHeadAttention
 from fused_mha.testing.tolerances import FLOOR, tolerance
 
 _ROLES = ("query", "key", "value")  # what a module's first inputs are called, by position or by keyword
@@ -54,7 +57,8 @@ def assert_parity(
     Each result of ``ours`` may be twice as far from the oracle, ``theirs`` in fp64 from the same rounded inputs and
     parameters, as the result of ``theirs``, plus a few units in the last place. Gradients (of the inputs, of the
     parameters, and of the tensors among ``forward_arguments`` that require one) are compared unless grad mode is off;
-    their cotangents are drawn from ``seed``, and so is dropout. Neither module is changed.
+    their cotangents are drawn from ``seed``, and so is dropout. Dropout is compared on the reference core, which draws
+    as torch does. Neither module is changed.
 
     Args:
         ours: the module under test.
@@ -100,24 +104,26 @@ def compare(
         raise TypeError("assert_parity needs the modules' input: no tensor among the arguments")
     given = [x.clone() for x in tensors]
     buffers = {buffer: buffer.clone() for module in (ours, theirs) for buffer in module.buffers()}
-    try:
-        our_run = _run(ours, inputs, forward_arguments, seed)
-        if not all(map(_same_bits, tensors, given)):
-            return [*comparisons, Comparison("arguments", 0.0, 0.0, 0.0, (), "ours changed a tensor that it was given")]
-        their_run = _run(theirs, inputs, forward_arguments, seed)
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers.items():  # such as running statistics, which a forward updates
-                buffer.copy_(before)
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        oracle_run = _run_in(torch.float64, theirs, inputs, forward_arguments, seed)
-    # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
-    dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
-    dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
-    error_run, error_scale = their_run, 1.0
-    if dtype == torch.float64:  # the oracle is torch's own fp64: its fp32 error tells how large its fp64 error is
-        error_run = _run_in(torch.float32, theirs, inputs, forward_arguments, seed)
-        error_scale = FLOOR[torch.float64] / FLOOR[torch.float32]
+    with _core_that_draws_as_torch(ours, theirs):
+        try:
+            our_run = _run(ours, inputs, forward_arguments, seed)
+            if not all(map(_same_bits, tensors, given)):
+                problem = "ours changed a tensor that it was given"
+                return [*comparisons, Comparison("arguments", 0.0, 0.0, 0.0, (), problem)]
+            their_run = _run(theirs, inputs, forward_arguments, seed)
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers.items():  # such as running statistics, which a forward updates
+                    buffer.copy_(before)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            oracle_run = _run_in(torch.float64, theirs, inputs, forward_arguments, seed)
+        # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
+        dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
+        dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
+        error_run, error_scale = their_run, 1.0
+        if dtype == torch.float64:  # the oracle is torch's own fp64: its fp32 error tells how large its fp64 error is
+            error_run = _run_in(torch.float32, theirs, inputs, forward_arguments, seed)
+            error_scale = FLOOR[torch.float64] / FLOOR[torch.float32]
     named_inputs = [*inputs, *(forward_arguments[role] for role in _ROLES if role in forward_arguments)]
     rows = max((x.numel() // max(x.shape[-1], 1) for x in named_inputs if x.dim()), default=1)
     results = [*oracle_run.outputs.values(), *oracle_run.gradients.values()]
@@ -136,6 +142,13 @@ def compare(
             bound = tolerance(dtype, torch_error, _magnitude(exact[name]), terms, run_magnitude)
             comparisons.append(Comparison(name, float(distance.flatten()[largest]), torch_error, bound, where))
     return comparisons
+
+
+def _core_that_draws_as_torch(*modules: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The reference core where attention weights are dropped: the others draw from a generator of their own."""
+    attentions = (part for module in modules for part in module.modules() if isinstance(part, MultiHeadAttention))
+    drops = any(part.training and part.dropout > 0.0 for part in attentions)
+    return backend("reference") if drops else contextlib.nullcontext()
 
 
 def _compare_state_dicts(ours: nn.Module, theirs: nn.Module) -> Comparison:

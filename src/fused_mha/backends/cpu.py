@@ -1,0 +1,149 @@
+"""The fused CPU core: loads the library, registers its kernels with the operators, and serves `dispatch`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_mha.backends import native
+from fused_mha.backends.capability import Backend, Capability
+from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.modes import is_plain
+from fused_mha.ops import schema
+from fused_mha.ops.schema import Arguments
+
+LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
+
+if LIBRARY is None:
+    warnings.warn(
+        "fused_mha was installed without its CPU library, since there was no C++ compiler: it works, on torch's own "
+        "operators, and slower. Install a C++ compiler (GCC or Clang) and reinstall fused_mha.",
+        stacklevel=2,
+    )
+
+
+def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
+    """The first and the last key that query i sees, less i; None is no limit. `masks.outside_band` draws the same."""
+    left, right = inputs.window or (None, None)
+    if inputs.is_causal:
+        right = 0
+    diagonal = inputs.key.shape[1] - inputs.query.shape[1] if inputs.causal_alignment == "bottom_right" else 0
+    return None if left is None else diagonal - left, None if right is None else diagonal + right
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(inputs: AttentionInputs) -> AttentionResult:
+    seed = None
+    if inputs.dropout_p > 0.0:
+        whole = torch.iinfo(torch.int64)
+        seed = torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=inputs.query.device)
+    arguments = Arguments(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.attn_mask,
+        inputs.key_padding_mask,
+        inputs.bias_k,
+        inputs.bias_v,
+        seed,
+        *_band(inputs),
+        inputs.add_zero_attn,
+        float(inputs.dropout_p),
+        float(inputs.scale),
+        inputs.need_weights,
+        inputs.average_attn_weights,
+    )
+    if all(x is None or is_plain(x) for x in arguments[:7]):
+        # What nothing records or transforms needs no dispatcher, which costs as much as a small attention.
+        assert LIBRARY is not None
+        output, weights, lse, _ = LIBRARY.forward(_contiguous(arguments), inputs.return_lse, return_stats=False)
+    else:
+        output, weights, lse, _ = schema.attention(*arguments)
+    return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
+
+
+def _contiguous(arguments: Arguments) -> Arguments:
+    return Arguments.of((None if x is None else _last_contiguous(x) for x in arguments[:7]), arguments[7:])
+
+
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert LIBRARY is not None
+    return LIBRARY.forward(_contiguous(Arguments(*inputs)), return_lse=True, return_stats=True)
+
+
+def _backward(
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+    output: Tensor,
+    stats: Tensor,
+    mask_grad: bool,
+    padding_grad: bool,
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
+    assert LIBRARY is not None
+    arguments = _contiguous(Arguments(*inputs))
+    query, mask, padding = arguments.query, arguments.attn_mask, arguments.key_padding_mask
+    N, _, H, _ = query.shape
+    dtype = arguments.accumulator_dtype
+    sums_queries = padding_grad or (mask_grad and mask is not None and mask.shape[2] == 1)
+    grad_columns = query.new_zeros((N, H, arguments.key.shape[1]), dtype=dtype) if sums_queries else None
+    grad_mask = None
+    if mask_grad and mask is not None and mask.shape[2] != 1:
+        grad_mask = query.new_zeros(mask.shape, dtype=dtype)
+    grads = LIBRARY.backward(
+        arguments,
+        output,
+        stats,
+        torch.zeros_like(output) if grad_output is None else _last_contiguous(grad_output),
+        None if grad_weights is None else grad_weights.contiguous(),
+        None if grad_lse is None else grad_lse.contiguous(),
+        grad_mask,
+        grad_columns,
+    )
+    empty = query.new_empty((0,))
+    grad_attn_mask = grad_padding = empty
+    if mask_grad and mask is not None:
+        if grad_mask is None:
+            assert grad_columns is not None
+            grad_mask = grad_columns.unsqueeze(2).sum_to_size(mask.shape)
+        grad_attn_mask = grad_mask.to(mask.dtype)
+    if padding_grad and padding is not None:
+        assert grad_columns is not None
+        grad_padding = grad_columns.sum(dim=1).to(padding.dtype)
+    grad_biases = [empty if grad is None else grad.sum(dim=0).to(query.dtype) for grad in grads[3:]]
+    return *grads[:3], grad_attn_mask, grad_padding, *grad_biases
+
+
+if LIBRARY is not None:
+    schema.LIBRARY.impl("attention", _forward, "CPU")
+    schema.LIBRARY.impl("attention_backward", _backward, "CPU")
+    schema.LIBRARY.impl("dropout_mask", LIBRARY.dropout_mask, "CPU")
+
+
+def _notes(inputs: AttentionInputs) -> list[str]:
+    assert LIBRARY is not None
+    return [f"instruction set {LIBRARY.isa}"]
+
+
+BACKEND = Backend(
+    name="cpu",
+    summary="the fused core in C++" + (f", instruction set {LIBRARY.isa}" if LIBRARY else ", not in this installation"),
+    capability=Capability(
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        transforms=False,
+        onnx_export=False,
+        reads_hidden_keys=False,
+        is_installed=LIBRARY is not None,
+    ),
+    run=_run,
+    notes=_notes,
+)

@@ -1,0 +1,107 @@
+// The C ABI of the CPU kernels: plain structs of pointers, sizes and strides. backends/native.py fills them.
+//
+// Shapes: N batch, H query heads, H_kv key/value heads, L query length, S key length, D and D_v head sizes.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FUSED_MHA_ABI_VERSION 1
+#define FUSED_MHA_EXPORT __attribute__((visibility("default")))
+
+enum fused_mha_dtype {
+    FUSED_MHA_FLOAT32 = 0,
+    FUSED_MHA_FLOAT64 = 1,
+    FUSED_MHA_BFLOAT16 = 2,
+    FUSED_MHA_FLOAT16 = 3,
+    FUSED_MHA_BOOL = 4,
+    FUSED_MHA_INT64 = 5,
+    FUSED_MHA_UINT8 = 6,
+};
+
+// A tensor of up to four dimensions; absent if `data` is null. Dimensions that it lacks have size 1.
+typedef struct {
+    void* data;
+    int64_t dtype;
+    int64_t bytes;      // from `data` to the end of its storage
+    int64_t size[4];
+    int64_t stride[4];  // in elements, >= 0
+} fused_mha_tensor;
+
+// What forward and backward share.
+typedef struct {
+    fused_mha_tensor query;             // (N, L, H, D)
+    fused_mha_tensor key;               // (N, S, H_kv, D)
+    fused_mha_tensor value;             // (N, S, H_kv, D_v)
+    fused_mha_tensor attn_mask;         // (N|1, H|1, L|1, S): bool (true = ignore) or floating
+    fused_mha_tensor key_padding_mask;  // (N, S): bool (true = ignore) or floating
+    fused_mha_tensor bias_k;            // (H_kv, D)
+    fused_mha_tensor bias_v;            // (H_kv, D_v)
+    fused_mha_tensor seed;              // (2): int64, absent without dropout
+    fused_mha_tensor stats;             // (2, N, H, L): row maxima and sums of the scores, in the accumulator type;
+                                        // the forward may do without
+    fused_mha_tensor workspace;         // bytes
+    int64_t first_visible;              // query i sees the keys i + first_visible ... i + last_visible
+    int64_t last_visible;
+    int64_t add_zero_attn;
+    int64_t average_weights;            // whether weights and their gradient are means over the heads
+    int64_t threads;
+    double dropout_p;
+    double scale;
+} fused_mha_attention;
+
+typedef struct {
+    fused_mha_attention attention;
+    fused_mha_tensor output;   // (N, L, H, D_v)
+    fused_mha_tensor weights;  // (N, L, S') averaged, (N, H, L, S') per head, or absent; S' = S + virtual keys
+    fused_mha_tensor lse;      // (N, H, L), or absent
+} fused_mha_forward_arguments;
+
+typedef struct {
+    fused_mha_attention attention;
+    fused_mha_tensor output;           // (N, L, H, D_v)
+    fused_mha_tensor grad_output;      // (N, L, H, D_v)
+    fused_mha_tensor grad_weights;     // as the weights, or absent
+    fused_mha_tensor grad_lse;         // (N, H, L), or absent
+    fused_mha_tensor grad_query;       // (N, L, H, D)
+    fused_mha_tensor grad_key;         // (N, S, H_kv, D)
+    fused_mha_tensor grad_value;       // (N, S, H_kv, D_v)
+    fused_mha_tensor grad_attn_mask;   // (N|1, H|1, L, S) in the accumulator type and zero before the call, or absent
+    fused_mha_tensor grad_columns;     // (N, H, S), the scores' gradient summed over the queries, likewise, or absent
+    fused_mha_tensor grad_bias_k;      // (N, H_kv, D) in the accumulator type, or absent
+    fused_mha_tensor grad_bias_v;      // (N, H_kv, D_v) in the accumulator type, or absent
+} fused_mha_backward_arguments;
+
+// torch's torch_parallel_for: calls f(begin, end, context) for parts of [begin, end) on its threads.
+typedef int32_t (*fused_mha_parallel_for)(int64_t begin, int64_t end, int64_t grain,
+                                          void (*f)(int64_t, int64_t, void*), void* context);
+
+// 0 on success; else `fused_mha_last_error` says, for this thread, what is wrong.
+FUSED_MHA_EXPORT int64_t fused_mha_abi_version(void);
+FUSED_MHA_EXPORT const char* fused_mha_last_error(void);
+FUSED_MHA_EXPORT void fused_mha_set_parallel_for(fused_mha_parallel_for parallel_for);
+
+// Instruction sets by index, best last, null at the end; those that were compiled in and run on this machine.
+FUSED_MHA_EXPORT const char* fused_mha_available_isa(int64_t index);
+FUSED_MHA_EXPORT const char* fused_mha_isa(void);
+FUSED_MHA_EXPORT int64_t fused_mha_set_isa(const char* name);
+
+// Bytes of workspace that a call needs; its `workspace` may be absent here. Negative on an error.
+FUSED_MHA_EXPORT int64_t fused_mha_forward_workspace(const fused_mha_forward_arguments*);
+FUSED_MHA_EXPORT int64_t fused_mha_backward_workspace(const fused_mha_backward_arguments*);
+FUSED_MHA_EXPORT int64_t fused_mha_forward(const fused_mha_forward_arguments*);
+FUSED_MHA_EXPORT int64_t fused_mha_backward(const fused_mha_backward_arguments*);
+
+// mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed (2).
+FUSED_MHA_EXPORT int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask,
+                                                double dropout_p, int64_t threads);
+
+// The kernels' exp2 of `count` numbers, for its test; float32 or float64 by `dtype`.
+FUSED_MHA_EXPORT int64_t fused_mha_exp2(const void* x, void* result, int64_t count, int64_t dtype);
+
+#ifdef __cplusplus
+}
+#endif

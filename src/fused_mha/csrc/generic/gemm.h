@@ -1,0 +1,109 @@
+// The one matrix product of the library: C[R x NR] (+)= A[R x K] * B[K x NR], with C in registers.
+//
+// Every operand lies in panels: NR = two vectors of columns, row after row. In that form a matrix serves as B (a row is
+// two vectors) and as A, plain or transposed (an element is broadcast), so P and dS are stored once for all of their
+// products. bfloat16 operands pair two neighbours along K in 32 bits; K then counts pairs.
+#pragma once
+
+#include "simd/vec.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+// What one step along K does: `Element` is the unit that is broadcast, KSTEP the number of columns of A in it.
+struct Float32 {
+    using Accumulator = float;
+    using Element = float;
+    static constexpr int KSTEP = 1;
+    static FMHA_INLINE vfloat multiply_add(vfloat acc, vfloat a, vfloat b) { return a * b + acc; }
+};
+struct Float64 {
+    using Accumulator = double;
+    using Element = double;
+    static constexpr int KSTEP = 1;
+    static FMHA_INLINE vdouble multiply_add(vdouble acc, vdouble a, vdouble b) { return a * b + acc; }
+};
+#if defined(FMHA_BFLOAT16_DOT)
+struct BFloat16 {
+    using Accumulator = float;
+    using Element = float;  // 32 bits that hold two bfloat16
+    static constexpr int KSTEP = 2;
+    static FMHA_INLINE vfloat multiply_add(vfloat acc, vfloat a, vfloat b) { return dot_bfloat16(acc, a, b); }
+};
+#endif
+
+template <class T>
+constexpr int NR = 2 * LANES<T>;  // columns of a panel
+constexpr int MR = FMHA_MR;       // most rows of C that the registers hold
+
+// A's element (r, k) lies at a[r * RS + k * KS]; after `a_panel` steps along K, A goes on at the next panel.
+struct GemmArguments {
+    const void* a;
+    int64_t a_panel_steps;   // steps along K in a panel of A
+    int64_t a_panel_stride;  // elements from a panel of A to the next
+    const void* b;
+    int64_t b_row_stride;  // elements
+    void* c;               // rows of NR accumulators
+    int64_t steps;         // K
+    bool accumulate;
+};
+
+template <class P, int R, int VECTORS, bool TRANSPOSED>
+__attribute__((noinline)) void gemm_rows(const GemmArguments& g) {
+    using T = typename P::Accumulator;
+    using E = typename P::Element;
+    constexpr int W = LANES<T>, ROW = NR<T> / P::KSTEP;  // elements of a row of a panel of A
+    constexpr int RS = TRANSPOSED ? 1 : ROW, KS = TRANSPOSED ? NR<T> : 1;
+    Vec<T> acc[R][VECTORS];
+    T* c = static_cast<T*>(g.c);
+    if (g.accumulate) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(c + r * NR<T> + v * W);
+    } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) acc[r][v] = Vec<T>{};
+    }
+    const E* panel = static_cast<const E*>(g.a);
+    const E* b = static_cast<const E*>(g.b);
+    for (int64_t left = g.steps; left > 0; left -= g.a_panel_steps, panel += g.a_panel_stride) {
+        const E* a = panel;
+        for (int64_t k = left < g.a_panel_steps ? left : g.a_panel_steps; k > 0; --k, a += KS, b += g.b_row_stride) {
+            Vec<T> columns[VECTORS];
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) columns[v] = load(b + v * W);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Vec<T> x = splat(a[r * RS]);
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) acc[r][v] = P::multiply_add(acc[r][v], x, columns[v]);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) store(c + r * NR<T> + v * W, acc[r][v]);
+}
+
+template <class P, int VECTORS, bool TRANSPOSED, int R = MR>
+FMHA_INLINE void gemm_of_rows(int rows, const GemmArguments& g) {
+    if constexpr (R > 1)
+        if (rows < R) return gemm_of_rows<P, VECTORS, TRANSPOSED, R - 1>(rows, g);
+    gemm_rows<P, R, VECTORS, TRANSPOSED>(g);
+}
+
+// `rows` from 1 to MR, `columns` from 1 to NR: whole vectors are computed.
+template <class P, bool TRANSPOSED = false>
+void gemm(int rows, int64_t columns, const GemmArguments& g) {
+    if (columns > LANES<typename P::Accumulator>)
+        gemm_of_rows<P, 2, TRANSPOSED>(rows, g);
+    else
+        gemm_of_rows<P, 1, TRANSPOSED>(rows, g);
+}
+
+}  // namespace
+}  // namespace fused_mha::FMHA_ISA

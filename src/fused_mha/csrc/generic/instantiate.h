@@ -1,0 +1,66 @@
+// Instantiates the algorithms for the instruction set FMHA_ISA; included once by isa/<name>.cpp.
+#pragma once
+
+#include "generic/attention_backward.h"
+#include "generic/attention_forward.h"
+#include "generic/kernels.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+// Calls f with the policy that computes on tensors of `dtype`.
+template <class F>
+auto with_policy(int64_t dtype, F&& f) {
+    if (dtype == FUSED_MHA_FLOAT64) return f(Float64{});
+#if defined(FMHA_BFLOAT16_DOT)
+    if (dtype == FUSED_MHA_BFLOAT16) return f(BFloat16{});
+#endif
+    return f(Float32{});
+}
+
+int64_t forward_workspace(const fused_mha_forward_arguments& call) {
+    return with_policy(call.attention.query.dtype,
+                       [&](auto policy) { return Forward<decltype(policy)>(call).workspace(); });
+}
+void forward(const fused_mha_forward_arguments& call) {
+    with_policy(call.attention.query.dtype, [&](auto policy) { Forward<decltype(policy)>(call).run(); });
+}
+
+int64_t backward_workspace(const fused_mha_backward_arguments& call) {
+    return with_policy(call.attention.query.dtype,
+                       [&](auto policy) { return Backward<decltype(policy)>(call).workspace(); });
+}
+void backward(const fused_mha_backward_arguments& call) {
+    with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
+}
+
+void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
+    const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), dropout_p);
+    const int64_t H = mask.size[1], L = mask.size[2], S = mask.size[3];
+    auto task = [&](int64_t index, int64_t) {
+        const int64_t n = index / H, h = index % H;
+        for (int64_t i = 0; i < L; ++i) {
+            uint8_t* row = element<uint8_t>(mask, n, h, i);
+            for (int64_t first = 0; first < S; first += 8) {
+                uint32_t kept;
+                draw_kept<8>(seed, index, i, 1, first, &kept);
+                for (int64_t j = first; j < min(S, first + 8); ++j) row[j] = kept >> (j - first) & 1;
+            }
+        }
+    };
+    fused_mha::run(mask.size[0] * H, threads, task);
+}
+
+template <class T>
+void exp2_of(const T* x, T* result, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES<T>)
+        store_some<T, OwnData<T>>(result + i, exp2(load_some<T, OwnData<T>>(x + i, count - i)), count - i);
+}
+
+}  // namespace
+
+extern const KernelTable kernels;
+const KernelTable kernels = {FMHA_ISA_NAME, forward_workspace, forward, backward_workspace, backward, dropout_mask,
+                             exp2_of<float>,  exp2_of<double>};
+
+}  // namespace fused_mha::FMHA_ISA

@@ -1,0 +1,19 @@
+// The entry points of one instruction set. kernel_table.cpp chooses among them at run time.
+#pragma once
+
+#include "c_api.h"
+
+namespace fused_mha {
+
+struct KernelTable {
+    const char* name;
+    int64_t (*forward_workspace)(const fused_mha_forward_arguments&);
+    void (*forward)(const fused_mha_forward_arguments&);
+    int64_t (*backward_workspace)(const fused_mha_backward_arguments&);
+    void (*backward)(const fused_mha_backward_arguments&);
+    void (*dropout_mask)(const fused_mha_tensor& seed, const fused_mha_tensor& mask, double dropout_p, int64_t threads);
+    void (*exp2_float)(const float* x, float* result, int64_t count);
+    void (*exp2_double)(const double* x, double* result, int64_t count);
+};
+
+}  // namespace fused_mha

@@ -1,0 +1,194 @@
+// Which scores count: padding, causality and windows, boolean and additive masks, read where they lie.
+//
+// Scores come in tiles of some rows by one panel of keys. Before a tile is computed `look` tells whether anything in it is
+// visible; afterwards `apply` puts -inf in the place of hidden scores and adds the additive masks. With an additive
+// mask, or with a scale that is not positive, all scores of a call are scaled there ("natural"), else in the softmax.
+#pragma once
+
+#include <cmath>
+
+#include "generic/panels.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+// A panel of keys that some query may see: its first key, and the columns that none may see.
+struct KeyPanel {
+    int64_t first;
+    uint32_t hidden;
+};
+
+// The columns from..to of a panel as bits; none where to < from.
+FMHA_INLINE uint32_t column_bits(int64_t from, int64_t to, int64_t width) {
+    from = from < 0 ? 0 : from;
+    to = to >= width ? width - 1 : to;
+    return from > to ? 0 : uint32_t(((uint64_t(2) << to) - 1) & ~((uint64_t(1) << from) - 1));
+}
+
+template <class T>
+FMHA_INLINE T element_as(int64_t dtype, const void* data, int64_t index) {
+    switch (dtype) {
+        case FUSED_MHA_FLOAT64: return T(static_cast<const double*>(data)[index]);
+        case FUSED_MHA_BFLOAT16: return T(bfloat16_to_float(static_cast<const uint16_t*>(data)[index]));
+        case FUSED_MHA_FLOAT16: return T(half_to_float(static_cast<const uint16_t*>(data)[index]));
+        default: return T(static_cast<const float*>(data)[index]);
+    }
+}
+
+template <class T>
+struct TileMask {
+    enum { HIDDEN, PLAIN, MASKED } kind;
+    uint32_t hidden[MR];  // of each row
+};
+
+template <class T>
+class Masking {
+public:
+    static constexpr int COLUMNS = NR<T>;
+    static constexpr T NEGATIVE_INFINITY = -T(INFINITY);
+    static constexpr T LOG2_E = T(1.44269504088896340736);
+
+    const int64_t L, S, keys;  // `keys` counts the virtual ones too
+    const bool natural;
+    const T score_factor;  // of the scores as `apply` leaves them, to natural units
+    const T exponent_factor;  // to exponents of 2
+
+    explicit Masking(const fused_mha_attention& a)
+        : L(a.query.size[1]),
+          S(a.key.size[1]),
+          keys(S + (a.bias_k.data != nullptr) + (a.add_zero_attn != 0)),
+          natural((a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL) ||
+                  (a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL) || !(a.scale > 0)),
+          score_factor(natural ? T(1) : T(a.scale)),
+          exponent_factor(score_factor * LOG2_E),
+          a(a) {}
+
+    // Writes those of the panels from..to that some query of batch element n may see, in order; returns how many.
+    int64_t visible_panels(int64_t n, KeyPanel* panels, int64_t from, int64_t to) const {
+        int64_t count = 0;
+        for (int64_t first = from * COLUMNS; first < to * COLUMNS; first += COLUMNS) {
+            const uint32_t hidden = ~column_bits(0, keys - 1 - first, COLUMNS) | padded_columns(n, first);
+            if ((hidden & ALL) != ALL) panels[count++] = {first, hidden & ALL};
+        }
+        return count;
+    }
+
+    // The additive key_padding_mask over a panel.
+    void padding_values(int64_t n, int64_t first, T* values) const {
+        const fused_mha_tensor& mask = a.key_padding_mask;
+        for (int64_t c = 0; c < COLUMNS; ++c)
+            values[c] = first + c < S ? element_as<T>(mask.dtype, mask.data, n * mask.stride[0] + (first + c) * mask.stride[1])
+                                      : T(0);
+    }
+    bool adds_padding() const { return a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL; }
+
+    // Whether causality and the window let any of the rows see any key of the panel.
+    bool band_sees(int64_t row, int64_t rows, int64_t first) const {
+        if (first + COLUMNS > S && keys > S) return true;
+        return first <= row + rows - 1 + a.last_visible && first + COLUMNS - 1 >= row + a.first_visible;
+    }
+
+    TileMask<T> look(int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel) const {
+        TileMask<T> mask;
+        if (!band_sees(row, rows, panel.first)) {
+            mask.kind = mask.HIDDEN;
+            return mask;
+        }
+        const bool tests_keys = a.attn_mask.data && a.attn_mask.dtype == FUSED_MHA_BOOL;
+        if (!tests_keys && !natural && !panel.hidden && panel.first + COLUMNS - 1 <= row + a.last_visible &&
+            panel.first >= row + rows - 1 + a.first_visible) {
+            mask.kind = mask.PLAIN;
+            return mask;
+        }
+        uint32_t some = panel.hidden, all = ALL;
+        const uint32_t is_virtual = keys > S ? column_bits(S - panel.first, keys - 1 - panel.first, COLUMNS) : 0;
+        const int64_t real = S - panel.first < COLUMNS ? S - panel.first : COLUMNS;
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t position = row + r - panel.first;
+            uint32_t hidden = ~column_bits(position + a.first_visible, position + a.last_visible, COLUMNS);
+            if (tests_keys && real > 0)
+                hidden |= nonzero_bytes(static_cast<const uint8_t*>(a.attn_mask.data) + mask_index(n, h, row + r, panel.first),
+                                        int(real));
+            hidden = ((hidden & ~is_virtual) | panel.hidden) & ALL;
+            mask.hidden[r] = hidden;
+            some |= hidden;
+            all &= hidden;
+        }
+        mask.kind = all == ALL ? mask.HIDDEN : some ? mask.MASKED : mask.PLAIN;
+        if (adds_mask() && mask.kind != mask.HIDDEN && !is_virtual && additive_hides_all(n, h, row, rows, panel.first, real))
+            mask.kind = mask.HIDDEN;
+        if (natural && mask.kind == mask.PLAIN) mask.kind = mask.MASKED;
+        return mask;
+    }
+
+    // `scores` are rows of one panel, `padding` the panel's padding_values.
+    void apply(const TileMask<T>& mask, int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel,
+               const T* padding, T* scores) const {
+        const int64_t real = S - panel.first < COLUMNS ? S - panel.first : COLUMNS;
+        for (int64_t r = 0; r < rows; ++r, scores += COLUMNS) {
+            Vec<T> x[2] = {load(scores), load(scores + LANES<T>)};
+            if (natural) {
+                for (auto& v : x) v = v * splat(T(a.scale));
+                if (adds_mask() && real > 0) {
+                    T values[COLUMNS];
+                    const T* added = mask_values(n, h, row + r, panel.first, real, values);
+                    for (int v = 0; v < 2; ++v) x[v] = x[v] + load(added + v * LANES<T>);
+                }
+                if (adds_padding())
+                    for (int v = 0; v < 2; ++v) x[v] = x[v] + load(padding + v * LANES<T>);
+            }
+            for (int v = 0; v < 2; ++v)
+                store(scores + v * LANES<T>,
+                      select(mask.hidden[r] >> (v * LANES<T>), x[v], splat(NEGATIVE_INFINITY)));
+        }
+    }
+
+    int64_t mask_index(int64_t n, int64_t h, int64_t i, int64_t j) const {
+        const fused_mha_tensor& mask = a.attn_mask;
+        return (mask.size[0] > 1 ? n * mask.stride[0] : 0) + (mask.size[1] > 1 ? h * mask.stride[1] : 0) +
+               (mask.size[2] > 1 ? i * mask.stride[2] : 0) + j;
+    }
+
+private:
+    static constexpr uint32_t ALL = uint32_t((uint64_t(1) << COLUMNS) - 1);
+    const fused_mha_attention& a;
+
+    bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
+
+    // The columns from `first` on that the key_padding_mask hides from every query.
+    uint32_t padded_columns(int64_t n, int64_t first) const {
+        const fused_mha_tensor& mask = a.key_padding_mask;
+        if (!mask.data) return 0;
+        uint32_t hidden = 0;
+        for (int64_t c = 0; c < COLUMNS && first + c < S; ++c) {
+            const int64_t index = n * mask.stride[0] + (first + c) * mask.stride[1];
+            const bool hides = mask.dtype == FUSED_MHA_BOOL
+                                   ? static_cast<const uint8_t*>(mask.data)[index] != 0
+                                   : element_as<T>(mask.dtype, mask.data, index) == NEGATIVE_INFINITY;
+            hidden |= uint32_t(hides) << c;
+        }
+        return hidden;
+    }
+
+    // `real` <= COLUMNS values of the additive attn_mask in one row, zeros behind; in `values` where they need a copy.
+    const T* mask_values(int64_t n, int64_t h, int64_t i, int64_t first, int64_t real, T* values) const {
+        const int64_t index = mask_index(n, h, i, first), dtype = a.attn_mask.dtype;
+        if (dtype == OWN_DTYPE<T> && real == COLUMNS) return static_cast<const T*>(a.attn_mask.data) + index;
+        for (int64_t c = 0; c < COLUMNS; ++c)
+            values[c] = c < real ? element_as<T>(dtype, a.attn_mask.data, index + c) : T(0);
+        return values;
+    }
+
+    bool additive_hides_all(int64_t n, int64_t h, int64_t row, int64_t rows, int64_t first, int64_t real) const {
+        for (int64_t r = 0; r < (a.attn_mask.size[2] > 1 ? rows : 1); ++r) {
+            T copy[COLUMNS];
+            const T* values = mask_values(n, h, row + r, first, real, copy);
+            for (int64_t c = 0; c < real; ++c)
+                if (values[c] != NEGATIVE_INFINITY) return false;  // mostly the first is not
+        }
+        return true;
+    }
+};
+
+}  // namespace
+}  // namespace fused_mha::FMHA_ISA

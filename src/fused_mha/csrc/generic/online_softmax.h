@@ -1,0 +1,190 @@
+// The steps of the forward: score a row tile against a tile of keys, take the scores into the running softmax, multiply
+// with the values (Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867).
+#pragma once
+
+#include "generic/attention.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+// Up to MR queries of one head, and what their softmax has come to.
+template <class P>
+struct RowTile {
+    using T = typename P::Accumulator;
+    int64_t n, h, first, rows;
+    T* query;    // [panel of D][row][A_WIDTH]
+    T* output;   // [panel of D_v][row][COLUMNS], not yet divided by row_sum
+    T* row_max;  // [row], of the scores as Masking::apply leaves them
+    T* row_sum;  // [row], of exp(score - row_max)
+};
+
+// The scores of a row tile over some panels of keys, and what becomes of them.
+template <class P>
+struct Strip {
+    using T = typename P::Accumulator;
+    T* scores;        // [panel][row][COLUMNS]; after the softmax, exp(score - row_max), 0 where dropped
+    T* weights;       // what is multiplied with the values: `scores`, or these rounded to pairs of bfloat16
+    uint32_t* kept;   // [panel][MR], the columns that dropout keeps in each row
+    int64_t* active;  // the panels that count, in order
+    int64_t active_count;
+};
+
+// The steps of attending from a row tile to a tile of keys.
+template <class P>
+class Attender {
+public:
+    using T = typename P::Accumulator;
+    static constexpr int COLUMNS = NR<T>;
+
+    Attender(const Attention<P>& attention, bool keeps_weights)
+        : attention(attention), masking(attention.masking), seed(attention.seed()), keeps_weights(keeps_weights) {}
+
+    void start(const RowTile<P>& tile) const {
+        const void* rows[MR];
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            rows[r] = row_of(attention.a.query, tile.n, tile.first + r, tile.h);
+            tile.row_max[r] = Masking<T>::NEGATIVE_INFINITY;
+            tile.row_sum[r] = 0;
+        }
+        Panels<P>::pack_a(attention.a.query.dtype, rows, tile.rows, attention.D, tile.query);
+    }
+
+    // Appends the scores of the keys, which are the panels from `first` on of the strip's.
+    void score(const RowTile<P>& tile, const KeyTile<P>& keys, int64_t first, Strip<P>& strip) const {
+        const int64_t steps = Panels<P>::steps(attention.D), A_WIDTH = Panels<P>::A_WIDTH;
+        for (int64_t p = 0; p < keys.count; ++p) {
+            const KeyPanel& panel = keys.panels[p];
+            const TileMask<T> mask = masking.look(tile.n, tile.h, tile.first, tile.rows, panel);
+            if (mask.kind == mask.HIDDEN) continue;
+            T* at = strip.scores + (first + p) * tile.rows * COLUMNS;
+            gemm<P>(int(tile.rows), COLUMNS,
+                    {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
+            if (mask.kind == mask.MASKED)
+                masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS, at);
+            if (attention.drops())
+                attention.draw(seed, tile.n, tile.h, tile.first, tile.rows, panel, strip.kept + (first + p) * MR);
+            strip.active[strip.active_count++] = first + p;
+        }
+    }
+
+    // Takes the strip's scores into row_max and row_sum; what was summed up before is rescaled where row_max rises.
+    void soften(const RowTile<P>& tile, const Strip<P>& strip) const {
+        raise_maxima(tile, strip);
+        for (int64_t r = 0; r < tile.rows; ++r)
+            tile.row_sum[r] += attention.drops() ? exponentials<true>(tile, strip, r) : exponentials<false>(tile, strip, r);
+    }
+
+    // Multiplies the weights of the panels from `first` on with the values of `keys`. The output is added to where
+    // `accumulate`, or where the strip had panels before.
+    void multiply_values(const RowTile<P>& tile, const KeyTile<P>& keys, int64_t first, const Strip<P>& strip,
+                         bool accumulate) const {
+        constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
+        int64_t s = 0;
+        while (s < strip.active_count && strip.active[s] < first) ++s;
+        accumulate = accumulate || s > 0;
+        while (s < strip.active_count && strip.active[s] < first + keys.count) {
+            const int64_t p = strip.active[s];
+            int64_t run = 1;
+            while (s + run < strip.active_count && strip.active[s + run] == p + run && p + run < first + keys.count) ++run;
+            for (int64_t c = 0; c < attention.D_v; c += COLUMNS)
+                gemm<P>(int(tile.rows), attention.D_v - c,
+                        {strip.weights + p * tile.rows * A_WIDTH, A_WIDTH, tile.rows * A_WIDTH,
+                         keys.values + c / COLUMNS * keys.value_panel_stride() + (p - first) * A_WIDTH * COLUMNS, COLUMNS,
+                         tile.output + c * tile.rows, run * A_WIDTH, accumulate});
+            accumulate = true;
+            s += run;
+        }
+    }
+
+    // Whether no key counted so far: `output` is not initialised then.
+    static bool is_untouched(const RowTile<P>& tile) {
+        for (int64_t r = 0; r < tile.rows; ++r)
+            if (tile.row_sum[r] != 0) return false;
+        return true;
+    }
+
+    void finish(const RowTile<P>& tile, const fused_mha_forward_arguments& call) const {
+        const fused_mha_attention& a = attention.a;
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const int64_t i = tile.first + r;
+            const T sum = tile.row_sum[r];
+            void* row = row_of(call.output, tile.n, i, tile.h);
+            if (sum == 0)  // hidden everywhere
+                memset(row, 0, size_t(attention.D_v * item_size(call.output.dtype)));
+            else
+                unpack_row(tile.output + r * COLUMNS, tile.rows * COLUMNS, attention.D_v, attention.kept_factor() / sum,
+                           call.output.dtype, row);
+            if (a.stats.data) {
+                *element<T>(a.stats, 0, tile.n, tile.h, i) = tile.row_max[r];
+                *element<T>(a.stats, 1, tile.n, tile.h, i) = sum;
+            }
+            if (call.lse.data)
+                *element<T>(call.lse, tile.n, tile.h, i) =
+                    sum == 0 ? Masking<T>::NEGATIVE_INFINITY : tile.row_max[r] * masking.score_factor + std::log(sum);
+        }
+    }
+
+private:
+    static constexpr int W = LANES<T>;
+    const Attention<P>& attention;
+    const Masking<T>& masking;
+    const DropoutSeed seed;
+    const bool keeps_weights;
+
+    void raise_maxima(const RowTile<P>& tile, const Strip<P>& strip) const {
+        const int64_t stride = tile.rows * COLUMNS, count = strip.active_count;
+        const int64_t* const active = strip.active;
+        const bool is_first = is_untouched(tile);
+        T maxima[MR];
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const T* row = strip.scores + r * COLUMNS;
+            Vec<T> most[2] = {splat(tile.row_max[r]), splat(tile.row_max[r])};
+            for (int64_t s = 0; s < count; ++s)
+                for (int v = 0; v < 2; ++v) most[v] = max(load(row + active[s] * stride + v * W), most[v]);
+            maxima[r] = reduce_max(max(most[0], most[1]));
+        }
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            if (!is_first && maxima[r] != tile.row_max[r]) {
+                const Vec<T> ratio = splat(exp2(splat((tile.row_max[r] - shift(maxima[r])) * masking.exponent_factor))[0]);
+                tile.row_sum[r] *= ratio[0];
+                T* output = tile.output + r * COLUMNS;
+                for (int64_t c = 0; c < attention.D_v; c += COLUMNS, output += stride)
+                    for (int v = 0; v < 2; ++v) store(output + v * W, load(output + v * W) * ratio);
+            }
+            tile.row_max[r] = maxima[r];
+        }
+    }
+
+    // -inf - -inf = NaN where every key was hidden so far
+    static T shift(T row_max) { return row_max == Masking<T>::NEGATIVE_INFINITY ? T(0) : row_max; }
+
+    // Replaces the scores of row r by exp(score - row_max), dropped ones by 0, and returns the sum before dropout.
+    template <bool DROPS>
+    FMHA_INLINE T exponentials(const RowTile<P>& tile, const Strip<P>& strip, int64_t r) const {
+        const int64_t stride = tile.rows * COLUMNS, count = strip.active_count;
+        const int64_t* const active = strip.active;
+        const uint32_t* const kept = strip.kept + r;
+        T *const row = strip.scores + r * COLUMNS, *const rounded = strip.weights + r * (COLUMNS / 2);
+        const Vec<T> shifts = splat(shift(tile.row_max[r])), factors = splat(masking.exponent_factor);
+        const bool stores_scores = P::KSTEP == 1 || keeps_weights;
+        Vec<T> sums[2] = {};
+        for (int64_t s = 0; s < count; ++s) {
+            const int64_t p = active[s];
+            T* at = row + p * stride;
+            Vec<T> x[2];
+            for (int v = 0; v < 2; ++v) {
+                x[v] = exp2((load(at + v * W) - shifts) * factors);
+                sums[v] = sums[v] + x[v];
+            }
+            if (DROPS)
+                for (int v = 0; v < 2; ++v) x[v] = select(~kept[p * MR] >> (v * W), x[v], Vec<T>{});
+            if constexpr (P::KSTEP == 2) store(rounded + p * stride / 2, to_bfloat16(x[0], x[1]));
+            if (stores_scores)
+                for (int v = 0; v < 2; ++v) store(at + v * W, x[v]);
+        }
+        return reduce_add(sums[0] + sums[1]);
+    }
+};
+
+}  // namespace
+}  // namespace fused_mha::FMHA_ISA

@@ -1,0 +1,52 @@
+#include "parallel.h"
+
+#include <thread>
+
+namespace fused_mha {
+
+namespace {
+
+std::atomic<fused_mha_parallel_for> torch_parallel_for{nullptr};
+
+struct Job {
+    void (*task)(void*, int64_t, int64_t);
+    void* context;
+    int64_t tasks;
+    std::atomic<int64_t> next{0};
+
+    void work(int64_t worker) {
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i, worker);
+    }
+};
+
+}  // namespace
+
+void set_parallel_for(fused_mha_parallel_for parallel_for) { torch_parallel_for.store(parallel_for); }
+
+void run_tasks(int64_t tasks, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context) {
+    Job job{task, context, tasks};
+    const fused_mha_parallel_for parallel_for = torch_parallel_for.load();
+    const int64_t workers = tasks < threads ? tasks : threads;
+    if (parallel_for == nullptr || workers <= 1) {
+        job.work(0);
+        return;
+    }
+    // One range for each worker, which then takes tasks as they come: tasks differ in length.
+    parallel_for(
+        0, workers, 1,
+        [](int64_t begin, int64_t end, void* context) {
+            for (int64_t worker = begin; worker < end; ++worker) static_cast<Job*>(context)->work(worker);
+        },
+        &job);
+}
+
+void wait_for(const int32_t* ticket, int32_t turn) {
+    // Tasks start in the order of their turns, so the one that is waited for runs, if not on this machine's other cores
+    // then when it gets this one.
+    for (int spins = 0; __atomic_load_n(ticket, __ATOMIC_ACQUIRE) != turn; ++spins)
+        if (spins > 1000) std::this_thread::yield();
+}
+
+void pass_on(int32_t* ticket, int32_t next) { __atomic_store_n(ticket, next, __ATOMIC_RELEASE); }
+
+}  // namespace fused_mha

@@ -1,0 +1,27 @@
+// Tasks on torch's threads. The kernels call `run`; results never depend on which thread runs a task.
+#pragma once
+
+#include <atomic>
+
+#include "c_api.h"
+
+namespace fused_mha {
+
+void set_parallel_for(fused_mha_parallel_for parallel_for);
+
+// Calls task(index, worker) for every index in [0, tasks), in order of their start, on up to `threads` workers.
+void run_tasks(int64_t tasks, int64_t threads, void (*task)(void* context, int64_t index, int64_t worker),
+               void* context);
+
+// Tasks that add to one place in order: each waits until the ticket shows its turn, and passes it on.
+void wait_for(const int32_t* ticket, int32_t turn);
+void pass_on(int32_t* ticket, int32_t next);
+
+template <class F>
+inline __attribute__((always_inline)) void run(int64_t tasks, int64_t threads, F& f) {
+    run_tasks(
+        tasks, threads, [](void* context, int64_t index, int64_t worker) { (*static_cast<F*>(context))(index, worker); },
+        &f);
+}
+
+}  // namespace fused_mha

@@ -1,0 +1,48 @@
+// Any target with a compiler that knows vector types: the portable forms of vec.h (SSE2 on x86-64, NEON on aarch64).
+#pragma once
+
+#include "simd/vec.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+FMHA_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
+FMHA_INLINE vdouble max(vdouble a, vdouble b) { return a > b ? a : b; }
+FMHA_INLINE vfloat select(uint32_t bits, vfloat v, vfloat other) { return portable_select<float>(bits, v, other); }
+FMHA_INLINE vdouble select(uint32_t bits, vdouble v, vdouble other) { return portable_select<double>(bits, v, other); }
+FMHA_INLINE float reduce_max(vfloat v) { return portable_reduce_max<float>(v); }
+FMHA_INLINE double reduce_max(vdouble v) { return portable_reduce_max<double>(v); }
+FMHA_INLINE float reduce_add(vfloat v) { return portable_reduce_add<float>(v); }
+FMHA_INLINE double reduce_add(vdouble v) { return portable_reduce_add<double>(v); }
+
+// Adding 1.5 * 2^(mantissa bits) leaves no place for a fraction.
+FMHA_INLINE vfloat round(vfloat x) { return (x + 12582912.0f) - 12582912.0f; }
+FMHA_INLINE vdouble round(vdouble x) { return (x + 6755399441055744.0) - 6755399441055744.0; }
+template <class T>
+constexpr T ZERO_EXPONENT = PORTABLE_ZERO_EXPONENT<T>;
+FMHA_INLINE vfloat scale(vfloat p, vfloat n) { return portable_scale(p, n); }
+FMHA_INLINE vdouble scale(vdouble p, vdouble n) { return portable_scale(p, n); }
+
+FMHA_INLINE vfloat load_bfloat16(const uint16_t* p) {
+    vfloat v;
+    for (int i = 0; i < LANES<float>; ++i) v[i] = bfloat16_to_float(p[i]);
+    return v;
+}
+FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) { portable_store_bfloat16(p, v); }
+FMHA_INLINE vfloat load_half(const uint16_t* p) {
+    vfloat v;
+    for (int i = 0; i < LANES<float>; ++i) v[i] = half_to_float(p[i]);
+    return v;
+}
+FMHA_INLINE void store_half(uint16_t* p, vfloat v) {
+    for (int i = 0; i < LANES<float>; ++i) p[i] = float_to_half(v[i]);
+}
+
+FMHA_INLINE uint32_t nonzero_bytes(const uint8_t* p, int n) { return portable_nonzero_bytes(p, n); }
+
+FMHA_INLINE void multiply_words(vuint x, uint32_t factor, vuint& high, vuint& low) {
+    portable_multiply_words(x, factor, high, low);
+}
+
+}  // namespace
+}  // namespace fused_mha::FMHA_ISA

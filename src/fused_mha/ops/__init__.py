@@ -1,0 +1,5 @@
+"""The operators `torch.ops.fused_mha.*`, defined when this package is imported, before any call."""
+
+from fused_mha.ops import autograd, fake, fallback
+
+__all__ = ["autograd", "fake", "fallback"]

@@ -1,0 +1,90 @@
+"""The derivatives of `attention` and, by way of the reference, of its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_mha.ops import schema
+from fused_mha.ops.fallback import reference_attention
+from fused_mha.ops.schema import Arguments
+
+_FIELDS = Arguments._fields
+_DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v")
+_TENSORS = 8  # the first fields of Arguments
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result, _, _, stats = output
+    ctx.set_materialize_grads(False)  # no gradient of the weights or of the log-sum-exp: no work for it
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(*inputs[:_TENSORS], result, stats)
+    ctx.numbers = inputs[_TENSORS:]
+
+
+def _backward(
+    ctx: Any, grad_output: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
+    if grad_output is grad_weights is grad_lse is None:
+        return (None,) * len(_FIELDS)
+    *tensors, output, stats = ctx.saved_tensors
+    needed = dict(zip(_FIELDS, ctx.needs_input_grad, strict=True))
+    grads = schema.attention_backward(
+        grad_output,
+        grad_weights,
+        grad_lse,
+        output,
+        stats,
+        needed["attn_mask"],
+        needed["key_padding_mask"],
+        *tensors,
+        *ctx.numbers,
+    )
+    by_name: dict[str, Tensor] = dict(zip(_DIFFERENTIABLE, grads, strict=True))
+    return tuple(by_name[name] if needed[name] else None for name in _FIELDS)
+
+
+torch.library.register_autograd(schema.attention, _backward, setup_context=_setup)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    cotangents, rest = inputs[:3], inputs[7:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*cotangents, *rest[:_TENSORS])
+    ctx.numbers = rest[_TENSORS:]
+
+
+def _double_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Differentiates the gradient of the reference, in which the drawn dropout mask is replayed."""
+    with torch.enable_grad():
+        tensors = [x if x is None or not x.is_floating_point() else _leaf(x) for x in ctx.saved_tensors]
+        cotangents, inputs = tensors[:3], tensors[3:]
+        arguments = Arguments.of(inputs, ctx.numbers)
+        results = reference_attention(arguments)
+        differentiated = [(y, g) for y, g in zip(results, cotangents, strict=True) if y is not None and g is not None]
+        variables = [getattr(arguments, name) for name in _DIFFERENTIABLE]
+        wanted = [i for i, g in enumerate(grads_of_grads) if g is not None and variables[i] is not None]
+        if not wanted or not differentiated:
+            return (None,) * (7 + len(_FIELDS))
+        gradients = torch.autograd.grad(
+            [y for y, _ in differentiated],
+            [variables[i] for i in wanted],
+            [g for _, g in differentiated],
+            create_graph=True,
+        )
+    leaves = [x for x in tensors if x is not None and x.requires_grad]
+    second = torch.autograd.grad(
+        gradients, leaves, [grads_of_grads[i] for i in wanted], allow_unused=True, create_graph=torch.is_grad_enabled()
+    )
+    by_leaf = dict(zip(map(id, leaves), second, strict=True))
+    found = [None if x is None else by_leaf.get(id(x)) for x in tensors]
+    return (*found[:3], None, None, None, None, *found[3:], *(None,) * (len(_FIELDS) - _TENSORS))
+
+
+def _leaf(x: Tensor) -> Tensor:
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+torch.library.register_autograd(schema.attention_backward, _double_backward, setup_context=_setup_backward)

@@ -1,0 +1,82 @@
+"""What the operators take and give; `fake`, `fallback` and `autograd` say the rest of each.
+
+`attention` returns the output (N, L, H, D_v), the weights or an empty tensor, the log-sum-exp (N, H, L) and `stats`
+(2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. A gradient that is not asked for is an
+empty tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("fused_mha", "DEF")
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? bias_k, "
+    "Tensor? bias_v, Tensor? seed, SymInt? first_visible, SymInt? last_visible, bool add_zero_attn, float dropout_p, "
+    "float scale, bool need_weights, bool average_attn_weights"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+LIBRARY.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    "attention_backward(Tensor? grad_output, Tensor? grad_weights, Tensor? grad_lse, Tensor output, Tensor stats, "
+    f"bool mask_grad, bool padding_grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor", tags=_TAGS)
+
+attention = torch.ops.fused_mha.attention.default
+attention_backward = torch.ops.fused_mha.attention_backward.default
+dropout_mask = torch.ops.fused_mha.dropout_mask.default
+
+
+class Arguments(NamedTuple):
+    """What forward and backward share, in the order of the op's arguments.
+
+    Query i sees the keys i + first_visible to i + last_visible; None is no limit.
+    """
+
+    query: Tensor  # (N, L, H, D)
+    key: Tensor  # (N, S, H_kv, D)
+    value: Tensor  # (N, S, H_kv, D_v)
+    attn_mask: Tensor | None  # (N|1, H|1, L|1, S)
+    key_padding_mask: Tensor | None  # (N, S)
+    bias_k: Tensor | None  # (H_kv, D)
+    bias_v: Tensor | None  # (H_kv, D_v)
+    seed: Tensor | None  # (2), int64
+    first_visible: int | None
+    last_visible: int | None
+    add_zero_attn: bool
+    dropout_p: float
+    scale: float
+    need_weights: bool
+    average_attn_weights: bool
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None], numbers: Iterable[Any]) -> Arguments:
+        """From the tensors, `seed` the last of them, and the rest."""
+        fields: list[Any] = [*tensors, *numbers]
+        return cls(*fields)
+
+    @property
+    def columns(self) -> int:
+        """S', the number of keys with the virtual ones."""
+        return self.key.shape[1] + (self.bias_k is not None) + self.add_zero_attn
+
+    @property
+    def weights_shape(self) -> tuple[int, ...]:
+        """Of the weights; without them, of an empty tensor in their place."""
+        N, L, H = self.query.shape[:3]
+        if not self.need_weights:
+            return (0,)
+        return (N, L, self.columns) if self.average_attn_weights else (N, H, L, self.columns)
+
+    @property
+    def accumulator_dtype(self) -> torch.dtype:
+        """In which sums are kept: fp32, or fp64 for fp64."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
