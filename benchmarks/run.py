@@ -1,12 +1,14 @@
 """The benchmark harness: interleaved timing, verification first, a table, JSON and a plot.
 
 `python benchmarks/run.py` runs every `bench_<what>.py` beside it, `python benchmarks/run.py module` one of them. Each
-such file has a `cases(options)` that yields `BenchCase`s.
+such file has a `cases(options)` that yields `BenchCase`s. It may have `GROUPS`, the bars of the groups' geometric
+means, and `REPORTS`, named functions of the options that give a `Report` of what is no ratio to torch's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -15,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 import fused_mha
 
 HERE = Path(__file__).resolve().parent
+MIN_ROUNDS = 5  # the fewest of which a 20th and an 80th percentile are not the extremes
 Contender = Callable[[], object]
 
 
@@ -37,6 +40,22 @@ class BenchCase(NamedTuple):
     baselines: dict[str, Contender]  # the fastest of them counts
     bar: float
     verify: Contender  # raises AssertionError if the results differ
+    setup: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # around both
+
+
+class GroupBar(NamedTuple):
+    """What the geometric mean of a group's ratios has to reach, and what it is to reach one day."""
+
+    at_least: float
+    aim: float
+
+
+class Report(NamedTuple):
+    """What a report prints and what it leaves in the JSON; `passes` is None where it has no bar or was skipped."""
+
+    lines: list[str]
+    values: dict[str, object]
+    passes: bool | None = None
 
 
 class Timing(NamedTuple):
@@ -62,20 +81,27 @@ class Row(NamedTuple):
         return self.ratio >= self.bar
 
 
-def measure(case: BenchCase, seconds: float) -> Row:
-    """Time ours and the baselines in turns, one after the other in every round, for about ``seconds``."""
-    contenders = {"ours": case.ours, **case.baselines}
-    repeats = {}
-    for name, call in contenders.items():
-        shortest = math.inf
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            shortest = min(shortest, time.perf_counter() - start)
-        repeats[name] = max(1, math.ceil(0.002 / shortest))  # a turn is at least 2 ms
+class Group(NamedTuple):
+    """The ratios of a group's rows in brief; the bars are None where the group has none of its own."""
+
+    name: str
+    geometric_mean: float
+    lowest: float
+    at_least: float | None
+    aim: float | None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the geometric mean reaches the group's bar."""
+        return self.at_least is None or self.geometric_mean >= self.at_least
+
+
+def interleave(contenders: Mapping[str, Contender], seconds: float) -> list[dict[str, float]]:
+    """Milliseconds a call, of every contender in every round: in turns, one after the other, for about ``seconds``."""
+    repeats = {name: _repeats(call) for name, call in contenders.items()}
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
-    while len(rounds) < 7 or time.perf_counter() < end:
+    while len(rounds) < MIN_ROUNDS or time.perf_counter() < end:
         turn = {}
         names = list(contenders)
         for name in names if len(rounds) % 2 == 0 else reversed(names):
@@ -84,6 +110,26 @@ def measure(case: BenchCase, seconds: float) -> Row:
                 contenders[name]()
             turn[name] = (time.perf_counter() - start) / repeats[name] * 1e3
         rounds.append(turn)
+    return rounds
+
+
+def _repeats(call: Contender) -> int:
+    """How many calls make a turn, which is at least 2 ms; the calls that find out warm up too."""
+    shortest = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        shortest = min(shortest, time.perf_counter() - start)
+        if shortest > 0.1:  # seconds; it is one in any case
+            break
+    return max(1, math.ceil(0.002 / shortest))
+
+
+def measure(case: BenchCase, seconds: float) -> Row:
+    """Time ours and the baselines in the same rounds."""
+    contenders = {"ours": case.ours, **case.baselines}
+    with case.setup():
+        rounds = interleave(contenders, seconds)
     timings = {name: _timing([turn[name] for turn in rounds]) for name in contenders}
     fastest = min(case.baselines, key=lambda name: timings[name].median)
     ratio = statistics.median(turn[fastest] / turn["ours"] for turn in rounds)
@@ -102,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case (default: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose group or name contains TEXT")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases and reports whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it runs")
     parser.add_argument("--no-bars", action="store_true", help="exit with 0 also where a bar is missed")
     parser.add_argument(
@@ -121,26 +167,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, options: argparse.Namespace) -> int:
     module = importlib.import_module(f"bench_{name}")
     cases = [case for case in module.cases(options) if options.only in f"{case.group}, {case.name}"]
-    if not cases:
-        print(f"{name}: no case's group or name contains {options.only!r}", file=sys.stderr)
+    bars: dict[str, GroupBar] = getattr(module, "GROUPS", {})
+    reports = {title: report for title, report in getattr(module, "REPORTS", {}).items() if options.only in title}
+    if not cases and not reports:
+        print(f"{name}: no case's or report's name contains {options.only!r}", file=sys.stderr)
         return 2
     for case in tqdm(cases, desc="verify", disable=not sys.stderr.isatty(), leave=False):
-        case.verify()  # no speed is reported of wrong results
+        with case.setup():
+            case.verify()  # no speed is reported of wrong results
     print(f"{name}: {_environment(options)['device']}, {options.threads} threads, torch {torch.__version__}")
     rows = []
     for case in tqdm(cases, desc="measure", disable=not sys.stderr.isatty(), leave=False):
         rows.append(measure(case, options.seconds))
         tqdm.write(_line(rows[-1]))
-    for group in dict.fromkeys(row.group for row in rows):
-        ratios = [row.ratio for row in rows if row.group == group]
-        print(f"{group}: geometric mean {statistics.geometric_mean(ratios):.2f}x, lowest {min(ratios):.2f}x")
+    groups = _groups(rows, bars)
+    for group in groups:
+        print(_group_line(group))
+    if absent := [] if options.only else [group for group in bars if group not in {row.group for row in rows}]:
+        print(f"not possible on this machine: {'; '.join(absent)}")
     missed = [row for row in rows if not row.passes]
-    print(f"{len(rows) - len(missed)} of {len(rows)} cases reach their bar")
+    if rows:
+        print(f"{len(rows) - len(missed)} of {len(rows)} cases reach their bar")
     options.out.mkdir(parents=True, exist_ok=True)
-    result = {**_environment(options), "rows": [{**row._asdict(), "timings": _as_json(row)} for row in rows]}
-    (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    _plot(rows, options.out / f"{name}.png", f"{name}, {result['device']}, {options.threads} threads")
-    return 1 if missed and not options.no_bars else 0
+    result = {
+        **_environment(options),
+        "rows": [{**row._asdict(), "timings": _as_json(row)} for row in rows],
+        "groups": [group._asdict() for group in groups],
+        "reports": [],
+    }
+    _save(result, options.out / f"{name}.json")  # now already: a report may fail
+    if rows:
+        _plot(rows, groups, options.out / f"{name}.png", f"{name}, {result['device']}, {options.threads} threads")
+    fails = bool(missed) or not all(group.passes for group in groups)
+    for title, measure_report in reports.items():
+        report: Report = measure_report(options)
+        print(f"{'MISSED ' if report.passes is False else ''}{title}", *report.lines, sep="\n  ")
+        result["reports"].append({"name": title, "passes": report.passes, **report.values})
+        fails = fails or report.passes is False
+        _save(result, options.out / f"{name}.json")
+    return 1 if fails and not options.no_bars else 0
+
+
+def _save(result: Mapping[str, object], path: Path) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _groups(rows: Sequence[Row], bars: Mapping[str, GroupBar]) -> list[Group]:
+    groups = []
+    for name in dict.fromkeys(row.group for row in rows):
+        ratios = [row.ratio for row in rows if row.group == name]
+        bar = bars.get(name)
+        at_least, aim = (None, None) if bar is None else bar
+        groups.append(Group(name, statistics.geometric_mean(ratios), min(ratios), at_least, aim))
+    return groups
+
+
+def _group_line(group: Group) -> str:
+    bar = "" if group.at_least is None else f" (at least {group.at_least:.2f}, aim {group.aim:.2f})"
+    mark = "" if group.passes else "MISSED "
+    return f"{mark}{group.name}: geometric mean {group.geometric_mean:.2f}x{bar}, lowest {group.lowest:.2f}x"
 
 
 def _as_json(row: Row) -> dict[str, dict[str, float]]:
@@ -179,7 +264,7 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _plot(rows: Iterable[Row], path: Path, title: str) -> None:
+def _plot(rows: Iterable[Row], groups: Iterable[Group], path: Path, title: str) -> None:
     import matplotlib as mpl  # noqa: PLC0415  a bench extra that the table does without
 
     mpl.use("Agg")
@@ -189,7 +274,16 @@ def _plot(rows: Iterable[Row], path: Path, title: str) -> None:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * len(rows)), layout="constrained")
     colours = ["#2a7f62" if row.passes else "#b8442f" for row in rows]
     axes.barh([f"{row.group}, {row.name}" for row in rows], [row.ratio for row in rows], color=colours)
-    axes.plot([row.bar for row in rows], range(len(rows)), "|", color="black", markersize=9, label="bar")
+    axes.plot([row.bar for row in rows], range(len(rows)), "|", color="black", markersize=9, label="bar of the case")
+    bars, first, last = [], [], []
+    for group in groups:
+        if group.at_least is not None:
+            places = [place for place, row in enumerate(rows) if row.group == group.name]
+            bars.append(group.at_least)
+            first.append(places[0] - 0.5)
+            last.append(places[-1] + 0.5)
+    if bars:
+        axes.vlines(bars, first, last, color="#3b5b92", linestyle="--", label="bar of the group's geometric mean")
     axes.axvline(1.0, color="grey", linewidth=0.8)
     axes.set_xlabel("torch's time / ours (longer is better)")
     axes.set_title(title)

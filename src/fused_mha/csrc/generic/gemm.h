@@ -56,17 +56,10 @@ __attribute__((noinline)) void gemm_rows(const GemmArguments& g) {
     constexpr int RS = TRANSPOSED ? 1 : ROW, KS = TRANSPOSED ? NR<T> : 1;
     Vec<T> acc[R][VECTORS];
     T* c = static_cast<T*>(g.c);
-    if (g.accumulate) {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) acc[r][v] = load(c + r * NR<T> + v * W);
-    } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) acc[r][v] = Vec<T>{};
-    }
+        for (int v = 0; v < VECTORS; ++v) acc[r][v] = Vec<T>{};
     const E* panel = static_cast<const E*>(g.a);
     const E* b = static_cast<const E*>(g.b);
     for (int64_t left = g.steps; left > 0; left -= g.a_panel_steps, panel += g.a_panel_stride) {
@@ -83,10 +76,14 @@ __attribute__((noinline)) void gemm_rows(const GemmArguments& g) {
             }
         }
     }
+    // What was there is added last: sums over long K so fall into blocks, and their rounding errors grow that much slower.
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) store(c + r * NR<T> + v * W, acc[r][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            T* at = c + r * NR<T> + v * W;
+            store(at, g.accumulate ? load(at) + acc[r][v] : acc[r][v]);
+        }
 }
 
 template <class P, int VECTORS, bool TRANSPOSED, int R = MR>
