@@ -28,7 +28,7 @@ if LIBRARY is None:
 
 def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
     """The first and the last key that query i sees, less i; None is no limit. `masks.outside_band` draws the same."""
-    left, right = inputs.window or (None, None)
+    left, right = (None if side is None else min(side, native.FAR) for side in inputs.window or (None, None))
     if inputs.is_causal:
         right = 0
     diagonal = inputs.key.shape[1] - inputs.query.shape[1] if inputs.causal_alignment == "bottom_right" else 0
@@ -60,7 +60,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
         inputs.need_weights,
         inputs.average_attn_weights,
     )
-    if all(x is None or is_plain(x) for x in arguments[:7]):
+    if all(x is None or (is_plain(x) and not x.is_neg()) for x in arguments[:7]):
         # What nothing records or transforms needs no dispatcher, which costs as much as a small attention.
         assert LIBRARY is not None
         output, weights, lse, _ = LIBRARY.forward(_contiguous(arguments), inputs.return_lse, return_stats=False)
@@ -73,9 +73,27 @@ def _contiguous(arguments: Arguments) -> Arguments:
     return Arguments.of((None if x is None else _last_contiguous(x) for x in arguments[:7]), arguments[7:])
 
 
+def _operands(*inputs: Any) -> Arguments:
+    """The operators' arguments, which anyone may call them with; what else is wrong the library finds."""
+    for name, x in zip(Arguments._fields, inputs[:8], strict=False):
+        if x is not None and (x.dim() > 4 or (x.dim() < 4 and name in ("query", "key", "value"))):
+            raise RuntimeError(f"{name} has a wrong number of dimensions; got shape {tuple(x.shape)}")
+    return _contiguous(Arguments(*inputs))
+
+
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert LIBRARY is not None
-    return LIBRARY.forward(_contiguous(Arguments(*inputs)), return_lse=True, return_stats=True)
+    return LIBRARY.forward(_operands(*inputs), return_lse=True, return_stats=True)
+
+
+def _sum(x: Tensor, dim: int) -> Tensor:
+    """The sum over one dimension, which stays with size 1, by pairs: torch's own order depends on the threads."""
+    while (size := x.shape[dim]) > 1:
+        half = (size + 1) // 2
+        first = x.narrow(dim, 0, half).clone()
+        first.narrow(dim, 0, size - half).add_(x.narrow(dim, half, size - half))
+        x = first
+    return x if size else x.sum(dim, keepdim=True)
 
 
 def _backward(
@@ -89,7 +107,7 @@ def _backward(
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
     assert LIBRARY is not None
-    arguments = _contiguous(Arguments(*inputs))
+    arguments = _operands(*inputs)
     query, mask, padding = arguments.query, arguments.attn_mask, arguments.key_padding_mask
     N, _, H, _ = query.shape
     dtype = arguments.accumulator_dtype
@@ -108,17 +126,18 @@ def _backward(
         grad_mask,
         grad_columns,
     )
-    empty = query.new_empty((0,))
-    grad_attn_mask = grad_padding = empty
+    grad_attn_mask, grad_padding = query.new_empty((0,)), query.new_empty((0,))
     if mask_grad and mask is not None:
         if grad_mask is None:
             assert grad_columns is not None
-            grad_mask = grad_columns.unsqueeze(2).sum_to_size(mask.shape)
+            grad_mask = grad_columns.unsqueeze(2)  # [N, H, 1, S]
+            for dim in (0, 1):
+                grad_mask = _sum(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
         grad_attn_mask = grad_mask.to(mask.dtype)
     if padding_grad and padding is not None:
         assert grad_columns is not None
-        grad_padding = grad_columns.sum(dim=1).to(padding.dtype)
-    grad_biases = [empty if grad is None else grad.sum(dim=0).to(query.dtype) for grad in grads[3:]]
+        grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype)
+    grad_biases = [query.new_empty((0,)) if grad is None else _sum(grad, 0)[0].to(query.dtype) for grad in grads[3:]]
     return *grads[:3], grad_attn_mask, grad_padding, *grad_biases
 
 

@@ -31,7 +31,8 @@ DTYPES = {  # as `enum fused_mha_dtype` numbers them
     torch.int64: 5,
     torch.uint8: 6,
 }
-_FAR = 1 << 60  # a key position that no query has
+_UNKNOWN = -1
+FAR = 1 << 60  # a key position that no query has
 _NOTHING = torch.empty(0, device="cpu")
 
 _TENSOR = "3q4q4q"
@@ -152,8 +153,8 @@ class Library:
     ) -> None:
         fields: list[float] = [field for x in (*arguments[:8], stats, None) for field in _fields(x)]
         fields += (
-            -_FAR if arguments.first_visible is None else arguments.first_visible,
-            _FAR if arguments.last_visible is None else arguments.last_visible,
+            -FAR if arguments.first_visible is None else arguments.first_visible,
+            FAR if arguments.last_visible is None else arguments.last_visible,
             arguments.add_zero_attn,
             arguments.average_attn_weights,
             torch.get_num_threads(),
@@ -181,9 +182,10 @@ def _fields(x: Tensor | None) -> tuple[Any, ...]:
         return _ABSENT
     missing = 4 - x.dim()
     bytes_left = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    dtype = DTYPES.get(x.dtype, _UNKNOWN)
     if not missing:
-        return (x.data_ptr(), DTYPES[x.dtype], bytes_left, *x.shape, *x.stride())
-    return (x.data_ptr(), DTYPES[x.dtype], bytes_left, *x.shape, *(1,) * missing, *x.stride(), *(0,) * missing)
+        return (x.data_ptr(), dtype, bytes_left, *x.shape, *x.stride())
+    return (x.data_ptr(), dtype, bytes_left, *x.shape, *(1,) * missing, *x.stride(), *(0,) * missing)
 
 
 def _torch_parallel_for() -> int | None:

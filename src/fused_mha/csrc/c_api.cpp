@@ -57,10 +57,12 @@ public:
         check(name, t, t.dtype, dims, expected);
     }
 
-    template <class... Arguments>
-    void fail_with(const char* format, Arguments... arguments) {
+    __attribute__((format(printf, 2, 3))) void fail_with(const char* format, ...) {
         ok = false;
-        fail(format, arguments...);
+        va_list arguments;
+        va_start(arguments, format);
+        vsnprintf(last_error, sizeof last_error, format, arguments);
+        va_end(arguments);
     }
 
 private:
@@ -78,7 +80,9 @@ private:
                    !__builtin_add_overflow(last, extent, &last);
         }
         if (fits && elements == 0) return;
-        fits = fits && !__builtin_mul_overflow(last + 1, ITEM_SIZES[t.dtype], &bytes);
+        // Far beyond any memory, and far enough from 2^63 for the size of a workspace.
+        constexpr int64_t MOST_ELEMENTS = int64_t(1) << 46;
+        fits = fits && elements <= MOST_ELEMENTS && !__builtin_mul_overflow(last + 1, ITEM_SIZES[t.dtype], &bytes);
         if (!fits) return fail_with("%s has sizes or strides that overflow or are negative", name);
         if (!t.data) return fail_with("%s is missing", name);
         if (bytes > t.bytes)
@@ -113,7 +117,9 @@ void check_attention(Checker& checker, const fused_mha_attention& a) {
     if (checker.ok && !(a.dropout_p >= 0 && a.dropout_p <= 1))
         checker.fail_with("dropout_p must be between 0 and 1; got %g", a.dropout_p);
     if (a.dropout_p > 0) checker.check("seed", a.seed, FUSED_MHA_INT64, 1, {2, 1, 1, 1});
-    if (checker.ok && a.threads < 1) checker.fail_with("threads must be at least 1; got %lld", (long long)a.threads);
+    constexpr int64_t MOST_THREADS = 1 << 16;
+    if (checker.ok && (a.threads < 1 || a.threads > MOST_THREADS))
+        checker.fail_with("threads must be between 1 and %lld; got %lld", (long long)MOST_THREADS, (long long)a.threads);
     constexpr int64_t FARTHEST = int64_t(1) << 61;
     if (checker.ok && (a.first_visible < -FARTHEST || a.first_visible > FARTHEST || a.last_visible < -FARTHEST ||
                        a.last_visible > FARTHEST))

@@ -72,11 +72,17 @@ def _double_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Tensor |
             [y for y, _ in differentiated],
             [variables[i] for i in wanted],
             [g for _, g in differentiated],
+            allow_unused=True,
             create_graph=True,
         )
+    used = [(x, grads_of_grads[i]) for x, i in zip(gradients, wanted, strict=True) if x is not None and x.requires_grad]
     leaves = [x for x in tensors if x is not None and x.requires_grad]
     second = torch.autograd.grad(
-        gradients, leaves, [grads_of_grads[i] for i in wanted], allow_unused=True, create_graph=torch.is_grad_enabled()
+        [x for x, _ in used],
+        leaves,
+        [g for _, g in used],
+        allow_unused=True,
+        create_graph=torch.is_grad_enabled(),
     )
     by_leaf = dict(zip(map(id, leaves), second, strict=True))
     found = [None if x is None else by_leaf.get(id(x)) for x in tensors]

@@ -199,10 +199,10 @@ private:
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t i = first_row + r;
                 queries[r] = row_of(a.query, n, i, h);
-                grads[r] = row_of(grad, n, i, h);
                 row_max[r] = *element<T>(a.stats, 0, n, h, i);
                 const T sum = *element<T>(a.stats, 1, n, h, i);
                 inverse_sum[r] = sum == 0 ? T(0) : 1 / sum;
+                grads[r] = sum == 0 ? nullptr : row_of(grad, n, i, h);
                 delta[r] = backward.call.grad_weights.data ? backward.deltas[(n * attention.H + h) * attention.L + i]
                                                            : backward.delta.of_output(n, h, i);
             }
@@ -261,12 +261,12 @@ private:
                     continue;
                 }
                 is_visible = true;
-                gemm<P>(int(size), COLUMNS,
-                        {query_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH, keys_transposed + p * steps * COLUMNS, COLUMNS,
-                         s, steps, false});
-                gemm<P>(int(size), COLUMNS,
-                        {grad_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH, values_transposed + p * value_steps * COLUMNS,
-                         COLUMNS, ds, value_steps, false});
+                gemm_in_blocks<P>(int(size), COLUMNS,
+                                  {query_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
+                                   keys_transposed + p * steps * COLUMNS, COLUMNS, s, steps, false});
+                gemm_in_blocks<P>(int(size), COLUMNS,
+                                  {grad_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
+                                   values_transposed + p * value_steps * COLUMNS, COLUMNS, ds, value_steps, false});
                 if (mask.kind == mask.MASKED)
                     masking.apply(mask, n, h, first_row + first, size, panel, padding + p * COLUMNS, s);
                 if (attention.drops()) attention.draw(seed, n, h, first_row + first, size, panel, kept_columns + first);
@@ -278,10 +278,15 @@ private:
         // Scores become P after dropout, dP becomes dS.
         FMHA_INLINE void differentiate(int64_t r, const KeyPanel& panel, T* s, T* dp) const {
             const fused_mha_tensor& grad_weights = backward.call.grad_weights;
+            if (inverse_sum[r] == 0) {  // hidden everywhere: whatever gradient arrives
+                memset(s, 0, COLUMNS * sizeof(T));
+                memset(dp, 0, COLUMNS * sizeof(T));
+                return;
+            }
             const int64_t i = first_row + r;
             const bool drops = attention.drops();
             const uint32_t kept = drops ? kept_columns[r] : ~0u;
-            const Vec<T> shifts = splat(row_max[r] == Masking<T>::NEGATIVE_INFINITY ? T(0) : row_max[r]);
+            const Vec<T> shifts = splat(row_max[r]);
             for (int v = 0; v < 2; ++v) {
                 const Vec<T> x = exp2((load(s + v * W) - shifts) * splat(masking.exponent_factor)) * splat(inverse_sum[r]);
                 Vec<T> dx = load(dp + v * W);

@@ -126,8 +126,9 @@ private:
             const TileMask<T> mask = attention.masking.look(n, h, first, rows, panel);
             if (mask.kind == mask.HIDDEN) return;
             constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
-            gemm<P>(int(rows), COLUMNS,
-                    {query, A_WIDTH, rows * A_WIDTH, keys, COLUMNS, scores, Panels<P>::steps(attention.D), false});
+            gemm_in_blocks<P>(
+                int(rows), COLUMNS,
+                {query, A_WIDTH, rows * A_WIDTH, keys, COLUMNS, scores, Panels<P>::steps(attention.D), false});
             if (mask.kind == mask.MASKED) attention.masking.apply(mask, n, h, first, rows, panel, padding, scores);
             uint32_t kept[MR];
             for (uint32_t& columns : kept) columns = ~0u;

@@ -58,7 +58,7 @@ public:
           S(a.key.size[1]),
           keys(S + (a.bias_k.data != nullptr) + (a.add_zero_attn != 0)),
           natural((a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL) ||
-                  (a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL) || !(a.scale > 0)),
+                  (a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL) || !(T(a.scale) > 0)),
           score_factor(natural ? T(1) : T(a.scale)),
           exponent_factor(score_factor * LOG2_E),
           a(a) {}

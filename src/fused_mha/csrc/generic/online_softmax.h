@@ -57,8 +57,9 @@ public:
             const TileMask<T> mask = masking.look(tile.n, tile.h, tile.first, tile.rows, panel);
             if (mask.kind == mask.HIDDEN) continue;
             T* at = strip.scores + (first + p) * tile.rows * COLUMNS;
-            gemm<P>(int(tile.rows), COLUMNS,
-                    {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
+            gemm_in_blocks<P>(
+                int(tile.rows), COLUMNS,
+                {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
             if (mask.kind == mask.MASKED)
                 masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS, at);
             if (attention.drops())

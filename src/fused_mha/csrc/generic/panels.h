@@ -94,8 +94,14 @@ void pack_rows_of(const void* const* rows, int64_t count, int64_t columns, T* to
 template <class V, int STEP, bool HIGH, size_t... I>
 FMHA_INLINE V exchange(V a, V b, std::index_sequence<I...>) {
     // Of every 2 * STEP lanes, the first (or second) STEP of a and then those of b.
-    return __builtin_shufflevector(
-        a, b, int((I & STEP ? sizeof...(I) : 0) + (I & ~size_t(2 * STEP - 1)) + (I & (STEP - 1)) + (HIGH ? STEP : 0))...);
+    constexpr auto lane = [](size_t i) {
+        return int((i & STEP ? sizeof...(I) : 0) + (i & ~size_t(2 * STEP - 1)) + (i & (STEP - 1)) + (HIGH ? STEP : 0));
+    };
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, lane(I)...);
+#else  // GCC 11
+    return __builtin_shuffle(a, b, decltype(a < b){lane(I)...});
+#endif
 }
 template <class V, int WIDTH, int STEP>
 FMHA_INLINE void transpose_steps(V* x) {

@@ -1,0 +1,212 @@
+"""Attention by whole (N, H, L, S') tensors: in fp64 the oracle of the native tests, in other dtypes "torch's own".
+
+It shares no line with `fused_mha`; `test_forward` holds it against the loops of `attention_oracle`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused_mha
+from attention_oracle import DEFAULTS
+from fused_mha.inputs import AttentionResult
+from fused_mha.testing.tolerances import FLOOR, tolerance
+
+INF = float("inf")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _padded(mask: Tensor, width: int) -> Tensor:
+    return F.pad(mask, (0, width - mask.shape[-1]))
+
+
+def hidden_and_added(a, width):
+    """What hides and what is added to the scores, each (N, H, L, S'); additive masks in fp64."""
+    (N, L, H, _), S = a["query"].shape, a["key"].shape[1]
+    i, j = torch.arange(L)[:, None], torch.arange(S)[None, :]
+    position = i + (S - L if a["causal_alignment"] == "bottom_right" else 0)
+    left, right = a["window"] or (None, None)
+    hidden = torch.zeros(L, S, dtype=torch.bool)
+    if a["is_causal"]:
+        hidden |= j > position
+    if left is not None:
+        hidden |= j < position - left
+    if right is not None:
+        hidden |= j > position + right
+    hidden = hidden.expand(N, H, L, S)
+    added = torch.zeros(1, 1, 1, S, dtype=torch.float64)
+    padding = a["key_padding_mask"]
+    for mask in (a["attn_mask"], None if padding is None else padding[:, None, None]):
+        if mask is None:
+            continue
+        if mask.dtype == torch.bool:
+            hidden = hidden | mask
+        else:
+            hidden = hidden | (mask == -INF)
+            added = added + mask.double().masked_fill(mask == -INF, 0.0)
+    return _padded(hidden, width), _padded(added, width)
+
+
+def _with_virtual(x, bias, add_zero_attn, group, hidden_keys):
+    if hidden_keys is not None:
+        x = x.masked_fill(hidden_keys[:, :, None, None], 0.0)
+    parts = [x] if bias is None else [x, bias.expand(x.shape[0], 1, -1, -1)]
+    if add_zero_attn:
+        parts.append(x.new_zeros(x.shape[0], 1, *x.shape[2:]))
+    return torch.cat(parts, dim=1).repeat_interleave(group, dim=2).transpose(1, 2)
+
+
+def dense_attention(keep=None, **arguments):
+    """`fused_mha.attention` in the dtype of its arguments; `keep` (N, H, L, S') is dropout's mask, True = keep."""
+    a = DEFAULTS | arguments
+    query, key, padding = a["query"], a["key"], a["key_padding_mask"]
+    D, group = query.shape[3], query.shape[2] // key.shape[2]
+    dtype = query.dtype
+    hidden_keys = None
+    if padding is not None:
+        hidden_keys = padding if padding.dtype == torch.bool else padding == -INF
+    q = query.transpose(1, 2)
+    k = _with_virtual(key, a["bias_k"], a["add_zero_attn"], group, hidden_keys)
+    v = _with_virtual(a["value"], a["bias_v"], a["add_zero_attn"], group, hidden_keys)
+    hidden, added = hidden_and_added(a, k.shape[2])
+    scale = D**-0.5 if a["scale"] is None else a["scale"]
+    wants_more = a["need_weights"] or a["return_lse"] or keep is not None
+    if not wants_more and dtype != torch.float64 and q.numel() and k.numel():  # fp64: the oracle, by formula
+        bias = added.to(dtype).masked_fill(hidden, -INF)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return AttentionResult(output.transpose(1, 2), None, None)
+    empty = hidden.all(dim=-1, keepdim=True)
+    scores = q @ k.transpose(-1, -2) * scale + added.to(dtype)
+    scores = scores.masked_fill(hidden & ~empty, -INF)
+    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    if keep is not None:
+        p = a["dropout_p"]
+        weights = weights * keep.to(dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    returned = None
+    if a["need_weights"]:
+        returned = weights.mean(1) if a["average_attn_weights"] else weights
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -INF) if a["return_lse"] else None
+    return AttentionResult((weights @ v).transpose(1, 2), returned, lse)
+
+
+@contextlib.contextmanager
+def drawn_seed(*seed: int):
+    """Let dropout draw this seed."""
+    with mock.patch.object(torch, "randint", side_effect=lambda *_, **__: torch.tensor(seed, dtype=torch.int64)):
+        yield
+
+
+def native_attention(**arguments):
+    """`fused_mha.attention` on the CPU library, which nothing may replace."""
+    with fused_mha.backend("cpu"):
+        return fused_mha.attention(**arguments)
+
+
+def run(function, arguments, dtype=None, through=("output", "weights", "lse")):
+    """Results and gradients by name, the latter through some of the results, from fresh leaves in a dtype if given."""
+
+    def leaf(x):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+
+    own = {name: leaf(x) for name, x in arguments.items()}
+    results = {name: x for name, x in function(**own)._asdict().items() if x is not None}
+    leaves = {name: x for name, x in own.items() if isinstance(x, Tensor) and x.requires_grad}
+    generator = torch.Generator().manual_seed(7)
+    outputs, cotangents = [], []
+    for name, x in results.items():
+        cotangent = torch.randn(x.shape, generator=generator).to(
+            torch.bfloat16
+        )  # exact in every dtype but fp16's range
+        if name in through and x.requires_grad:
+            outputs.append(x)
+            cotangents.append(cotangent.to(torch.float16).to(x.dtype))
+    found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    for (name, x), gradient in zip(leaves.items(), found, strict=True):
+        results[f"grad of {name}"] = torch.zeros_like(x) if gradient is None else gradient
+    return {name: x.detach() for name, x in results.items()}
+
+
+def assert_rule(ours, theirs, exact, dtype, scores=1):
+    """Hold results by name against the oracle: error at most twice torch's, and the floor of the one table.
+
+    Args:
+        ours: under test.
+        theirs: torch's, in the same dtype; in fp32 where ours is fp64.
+        exact: the oracle's.
+        dtype: the call's, in which also the gradients of finer masks are computed.
+        scores: how many there are: gradients of masks and biases sum over them, and their floor grows by its root.
+    """
+    assert set(ours) == set(exact)
+    finite = {name: x.masked_fill(x.isinf(), 0.0) for name, x in exact.items() if x.numel()}
+    everything = max((x.abs().max().item() for x in finite.values()), default=0.0)
+    for name, expected in exact.items():
+        result = ours[name]
+        assert result.shape == expected.shape, name
+        if not result.numel():
+            continue
+        infinite = expected.isinf()
+        assert torch.equal(result.isinf(), infinite), name
+        assert torch.equal(result[infinite].double(), expected[infinite]), name
+        error, torch_error = (
+            (x.double() - expected).masked_fill(infinite, 0.0).abs().max().item() for x in (result, theirs[name])
+        )
+        if dtype == torch.float64:  # the oracle's own precision: torch's error there is what its error in fp32 tells
+            torch_error *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+        terms = 1
+        if name.startswith("grad of") and ("mask" in name or "bias" in name):
+            terms = max(1, scores // (result.numel() if "mask" in name else result[..., 0].numel()))
+        magnitude = finite[name].abs().max().item()
+        coarser = result.dtype if name == "lse" else max(result.dtype, dtype, key=FLOOR.__getitem__)
+        bound = tolerance(coarser, torch_error, magnitude, terms, everything)
+        assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed, torch {torch_error:.3e}"
+
+
+def assert_matches_dense(arguments, keep=None, through=("output", "weights", "lse")):
+    """Results and gradients of the CPU library against the oracle, by the one rule; returns the former."""
+
+    def dense(**a):
+        return dense_attention(keep, **a)
+
+    ours = run(native_attention, arguments, through=through)
+    dtype = arguments["query"].dtype
+    exact = run(dense, arguments, torch.float64, through)
+    theirs = run(dense, arguments, torch.float32 if dtype == torch.float64 else None, through)
+    if dtype in HALF and "lse" in exact:  # the log-sum-exp is fp32
+        theirs["lse"] = run(dense, arguments, torch.float32, through)["lse"]
+    N, L, H, _ = arguments["query"].shape
+    for name, x in ours.items():
+        given = arguments.get(name.removeprefix("grad of "))
+        if given is not None:
+            assert x.dtype == given.dtype, name
+        else:
+            single = torch.float32 if dtype in HALF else dtype
+            assert x.dtype == (single if name == "lse" else dtype), name
+    assert_rule(ours, theirs, exact, dtype, N * H * L * arguments["key"].shape[1])
+    return ours
+
+
+def assert_forward_matches_dense(arguments, keep=None):
+    """The results of the CPU library alone, without gradients, against the oracle."""
+
+    def results(function, dtype=None):
+        cast = {
+            name: x.to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in arguments.items()
+        }
+        return {name: x for name, x in function(**cast)._asdict().items() if x is not None}
+
+    def dense(**a):
+        return dense_attention(keep, **a)
+
+    dtype = arguments["query"].dtype
+    theirs = results(dense, torch.float32 if dtype == torch.float64 else None)
+    if "lse" in theirs and dtype in HALF:
+        theirs["lse"] = results(dense, torch.float32)["lse"]
+    assert_rule(results(native_attention), theirs, results(dense, torch.float64), dtype)
