@@ -3,6 +3,9 @@
 //
 // A task has one chunk of the keys of one key/value head, whose dK and dV it sums over all queries in order; its part of
 // dQ it adds to that of the chunks before, in their order, so that no result depends on the number of threads.
+//
+// delta = rowsum(P * dP). Where one chunk has all keys it is summed as it stands, over the P and dP of a block of rows;
+// where none has, it comes from attention_delta.h before any dP is there.
 #pragma once
 
 #include "generic/attention_delta.h"
@@ -32,6 +35,8 @@ public:
           lanes(attention.N * attention.H_kv),
           blocks{attention.L, ceil_div(attention.L, BLOCK_ROWS)},
           query_panels(Panels<P>::panels(attention.D)),
+          sees_all_keys(chunks == 1),
+          needs_deltas(!sees_all_keys && call.grad_weights.data),
           sums_mask(call.grad_attn_mask.data != nullptr) {
         const fused_mha_tensor& mask = call.grad_attn_mask;
         mask_tickets = sums_mask ? chunks * mask.size[0] * mask.size[1] * blocks.parts : 0;
@@ -44,14 +49,14 @@ public:
     }
 
     int64_t workspace() const {
-        return shared_bytes + max(worker_bytes, call.grad_weights.data ? delta.worker_bytes() : 0) * call.attention.threads + CACHE_LINE;
+        return shared_bytes + max(worker_bytes, needs_deltas ? delta.worker_bytes() : 0) * call.attention.threads + CACHE_LINE;
     }
 
     void run() {
         Arena shared{aligned(call.attention.workspace.data)};
         take_shared(shared);
         const uintptr_t base = shared.base + uintptr_t(shared.used);
-        if (call.grad_weights.data) delta.run(deltas, base);
+        if (needs_deltas) delta.run(deltas, base);
         memset(tickets, 0, size_t(ticket_count()) * sizeof *tickets);
         auto task = [&](int64_t index, int64_t worker) {
             Arena arena{base + uintptr_t(worker * worker_bytes)};
@@ -68,9 +73,9 @@ private:
     const int64_t all_panels, chunk_panels, chunks, lanes;
     const Parts blocks;  // of the rows of a head
     const int64_t query_panels;
-    const bool sums_mask;
+    const bool sees_all_keys, needs_deltas, sums_mask;
     int64_t mask_tickets, worker_bytes, shared_bytes;
-    T* deltas;         // [n][h][i], where the weights have a gradient
+    T* deltas;         // [n][h][i], with a gradient of the weights and more than one chunk
     T* query_sums;     // [n][h][block][panel of D][BLOCK_ROWS][COLUMNS], with more than one chunk
     int32_t* tickets;  // how many have added to a block: of dQ [n][h][block], then of the mask's gradient
 
@@ -78,7 +83,7 @@ private:
     int64_t block_size() const { return query_panels * BLOCK_ROWS * COLUMNS; }
     void take_shared(Arena& arena) {
         const int64_t heads = attention.N * attention.H;
-        deltas = arena.take<T>(call.grad_weights.data ? heads * attention.L : 0);
+        deltas = arena.take<T>(needs_deltas ? heads * attention.L : 0);
         query_sums = arena.take<T>(chunks > 1 ? heads * blocks.parts * block_size() : 0);
         tickets = arena.take<int32_t>(ticket_count());
     }
@@ -100,12 +105,14 @@ private:
             grad_a = arena.take<T>(BLOCK_ROWS * panels_of_value * A_WIDTH);
             query_b = P::KSTEP == 1 ? query_a : arena.take<T>(BLOCK_ROWS / P::KSTEP * panels_of_key * COLUMNS);
             grad_b = P::KSTEP == 1 ? grad_a : arena.take<T>(BLOCK_ROWS / P::KSTEP * panels_of_value * COLUMNS);
-            weights = arena.take<T>(BLOCK_ROWS * COLUMNS);
-            grad_scores = arena.take<T>(BLOCK_ROWS * COLUMNS);
-            weights_pairs = P::KSTEP == 1 ? weights : arena.take<T>(BLOCK_ROWS / 2 * COLUMNS);
-            grad_pairs = P::KSTEP == 1 ? nullptr : arena.take<T>(BLOCK_ROWS / 2 * COLUMNS);
+            const int64_t panels_at_once = backward.sees_all_keys ? backward.chunk_panels : 1;
+            weights = arena.take<T>(panels_at_once * BLOCK_ROWS * COLUMNS);
             grad_strip = arena.take<T>(backward.chunk_panels * BLOCK_ROWS * A_WIDTH);
+            grad_scores = P::KSTEP == 1 ? grad_strip : arena.take<T>(panels_at_once * BLOCK_ROWS * COLUMNS);
+            weights_pairs = P::KSTEP == 1 ? nullptr : arena.take<T>(BLOCK_ROWS / 2 * COLUMNS);
+            grad_pairs = P::KSTEP == 1 ? nullptr : arena.take<T>(BLOCK_ROWS / 2 * COLUMNS);
             active = arena.take<int64_t>(backward.chunk_panels);
+            hidden_tiles = arena.take<uint32_t>(backward.chunk_panels);
             is_summed = arena.take<bool>(backward.chunk_panels);
             query_block = arena.take<T>(backward.block_size());
             column_sums = arena.take<T>(backward.call.grad_columns.data ? rows : 0);
@@ -153,12 +160,13 @@ private:
         int64_t h, block, first_row, rows;
         T *query_a, *grad_a, *query_b, *grad_b;  // queries and dO, for products along D and along the rows
         T row_max[BLOCK_ROWS], inverse_sum[BLOCK_ROWS], delta[BLOCK_ROWS];
-        uint32_t kept_columns[BLOCK_ROWS];       // by dropout, of the panel at hand
-        T *weights, *grad_scores;                // P and dS of a panel: [row][COLUMNS]
-        T *weights_pairs, *grad_pairs;           // the same as pairs along the rows, of bfloat16
+        Vec<T> delta_parts[BLOCK_ROWS];          // what its lanes sum to, where one chunk has all keys
+        T *weights, *grad_scores;                // P, negative where dropped, and dP, then dS: [panel][row][COLUMNS]
+        T *weights_pairs, *grad_pairs;           // of one panel as pairs along the rows, of bfloat16
         T* grad_strip;                           // dS of all panels: [panel][row][A_WIDTH]
         int64_t* active;                         // the panels in it
         int64_t active_count;
+        uint32_t* hidden_tiles;                  // of each panel: a bit for each tile of rows that sees none of it
         T* query_block;                          // dQ: [panel of D][row][COLUMNS]
         T* column_sums;                          // of dS: [panel][COLUMNS]
 
@@ -203,8 +211,13 @@ private:
                 const T sum = *element<T>(a.stats, 1, n, h, i);
                 inverse_sum[r] = sum == 0 ? T(0) : 1 / sum;
                 grads[r] = sum == 0 ? nullptr : row_of(grad, n, i, h);
-                delta[r] = backward.call.grad_weights.data ? backward.deltas[(n * attention.H + h) * attention.L + i]
-                                                           : backward.delta.of_output(n, h, i);
+                delta_parts[r] = Vec<T>{};
+                if (sum == 0)
+                    delta[r] = 0;
+                else if (backward.needs_deltas)
+                    delta[r] = backward.deltas[(n * attention.H + h) * attention.L + i];
+                else
+                    delta[r] = (backward.sees_all_keys ? 0 : backward.delta.of_output(n, h, i)) - backward.delta.of_lse(n, h, i);
             }
             Panels<P>::pack_a(a.query.dtype, queries, rows, attention.D, query_a);
             Panels<P>::pack_a(grad.dtype, grads, rows, attention.D_v, grad_a);
@@ -219,19 +232,37 @@ private:
             for (int64_t p = 0; p < count; ++p) {
                 const Parts next{rows, count};
                 prefetch_queries(h, first_row + rows + next.begin(p), first_row + rows + next.begin(p + 1));
-                T* const strip = grad_strip + p * rows * A_WIDTH;
-                T* const d_scores = P::KSTEP == 1 ? strip : grad_scores;
-                if (!score(p, d_scores)) continue;
+                if (!score(p)) continue;
                 active[active_count++] = p;
-                if constexpr (P::KSTEP == 2) round_to_pairs(strip);
-                const T* const d_pairs = P::KSTEP == 1 ? d_scores : grad_pairs;
-                add_transposed(weights_pairs, grad_b, attention.D_v, value_sums + p * COLUMNS * COLUMNS, is_summed[p]);
-                add_transposed(d_pairs, query_b, attention.D, key_sums + p * COLUMNS * COLUMNS, is_summed[p]);
-                is_summed[p] = true;
-                if (backward.sums_mask) add_to_mask(panels[p], d_scores);
-                if (backward.call.grad_columns.data) add_to_columns(d_scores, column_sums + p * COLUMNS);
+                if (!backward.sees_all_keys) add_panel(p);
+            }
+            if (backward.sees_all_keys) {
+                for (int64_t r = 0; r < rows; ++r) delta[r] += reduce_add(delta_parts[r]);
+                for (int64_t s = 0; s < active_count; ++s) add_panel(active[s]);
             }
             multiply_keys();
+        }
+
+        T* weights_of(int64_t p) const { return weights + (backward.sees_all_keys ? p * rows * COLUMNS : 0); }
+        T* grad_scores_of(int64_t p) const {
+            return grad_scores + (backward.sees_all_keys || P::KSTEP == 1 ? p * rows * COLUMNS : 0);
+        }
+
+        // Adds what a panel gives to dK, dV and the gradients of masks, and leaves its dS for `multiply_keys`.
+        void add_panel(int64_t p) {
+            T *const s = weights_of(p), *const ds = grad_scores_of(p);
+            const Parts tiles = row_tiles();
+            for (int64_t t = 0; t < tiles.parts; ++t)
+                if (!(hidden_tiles[p] >> t & 1))
+                    for (int64_t r = tiles.begin(t); r < tiles.begin(t + 1); ++r)
+                        differentiate(r, s + r * COLUMNS, ds + r * COLUMNS);
+            if constexpr (P::KSTEP == 2) round_to_pairs(s, ds, grad_strip + p * rows * A_WIDTH);
+            const bool accumulate = is_summed[p];
+            add_transposed(P::KSTEP == 1 ? s : weights_pairs, grad_b, attention.D_v, value_sums + p * COLUMNS * COLUMNS, accumulate);
+            add_transposed(P::KSTEP == 1 ? ds : grad_pairs, query_b, attention.D, key_sums + p * COLUMNS * COLUMNS, accumulate);
+            is_summed[p] = true;
+            if (backward.sums_mask) add_to_mask(panels[p], ds);
+            if (backward.call.grad_columns.data) add_to_columns(ds, column_sums + p * COLUMNS);
         }
 
         // Brings rows that `load_block` reads into the cache: they lie apart, one head among others.
@@ -245,19 +276,21 @@ private:
             }
         }
 
-        // P and dS of the block's rows and one panel, P after dropout; false if the panel is hidden from all rows.
-        bool score(int64_t p, T* d_scores) {
+        // P and dP of the block's rows and one panel; false if the panel is hidden from all rows.
+        bool score(int64_t p) {
             const Parts tiles = row_tiles();
             const KeyPanel& panel = panels[p];
             const int64_t steps = Panels<P>::steps(attention.D), value_steps = Panels<P>::steps(attention.D_v);
             bool is_visible = false;
+            hidden_tiles[p] = 0;
             for (int64_t t = 0; t < tiles.parts; ++t) {
                 const int64_t first = tiles.begin(t), size = tiles.size(t);
                 const TileMask<T> mask = masking.look(n, h, first_row + first, size, panel);
-                T *const s = weights + first * COLUMNS, *const ds = d_scores + first * COLUMNS;
+                T *const s = weights_of(p) + first * COLUMNS, *const dp = grad_scores_of(p) + first * COLUMNS;
                 if (mask.kind == mask.HIDDEN) {
                     memset(s, 0, size_t(size * COLUMNS) * sizeof(T));
-                    memset(ds, 0, size_t(size * COLUMNS) * sizeof(T));
+                    memset(dp, 0, size_t(size * COLUMNS) * sizeof(T));
+                    hidden_tiles[p] |= uint32_t(1) << t;
                     continue;
                 }
                 is_visible = true;
@@ -266,43 +299,53 @@ private:
                                    keys_transposed + p * steps * COLUMNS, COLUMNS, s, steps, false});
                 gemm_in_blocks<P>(int(size), COLUMNS,
                                   {grad_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
-                                   values_transposed + p * value_steps * COLUMNS, COLUMNS, ds, value_steps, false});
+                                   values_transposed + p * value_steps * COLUMNS, COLUMNS, dp, value_steps, false});
                 if (mask.kind == mask.MASKED)
                     masking.apply(mask, n, h, first_row + first, size, panel, padding + p * COLUMNS, s);
-                if (attention.drops()) attention.draw(seed, n, h, first_row + first, size, panel, kept_columns + first);
-                for (int64_t r = first; r < first + size; ++r) differentiate(r, panel, weights + r * COLUMNS, d_scores + r * COLUMNS);
+                uint32_t kept[MR];
+                if (attention.drops()) attention.draw(seed, n, h, first_row + first, size, panel, kept);
+                for (int64_t r = 0; r < size; ++r)
+                    weigh(first + r, panel, attention.drops() ? kept[r] : ~0u, s + r * COLUMNS, dp + r * COLUMNS);
             }
             return is_visible;
         }
 
-        // Scores become P after dropout, dP becomes dS.
-        FMHA_INLINE void differentiate(int64_t r, const KeyPanel& panel, T* s, T* dp) const {
+        // Scores become P; dP is that of the weights after dropout, and becomes that before it.
+        FMHA_INLINE void weigh(int64_t r, const KeyPanel& panel, uint32_t kept, T* s, T* dp) {
             const fused_mha_tensor& grad_weights = backward.call.grad_weights;
             if (inverse_sum[r] == 0) {  // hidden everywhere: whatever gradient arrives
                 memset(s, 0, COLUMNS * sizeof(T));
                 memset(dp, 0, COLUMNS * sizeof(T));
                 return;
             }
-            const int64_t i = first_row + r;
-            const bool drops = attention.drops();
-            const uint32_t kept = drops ? kept_columns[r] : ~0u;
             const Vec<T> shifts = splat(row_max[r]);
             for (int v = 0; v < 2; ++v) {
-                const Vec<T> x = exp2((load(s + v * W) - shifts) * splat(masking.exponent_factor)) * splat(inverse_sum[r]);
+                Vec<T> x = exp2((load(s + v * W) - shifts) * splat(masking.exponent_factor)) * splat(inverse_sum[r]);
                 Vec<T> dx = load(dp + v * W);
-                if (grad_weights.data) dx = dx + backward.delta.grad_of_weights(n, h, i, panel.first + v * W);
-                Vec<T> dropped = x;
-                if (drops) {
-                    dx = select(~kept >> (v * W), dx * splat(attention.kept_factor()), Vec<T>{});
-                    dropped = select(~kept >> (v * W), x, Vec<T>{});
+                if (grad_weights.data)
+                    dx = dx + backward.delta.grad_of_weights(n, h, first_row + r, panel.first + v * W);
+                if (attention.drops()) dx = select(~kept >> (v * W), dx * splat(attention.kept_factor()), Vec<T>{});
+                if (backward.sees_all_keys) delta_parts[r] = delta_parts[r] + x * dx;
+                store(dp + v * W, dx);
+                store(s + v * W, attention.drops() ? select(~kept >> (v * W), x, -x) : x);
+            }
+        }
+
+        // dP becomes dS, and P that after dropout.
+        FMHA_INLINE void differentiate(int64_t r, T* s, T* dp) const {
+            for (int v = 0; v < 2; ++v) {
+                Vec<T> x = load(s + v * W);
+                if (attention.drops()) {
+                    const auto is_dropped = x < Vec<T>{};
+                    store(s + v * W, is_dropped ? Vec<T>{} : x);
+                    x = is_dropped ? -x : x;
                 }
-                store(s + v * W, dropped);
-                store(dp + v * W, x * (dx - splat(delta[r])));
+                store(dp + v * W, x * (load(dp + v * W) - splat(delta[r])));
             }
         }
 
         // P and dS as pairs along the rows, and dS as pairs along the keys.
-        void round_to_pairs([[maybe_unused]] T* strip) const {
+        void round_to_pairs([[maybe_unused]] const T* s, [[maybe_unused]] const T* ds, [[maybe_unused]] T* strip) const {
 #if defined(FMHA_BFLOAT16_DOT)
             for (int64_t r = 0; r < rows; r += 2)
                 for (int v = 0; v < 2; ++v) {
@@ -310,12 +353,12 @@ private:
                     const bool has_second = r + 1 < rows;
                     const vfloat zero = {};
                     store(weights_pairs + r / 2 * COLUMNS + v * W,
-                          interleave_bfloat16(load(weights + at), has_second ? load(weights + at + COLUMNS) : zero));
+                          interleave_bfloat16(load(s + at), has_second ? load(s + at + COLUMNS) : zero));
                     store(grad_pairs + r / 2 * COLUMNS + v * W,
-                          interleave_bfloat16(load(grad_scores + at), has_second ? load(grad_scores + at + COLUMNS) : zero));
+                          interleave_bfloat16(load(ds + at), has_second ? load(ds + at + COLUMNS) : zero));
                 }
             for (int64_t r = 0; r < rows; ++r)
-                store(strip + r * A_WIDTH, to_bfloat16(load(grad_scores + r * COLUMNS), load(grad_scores + r * COLUMNS + W)));
+                store(strip + r * A_WIDTH, to_bfloat16(load(ds + r * COLUMNS), load(ds + r * COLUMNS + W)));
 #endif
         }
 

@@ -49,8 +49,12 @@ public:
             for (int64_t c = 0; c < attention.D_v; c += LANES<T>)
                 sum = sum + load_some<T, Data>(o + c, attention.D_v - c) * load_some<T, Data>(g + c, attention.D_v - c);
         });
-        const T of_lse = call.grad_lse.data ? *element<T>(call.grad_lse, n, h, i) : T(0);
-        return reduce_add(sum) - of_lse;
+        return reduce_add(sum);
+    }
+
+    // The gradient of the log-sum-exp, which delta is less.
+    T of_lse(int64_t n, int64_t h, int64_t i) const {
+        return call.grad_lse.data ? *element<T>(call.grad_lse, n, h, i) : T(0);
     }
 
     // The gradient of the weights of one row from column j on, a vector with zeros behind the last column.
@@ -86,7 +90,8 @@ private:
 
         void run(int64_t n, int64_t h, int64_t first_tile, int64_t last_tile, T* deltas) {
             const Parts rows = attention.rows_of_head();
-            for (int64_t i = rows.begin(first_tile); i < rows.begin(last_tile); ++i) deltas[i] = delta.of_output(n, h, i);
+            for (int64_t i = rows.begin(first_tile); i < rows.begin(last_tile); ++i) 
+                deltas[i] = delta.of_output(n, h, i) - delta.of_lse(n, h, i);
             add_weights(n, h, first_tile, last_tile, deltas);
         }
 

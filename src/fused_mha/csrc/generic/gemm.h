@@ -107,13 +107,15 @@ template <class P>
 void gemm_in_blocks(int rows, int64_t columns, GemmArguments g) {
     constexpr int64_t BLOCK_PANELS = 4;
     const int64_t block = BLOCK_PANELS * g.a_panel_steps;
-    for (int64_t left = g.steps; left > 0; left -= block) {
+    int64_t left = g.steps;
+    do {  // also with nothing to sum: C is written
         g.steps = left < block ? left : block;
         gemm<P>(rows, columns, g);
         g.a = static_cast<const typename P::Element*>(g.a) + BLOCK_PANELS * g.a_panel_stride;
         g.b = static_cast<const typename P::Element*>(g.b) + block * g.b_row_stride;
         g.accumulate = true;
-    }
+        left -= block;
+    } while (left > 0);
 }
 
 }  // namespace
