@@ -111,40 +111,31 @@ public:
     T* values;   // [panel of D_v][step along the tile's keys][COLUMNS]
     T* padding;  // [panel][COLUMNS], the additive key_padding_mask
 
-    KeyTile(const Attention<P>& attention, int64_t most, Arena& arena)
-        : keys(arena.take<T>(most * Panels<P>::steps(attention.D) * COLUMNS)),
-          values(arena.take<T>(most * COLUMNS / P::KSTEP * Panels<P>::panels(attention.D_v) * COLUMNS)),
-          padding(arena.take<T>(most * COLUMNS)),
-          attention(attention) {}
+    KeyTile(const Attention<P>& attention, int64_t most) : attention(attention), most(most) {}
 
-    // Takes at most `most` of the panels first..end of one head.
-    void place(int64_t batch, int64_t of_head, const KeyPanel* first, const KeyPanel* end, int64_t most) {
+    // Elements that hold a tile.
+    int64_t size() const {
+        return most * COLUMNS * (Panels<P>::steps(attention.D) + value_steps() * Panels<P>::panels(attention.D_v) + 1);
+    }
+
+    // Takes at most `most` of the panels first..end of one head, which lie packed at `storage`, or will.
+    void place(int64_t batch, int64_t of_head, const KeyPanel* first, const KeyPanel* end, T* storage) {
         n = batch;
         head = of_head;
         panels = first;
         count = min(most, end - first);
         left = end - first;
+        keys = storage;
+        values = keys + most * COLUMNS * Panels<P>::steps(attention.D);
+        padding = values + most * COLUMNS * value_steps() * Panels<P>::panels(attention.D_v);
     }
 
-    void pack_keys() {
-        const fused_mha_attention& a = attention.a;
-        const int64_t stride = Panels<P>::steps(attention.D) * COLUMNS;
-        for_rows_of_panels(a.key, a.bias_k, [&](int64_t p, const void* const* rows) {
-            Panels<P>::pack_b_transposed(a.key.dtype, rows, attention.D, keys + p * stride);
-        });
-        if (attention.masking.adds_padding())
-            for (int64_t p = 0; p < count; ++p) attention.masking.padding_values(n, panels[p].first, padding + p * COLUMNS);
+    void pack() const {
+        pack_keys();
+        pack_values();
     }
 
-    void pack_values() {
-        const fused_mha_attention& a = attention.a;
-        for_rows_of_panels(a.value, a.bias_v, [&](int64_t p, const void* const* rows) {
-            Panels<P>::pack_b(a.value.dtype, rows, COLUMNS, attention.D_v, values + p * COLUMNS / P::KSTEP * COLUMNS,
-                              value_panel_stride());
-        });
-    }
-
-    int64_t value_panel_stride() const { return count * COLUMNS / P::KSTEP * COLUMNS; }
+    int64_t value_panel_stride() const { return count * COLUMNS * value_steps(); }
 
     // Brings one of `parts` of the rows of the panels behind into the cache, while a row tile attends to these.
     void prefetch_next(int64_t parts, int64_t part) const {
@@ -156,7 +147,28 @@ public:
 
 private:
     const Attention<P>& attention;
+    const int64_t most;
     int64_t n, head, left;  // `left` counts the panels behind too
+
+    static int64_t value_steps() { return COLUMNS / P::KSTEP; }  // along the keys of a panel
+
+    void pack_keys() const {
+        const fused_mha_attention& a = attention.a;
+        const int64_t stride = Panels<P>::steps(attention.D) * COLUMNS;
+        for_rows_of_panels(a.key, a.bias_k, [&](int64_t p, const void* const* rows) {
+            Panels<P>::pack_b_transposed(a.key.dtype, rows, attention.D, keys + p * stride);
+        });
+        if (attention.masking.adds_padding())
+            for (int64_t p = 0; p < count; ++p) attention.masking.padding_values(n, panels[p].first, padding + p * COLUMNS);
+    }
+
+    void pack_values() const {
+        const fused_mha_attention& a = attention.a;
+        for_rows_of_panels(a.value, a.bias_v, [&](int64_t p, const void* const* rows) {
+            Panels<P>::pack_b(a.value.dtype, rows, COLUMNS, attention.D_v, values + p * COLUMNS * value_steps(),
+                              value_panel_stride());
+        });
+    }
 
     void prefetch_row(const fused_mha_tensor& tensor, const KeyPanel& panel, int64_t column) const {
         const int64_t j = panel.first + column;

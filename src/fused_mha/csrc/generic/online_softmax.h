@@ -18,13 +18,14 @@ struct RowTile {
     T* row_sum;  // [row], of exp(score - row_max)
 };
 
-// The scores of a row tile over some panels of keys, and what becomes of them.
+// The scores of a row tile over a tile of keys, and what becomes of them.
 template <class P>
 struct Strip {
     using T = typename P::Accumulator;
     T* scores;        // [panel][row][COLUMNS]; after the softmax, exp(score - row_max), 0 where dropped
     T* weights;       // what is multiplied with the values: `scores`, or these rounded to pairs of bfloat16
     uint32_t* kept;   // [panel][MR], the columns that dropout keeps in each row
+    T* row_max;       // [row], what was the largest so far, which `scores` are relative to
     int64_t* active;  // the panels that count, in order
     int64_t active_count;
 };
@@ -49,59 +50,19 @@ public:
         Panels<P>::pack_a(attention.a.query.dtype, rows, tile.rows, attention.D, tile.query);
     }
 
-    // Appends the scores of the keys, which are the panels from `first` on of the strip's.
-    void score(const RowTile<P>& tile, const KeyTile<P>& keys, int64_t first, Strip<P>& strip) const {
-        const int64_t steps = Panels<P>::steps(attention.D), A_WIDTH = Panels<P>::A_WIDTH;
-        for (int64_t p = 0; p < keys.count; ++p) {
-            const KeyPanel& panel = keys.panels[p];
-            const TileMask<T> mask = masking.look(tile.n, tile.h, tile.first, tile.rows, panel);
-            if (mask.kind == mask.HIDDEN) continue;
-            T* at = strip.scores + (first + p) * tile.rows * COLUMNS;
-            gemm_in_blocks<P>(
-                int(tile.rows), COLUMNS,
-                {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
-            if (mask.kind == mask.MASKED)
-                masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS, at);
-            if (attention.drops())
-                attention.draw(seed, tile.n, tile.h, tile.first, tile.rows, panel, strip.kept + (first + p) * MR);
-            strip.active[strip.active_count++] = first + p;
-        }
-    }
-
-    // Takes the strip's scores into row_max and row_sum; what was summed up before is rescaled where row_max rises.
-    void soften(const RowTile<P>& tile, const Strip<P>& strip) const {
-        raise_maxima(tile, strip);
+    // Takes a tile of keys, which has been packed, into the running softmax and the output.
+    void attend(const RowTile<P>& tile, const KeyTile<P>& keys, Strip<P>& strip) const {
+        score(tile, keys, strip);
+        const bool accumulate = raise_maxima(tile, strip);
         for (int64_t r = 0; r < tile.rows; ++r)
             tile.row_sum[r] += attention.drops() ? exponentials<true>(tile, strip, r) : exponentials<false>(tile, strip, r);
+        multiply_values(tile, keys, strip, accumulate);
     }
 
-    // Multiplies the weights of the panels from `first` on with the values of `keys`. The output is added to where
-    // `accumulate`, or where the strip had panels before.
-    void multiply_values(const RowTile<P>& tile, const KeyTile<P>& keys, int64_t first, const Strip<P>& strip,
-                         bool accumulate) const {
-        constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
-        int64_t s = 0;
-        while (s < strip.active_count && strip.active[s] < first) ++s;
-        accumulate = accumulate || s > 0;
-        while (s < strip.active_count && strip.active[s] < first + keys.count) {
-            const int64_t p = strip.active[s];
-            int64_t run = 1;
-            while (s + run < strip.active_count && strip.active[s + run] == p + run && p + run < first + keys.count) ++run;
-            for (int64_t c = 0; c < attention.D_v; c += COLUMNS)
-                gemm<P>(int(tile.rows), attention.D_v - c,
-                        {strip.weights + p * tile.rows * A_WIDTH, A_WIDTH, tile.rows * A_WIDTH,
-                         keys.values + c / COLUMNS * keys.value_panel_stride() + (p - first) * A_WIDTH * COLUMNS, COLUMNS,
-                         tile.output + c * tile.rows, run * A_WIDTH, accumulate});
-            accumulate = true;
-            s += run;
-        }
-    }
-
-    // Whether no key counted so far: `output` is not initialised then.
-    static bool is_untouched(const RowTile<P>& tile) {
-        for (int64_t r = 0; r < tile.rows; ++r)
-            if (tile.row_sum[r] != 0) return false;
-        return true;
+    // What makes weights of row r of a strip.
+    T weight_factor(const RowTile<P>& tile, const Strip<P>& strip, int64_t r) const {
+        const T sum = tile.row_sum[r];
+        return sum == 0 ? T(0) : rescaling(strip.row_max[r], tile.row_max[r]) * attention.kept_factor() / sum;
     }
 
     void finish(const RowTile<P>& tile, const fused_mha_forward_arguments& call) const {
@@ -132,32 +93,58 @@ private:
     const DropoutSeed seed;
     const bool keeps_weights;
 
-    void raise_maxima(const RowTile<P>& tile, const Strip<P>& strip) const {
+    void score(const RowTile<P>& tile, const KeyTile<P>& keys, Strip<P>& strip) const {
+        const int64_t steps = Panels<P>::steps(attention.D), A_WIDTH = Panels<P>::A_WIDTH;
+        strip.active_count = 0;
+        for (int64_t p = 0; p < keys.count; ++p) {
+            const KeyPanel& panel = keys.panels[p];
+            const TileMask<T> mask = masking.look(tile.n, tile.h, tile.first, tile.rows, panel);
+            if (mask.kind == mask.HIDDEN) continue;
+            T* at = strip.scores + p * tile.rows * COLUMNS;
+            gemm_in_blocks<P>(
+                int(tile.rows), COLUMNS,
+                {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
+            if (mask.kind == mask.MASKED)
+                masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS, at);
+            if (attention.drops())
+                attention.draw(seed, tile.n, tile.h, tile.first, tile.rows, panel, strip.kept + p * MR);
+            strip.active[strip.active_count++] = p;
+        }
+    }
+
+    // Takes the strip into row_max, and rescales what was summed up before; false if that was nothing: then `output` is
+    // not initialised.
+    bool raise_maxima(const RowTile<P>& tile, const Strip<P>& strip) const {
         const int64_t stride = tile.rows * COLUMNS, count = strip.active_count;
         const int64_t* const active = strip.active;
-        const bool is_first = is_untouched(tile);
-        T maxima[MR];
+        bool has_output = false;
         for (int64_t r = 0; r < tile.rows; ++r) {
+            has_output = has_output || tile.row_sum[r] != 0;
             const T* row = strip.scores + r * COLUMNS;
             Vec<T> most[2] = {splat(tile.row_max[r]), splat(tile.row_max[r])};
             for (int64_t s = 0; s < count; ++s)
                 for (int v = 0; v < 2; ++v) most[v] = max(load(row + active[s] * stride + v * W), most[v]);
-            maxima[r] = reduce_max(max(most[0], most[1]));
+            strip.row_max[r] = reduce_max(max(most[0], most[1]));
         }
         for (int64_t r = 0; r < tile.rows; ++r) {
-            if (!is_first && maxima[r] != tile.row_max[r]) {
-                const Vec<T> ratio = splat(exp2(splat((tile.row_max[r] - shift(maxima[r])) * masking.exponent_factor))[0]);
-                tile.row_sum[r] *= ratio[0];
+            if (has_output && strip.row_max[r] != tile.row_max[r]) {
+                const T ratio = rescaling(tile.row_max[r], strip.row_max[r]);
+                tile.row_sum[r] *= ratio;
                 T* output = tile.output + r * COLUMNS;
                 for (int64_t c = 0; c < attention.D_v; c += COLUMNS, output += stride)
-                    for (int v = 0; v < 2; ++v) store(output + v * W, load(output + v * W) * ratio);
+                    for (int v = 0; v < 2; ++v) store(output + v * W, load(output + v * W) * splat(ratio));
             }
-            tile.row_max[r] = maxima[r];
+            tile.row_max[r] = strip.row_max[r];
         }
+        return has_output;
     }
 
     // -inf - -inf = NaN where every key was hidden so far
     static T shift(T row_max) { return row_max == Masking<T>::NEGATIVE_INFINITY ? T(0) : row_max; }
+    // From exponentials relative to one maximum to those relative to a later one.
+    T rescaling(T row_max, T later) const {
+        return row_max == later ? T(1) : exp2(splat((row_max - shift(later)) * masking.exponent_factor))[0];
+    }
 
     // Replaces the scores of row r by exp(score - row_max), dropped ones by 0, and returns the sum before dropout.
     template <bool DROPS>
@@ -184,6 +171,22 @@ private:
                 for (int v = 0; v < 2; ++v) store(at + v * W, x[v]);
         }
         return reduce_add(sums[0] + sums[1]);
+    }
+
+    void multiply_values(const RowTile<P>& tile, const KeyTile<P>& keys, const Strip<P>& strip, bool accumulate) const {
+        constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
+        for (int64_t s = 0; s < strip.active_count;) {
+            const int64_t p = strip.active[s];
+            int64_t run = 1;
+            while (s + run < strip.active_count && strip.active[s + run] == p + run) ++run;
+            for (int64_t c = 0; c < attention.D_v; c += COLUMNS)
+                gemm<P>(int(tile.rows), attention.D_v - c,
+                        {strip.weights + p * tile.rows * A_WIDTH, A_WIDTH, tile.rows * A_WIDTH,
+                         keys.values + c / COLUMNS * keys.value_panel_stride() + p * A_WIDTH * COLUMNS, COLUMNS,
+                         tile.output + c * tile.rows, run * A_WIDTH, accumulate});
+            accumulate = true;
+            s += run;
+        }
     }
 };
 
