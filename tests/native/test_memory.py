@@ -1,5 +1,6 @@
 """What the kernels read, write and allocate."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -142,3 +143,27 @@ def test_a_view_of_huge_strides_and_one_element_each_is_served(isa):
     output = native_attention(query=x, key=y, value=y).output
     exact = dense_attention(query=x.double(), key=y.double(), value=y.double()).output
     assert (output - exact).abs().max().item() <= tolerance(torch.float32, 0.0, exact.abs().max().item())
+
+
+def mapping_flags(address):
+    """The kernel's flags of the mapping that holds an address."""
+    holds = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *values = line.split()
+        if not key.endswith(":"):
+            first, last = (int(bound, 16) for bound in key.split("-"))
+            holds = first <= address < last
+        elif holds and key == "VmFlags:":
+            return values
+    return []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of mappings")
+def test_large_results_are_advised_to_lie_in_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    query = torch.randn(1, 1536, 1, 16)  # weights of 9 MiB
+    result = native_attention(query=query, key=query, value=query, need_weights=True)
+    assert "hg" in mapping_flags(result.weights.data_ptr() + result.weights.nbytes // 2)
+    untouched = torch.frombuffer(mmap.mmap(-1, result.weights.nbytes), dtype=torch.uint8)
+    assert "hg" not in mapping_flags(untouched.data_ptr() + untouched.nbytes // 2)

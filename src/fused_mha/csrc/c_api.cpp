@@ -4,7 +4,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 
+#include "huge_pages.h"
 #include "kernel_table.h"
 #include "parallel.h"
 
@@ -216,6 +218,8 @@ int64_t fused_mha_forward(const fused_mha_forward_arguments* call) {
     check_forward(checker, *call);
     if (checker.ok) check_workspace(checker, call->attention.workspace, kernels.forward_workspace(*call));
     if (!checker.ok) return -1;
+    for (const fused_mha_tensor* written : {&call->attention.workspace, &call->output, &call->weights})
+        fused_mha::advise_huge_pages(*written);
     kernels.forward(*call);
     return 0;
 }
@@ -232,6 +236,9 @@ int64_t fused_mha_backward(const fused_mha_backward_arguments* call) {
     check_backward(checker, *call);
     if (checker.ok) check_workspace(checker, call->attention.workspace, kernels.backward_workspace(*call));
     if (!checker.ok) return -1;
+    for (const fused_mha_tensor* written : {&call->attention.workspace, &call->grad_query, &call->grad_key,
+                                            &call->grad_value, &call->grad_attn_mask})
+        fused_mha::advise_huge_pages(*written);
     kernels.backward(*call);
     return 0;
 }
