@@ -254,8 +254,8 @@ private:
             const Parts tiles = row_tiles();
             for (int64_t t = 0; t < tiles.parts; ++t)
                 if (!(hidden_tiles[p] >> t & 1))
-                    for (int64_t r = tiles.begin(t); r < tiles.begin(t + 1); ++r)
-                        differentiate(r, s + r * COLUMNS, ds + r * COLUMNS);
+                    attention.drops() ? differentiate<true>(tiles.begin(t), tiles.size(t), s, ds)
+                                      : differentiate<false>(tiles.begin(t), tiles.size(t), s, ds);
             if constexpr (P::KSTEP == 2) round_to_pairs(s, ds, grad_strip + p * rows * A_WIDTH);
             const bool accumulate = is_summed[p];
             add_transposed(P::KSTEP == 1 ? s : weights_pairs, grad_b, attention.D_v, value_sums + p * COLUMNS * COLUMNS, accumulate);
@@ -302,45 +302,54 @@ private:
                                    values_transposed + p * value_steps * COLUMNS, COLUMNS, dp, value_steps, false});
                 if (mask.kind == mask.MASKED)
                     masking.apply(mask, n, h, first_row + first, size, panel, padding + p * COLUMNS, s);
-                uint32_t kept[MR];
-                if (attention.drops()) attention.draw(seed, n, h, first_row + first, size, panel, kept);
-                for (int64_t r = 0; r < size; ++r)
-                    weigh(first + r, panel, attention.drops() ? kept[r] : ~0u, s + r * COLUMNS, dp + r * COLUMNS);
+                if (attention.drops())
+                    weigh<true>(first, size, panel, s, dp);
+                else
+                    weigh<false>(first, size, panel, s, dp);
             }
             return is_visible;
         }
 
         // Scores become P; dP is that of the weights after dropout, and becomes that before it.
-        FMHA_INLINE void weigh(int64_t r, const KeyPanel& panel, uint32_t kept, T* s, T* dp) {
-            const fused_mha_tensor& grad_weights = backward.call.grad_weights;
-            if (inverse_sum[r] == 0) {  // hidden everywhere: whatever gradient arrives
-                memset(s, 0, COLUMNS * sizeof(T));
-                memset(dp, 0, COLUMNS * sizeof(T));
-                return;
-            }
-            const Vec<T> shifts = splat(row_max[r]);
-            for (int v = 0; v < 2; ++v) {
-                Vec<T> x = exp2((load(s + v * W) - shifts) * splat(masking.exponent_factor)) * splat(inverse_sum[r]);
-                Vec<T> dx = load(dp + v * W);
-                if (grad_weights.data)
-                    dx = dx + backward.delta.grad_of_weights(n, h, first_row + r, panel.first + v * W);
-                if (attention.drops()) dx = select(~kept >> (v * W), dx * splat(attention.kept_factor()), Vec<T>{});
-                if (backward.sees_all_keys) delta_parts[r] = delta_parts[r] + x * dx;
-                store(dp + v * W, dx);
-                store(s + v * W, attention.drops() ? select(~kept >> (v * W), x, -x) : x);
+        template <bool DROPS>
+        void weigh(int64_t first, int64_t size, const KeyPanel& panel, T* s, T* dp) {
+            const bool sums_deltas = backward.sees_all_keys, has_grad_weights = backward.call.grad_weights.data != nullptr;
+            const Vec<T> exponent_factor = splat(masking.exponent_factor), kept_factor = splat(attention.kept_factor());
+            uint32_t kept[MR];
+            if (DROPS) attention.draw(seed, n, h, first_row + first, size, panel, kept);
+            for (int64_t r = 0; r < size; ++r, s += COLUMNS, dp += COLUMNS) {
+                if (inverse_sum[first + r] == 0) {  // hidden everywhere: whatever gradient arrives
+                    memset(s, 0, COLUMNS * sizeof(T));
+                    memset(dp, 0, COLUMNS * sizeof(T));
+                    continue;
+                }
+                const Vec<T> shifts = splat(row_max[first + r]), inverse = splat(inverse_sum[first + r]);
+                Vec<T> sum = delta_parts[first + r];
+                for (int v = 0; v < 2; ++v) {
+                    Vec<T> x = exp2((load(s + v * W) - shifts) * exponent_factor) * inverse;
+                    Vec<T> dx = load(dp + v * W);
+                    if (has_grad_weights)
+                        dx = dx + backward.delta.grad_of_weights(n, h, first_row + first + r, panel.first + v * W);
+                    if (DROPS) dx = select(~kept[r] >> (v * W), dx * kept_factor, Vec<T>{});
+                    if (sums_deltas) sum = sum + x * dx;
+                    store(dp + v * W, dx);
+                    store(s + v * W, DROPS ? select(~kept[r] >> (v * W), x, -x) : x);
+                }
+                delta_parts[first + r] = sum;
             }
         }
 
         // dP becomes dS, and P that after dropout.
-        FMHA_INLINE void differentiate(int64_t r, T* s, T* dp) const {
-            for (int v = 0; v < 2; ++v) {
-                Vec<T> x = load(s + v * W);
-                if (attention.drops()) {
+        template <bool DROPS>
+        void differentiate(int64_t first, int64_t size, T* s, T* dp) const {
+            for (int64_t i = first * COLUMNS; i < (first + size) * COLUMNS; i += W) {
+                Vec<T> x = load(s + i);
+                if (DROPS) {
                     const auto is_dropped = x < Vec<T>{};
-                    store(s + v * W, is_dropped ? Vec<T>{} : x);
+                    store(s + i, is_dropped ? Vec<T>{} : x);
                     x = is_dropped ? -x : x;
                 }
-                store(dp + v * W, x * (load(dp + v * W) - splat(delta[r])));
+                store(dp + i, x * (load(dp + i) - splat(delta[i / COLUMNS])));
             }
         }
 

@@ -25,34 +25,45 @@ struct DropoutSeed {
 constexpr int PHILOX_LANES = LANES<float>;
 typedef uint16_t vhalfword __attribute__((vector_size(FMHA_VECTOR_BYTES)));
 
-// keep[i], bit t: whether key 8 * group + t of lane i is kept.
-FMHA_INLINE void keep_lanes(const DropoutSeed& seed, vuint group, vuint query, uint32_t head, uint8_t* keep) {
-    vuint x[4] = {group, query, vuint{} + head, vuint{} + seed.offset};
+typedef uint8_t vlanebyte __attribute__((vector_size(PHILOX_LANES)));
+
+// Lane i of keep[d], bit t: whether key 8 * group + t of lane i of draw d is kept. Draws are computed side by side, since
+// each is a long chain of products.
+template <int DRAWS>
+FMHA_INLINE void keep_lanes(const DropoutSeed& seed, vuint group, const vuint (&query)[DRAWS], uint32_t head,
+                            vlanebyte (&keep)[DRAWS]) {
+    vuint x[DRAWS][4];
+    for (int d = 0; d < DRAWS; ++d) {
+        x[d][0] = group;
+        x[d][1] = query[d];
+        x[d][2] = vuint{} + head;
+        x[d][3] = vuint{} + seed.offset;
+    }
     uint32_t key[2] = {seed.key[0], seed.key[1]};
     for (int round = 0; round < 10; ++round) {
-        vuint high[2], low[2];
-        multiply_words(x[0], 0xD2511F53u, high[0], low[0]);
-        multiply_words(x[2], 0xCD9E8D57u, high[1], low[1]);
-        x[0] = high[1] ^ x[1] ^ key[0];
-        x[1] = low[1];
-        x[2] = high[0] ^ x[3] ^ key[1];
-        x[3] = low[0];
+#pragma GCC unroll 4
+        for (int d = 0; d < DRAWS; ++d) {
+            vuint high[2], low[2];
+            multiply_words(x[d][0], 0xD2511F53u, high[0], low[0]);
+            multiply_words(x[d][2], 0xCD9E8D57u, high[1], low[1]);
+            x[d][0] = high[1] ^ x[d][1] ^ key[0];
+            x[d][1] = low[1];
+            x[d][2] = high[0] ^ x[d][3] ^ key[1];
+            x[d][3] = low[0];
+        }
         key[0] += 0x9E3779B9u;
         key[1] += 0xBB67AE85u;
     }
-    vhalfword bits{};
-    if (seed.threshold <= 0xffff) {  // else nothing is kept
-        vhalfword first;             // bit 0 for the low half of a word, bit 1 for the high one
-        for (int i = 0; i < 2 * PHILOX_LANES; ++i) first[i] = uint16_t(1 << (i & 1));
-        for (int word = 0; word < 4; ++word) {
-            vhalfword halves;
-            memcpy(&halves, &x[word], sizeof halves);
-            bits |= (vhalfword)(halves >= vhalfword{} + uint16_t(seed.threshold)) & (first << (2 * word));
-        }
+    vhalfword first;  // bit 0 for the low half of a word, bit 1 for the high one
+    for (int i = 0; i < 2 * PHILOX_LANES; ++i) first[i] = uint16_t(1 << (i & 1));
+    const vhalfword threshold = vhalfword{} + uint16_t(seed.threshold);
+    const uint32_t any = seed.threshold <= 0xffff ? ~0u : 0;  // else nothing is kept
+    for (int d = 0; d < DRAWS; ++d) {
+        vhalfword bits{};
+        for (int word = 0; word < 4; ++word) bits |= (vhalfword)((vhalfword)x[d][word] >= threshold) & (first << (2 * word));
+        const vuint lanes = (vuint)bits & any;
+        keep[d] = __builtin_convertvector(lanes | lanes >> 16, vlanebyte);
     }
-    uint32_t lanes[PHILOX_LANES];
-    memcpy(lanes, &bits, sizeof lanes);
-    for (int i = 0; i < PHILOX_LANES; ++i) keep[i] = uint8_t(lanes[i] | lanes[i] >> 16);
 }
 
 // kept[r], bit c: whether column c of `columns` <= 32 keys from `first_key`, a multiple of 8, is kept in row
@@ -61,17 +72,23 @@ template <int columns>
 FMHA_INLINE void draw_kept(const DropoutSeed& seed, int64_t head, int64_t first_query, int64_t rows, int64_t first_key,
                            uint32_t* kept) {
     constexpr int GROUPS = columns / 8, ROWS = PHILOX_LANES / GROUPS;  // of one draw
-    vuint group, query;
+    constexpr int DRAWS = (FMHA_MR + ROWS - 1) / ROWS;                  // of a row tile
+    vuint group_of_lane, row_of_lane;
     for (int i = 0; i < PHILOX_LANES; ++i) {
-        group[i] = uint32_t(first_key / 8) + i % GROUPS;
-        query[i] = uint32_t(first_query) + i / GROUPS;
+        group_of_lane[i] = uint32_t(i % GROUPS);
+        row_of_lane[i] = uint32_t(i / GROUPS);
     }
-    for (int64_t r = 0; r < rows; r += ROWS, query += ROWS) {
-        uint8_t keep[PHILOX_LANES];
+    const vuint group = group_of_lane + uint32_t(first_key / 8);
+    for (int64_t r = 0; r < rows; r += DRAWS * ROWS) {
+        vuint query[DRAWS];
+        for (int d = 0; d < DRAWS; ++d) query[d] = row_of_lane + uint32_t(first_query + r + d * ROWS);
+        vlanebyte keep[DRAWS];
         keep_lanes(seed, group, query, uint32_t(head), keep);
-        for (int i = 0; i < ROWS && r + i < rows; ++i) {
+        uint8_t bytes[DRAWS * PHILOX_LANES];
+        memcpy(bytes, keep, sizeof bytes);
+        for (int i = 0; i < DRAWS * ROWS && r + i < rows; ++i) {
             kept[r + i] = 0;
-            memcpy(&kept[r + i], keep + i * GROUPS, GROUPS);
+            memcpy(&kept[r + i], bytes + i * GROUPS, GROUPS);
         }
     }
 }
