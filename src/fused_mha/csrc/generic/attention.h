@@ -36,6 +36,11 @@ struct Arena {
     }
 };
 
+// Null rows of no columns are fine, as they are not for memset.
+FMHA_INLINE void zero(void* at, int64_t bytes) {
+    if (bytes > 0) memset(at, 0, size_t(bytes));
+}
+
 template <class T>
 FMHA_INLINE T* element(const fused_mha_tensor& t, int64_t i, int64_t j = 0, int64_t k = 0, int64_t l = 0) {
     return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2] + l * t.stride[3];
@@ -71,11 +76,13 @@ struct Attention {
     const fused_mha_attention& a;
     const Masking<T> masking;
     const int64_t N, L, H, D, H_kv, D_v, group;
-    const int64_t row_tiles;  // of the queries of one head
+    const bool reads_in_place;  // keys and values, for a single query
+    const int64_t row_tiles;    // of the queries of one head
 
     explicit Attention(const fused_mha_attention& a)
         : a(a), masking(a), N(a.query.size[0]), L(a.query.size[1]), H(a.query.size[2]), D(a.query.size[3]),
-          H_kv(a.key.size[2]), D_v(a.value.size[3]), group(H / H_kv), row_tiles(ceil_div(L, MR)) {}
+          H_kv(a.key.size[2]), D_v(a.value.size[3]), group(H / H_kv), reads_in_place(L == 1),
+          row_tiles(ceil_div(L, MR)) {}
 
     Parts rows_of_head() const { return {L, row_tiles}; }
     bool drops() const { return a.dropout_p > 0; }
@@ -98,7 +105,9 @@ private:
     static constexpr int64_t NO_SEED[2] = {0, 0};
 };
 
-// A tile of keys and values of one head: up to some number of panels, packed.
+constexpr int64_t MOST_TILE_KEYS = 512;
+
+// A tile of keys and values of one head: up to some number of panels, packed unless they are read in place.
 template <class P>
 class KeyTile {
 public:
@@ -131,6 +140,9 @@ public:
     }
 
     void pack() const {
+        if (attention.masking.adds_padding())
+            for (int64_t p = 0; p < count; ++p) attention.masking.padding_values(n, panels[p].first, padding + p * COLUMNS);
+        if (attention.reads_in_place) return;
         pack_keys();
         pack_values();
     }
@@ -158,8 +170,6 @@ private:
         for_rows_of_panels(a.key, a.bias_k, [&](int64_t p, const void* const* rows) {
             Panels<P>::pack_b_transposed(a.key.dtype, rows, attention.D, keys + p * stride);
         });
-        if (attention.masking.adds_padding())
-            for (int64_t p = 0; p < count; ++p) attention.masking.padding_values(n, panels[p].first, padding + p * COLUMNS);
     }
 
     void pack_values() const {

@@ -446,7 +446,7 @@ private:
             if (sums)
                 unpack_row(sums, chunk_rows() * COLUMNS, columns, factor, to.dtype, row);
             else
-                memset(row, 0, size_t(columns * item_size(to.dtype)));
+                zero(row, columns * item_size(to.dtype));
         }
 
         // Counts the heads and batch elements that have added to the mask's gradient in this block of rows and chunk of

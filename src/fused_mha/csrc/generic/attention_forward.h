@@ -15,7 +15,7 @@ namespace fused_mha::FMHA_ISA {
 namespace {
 
 constexpr int64_t TILE_BUDGET = 512 * 64;  // keys of a tile * head size; scores of a row tile stay in the first-level cache
-constexpr int64_t MOST_TILE_KEYS = 512, FEWEST_TILE_KEYS = 128;
+constexpr int64_t FEWEST_TILE_KEYS = 128;
 // Rows of a task: packing K and V costs as much as attending from about 5 rows, and the rows' queries and outputs share
 // the second-level cache with a tile of keys and values.
 constexpr int64_t ROW_BUDGET = 512 * 64;      // rows * head size
@@ -194,7 +194,7 @@ private:
                     if (!sees_any(rows[t])) continue;
                     if (!is_packed) keys.pack();
                     is_packed = true;
-                    if (!forward.packs_first) keys.prefetch_next(tiles, t);
+                    if (!forward.packs_first && !attention.reads_in_place) keys.prefetch_next(tiles, t);
                     attender.attend(rows[t], keys, strip);
                 }
             }
@@ -247,7 +247,7 @@ private:
         void add_to_mean(int64_t t, int64_t r, int64_t used) const {
             T* row = mean_row(t, r);
             const int64_t columns = attention.masking.keys;
-            if (rows[t].h == 0) memset(row, 0, size_t(columns) * sizeof(T));
+            if (rows[t].h == 0) zero(row, columns * int64_t(sizeof(T)));
             for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* weights, T factor) {
                 const Vec<T> share = splat(factor / T(attention.H));
                 for (int64_t v = 0; v < COLUMNS; v += LANES<T>) {
@@ -265,11 +265,11 @@ private:
             char* row = static_cast<char*>(row_of(weights, rows[t].n, rows[t].h, rows[t].first + r));
             int64_t written = 0;
             for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* of_panel, T factor) {
-                memset(row + written * item, 0, size_t((panel.first - written) * item));
+                zero(row + written * item, (panel.first - written) * item);
                 written = min(panel.first + COLUMNS, columns);
                 unpack_row(of_panel, 0, written - panel.first, factor, weights.dtype, row + panel.first * item);
             });
-            memset(row + written * item, 0, size_t((columns - written) * item));
+            zero(row + written * item, (columns - written) * item);
         }
     };
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "generic/attention.h"
+#include "generic/single_query.h"
 
 namespace fused_mha::FMHA_ISA {
 namespace {
@@ -12,7 +13,7 @@ template <class P>
 struct RowTile {
     using T = typename P::Accumulator;
     int64_t n, h, first, rows;
-    T* query;    // [panel of D][row][A_WIDTH]
+    T* query;    // [panel of D][row][A_WIDTH]; where keys are read in place [D]
     T* output;   // [panel of D_v][row][COLUMNS], not yet divided by row_sum
     T* row_max;  // [row], of the scores as Masking::apply leaves them
     T* row_sum;  // [row], of exp(score - row_max)
@@ -47,7 +48,10 @@ public:
             tile.row_max[r] = Masking<T>::NEGATIVE_INFINITY;
             tile.row_sum[r] = 0;
         }
-        Panels<P>::pack_a(attention.a.query.dtype, rows, tile.rows, attention.D, tile.query);
+        if (attention.reads_in_place)
+            SingleQuery<P>::unpack(attention.a.query.dtype, rows[0], attention.D, tile.query);
+        else
+            Panels<P>::pack_a(attention.a.query.dtype, rows, tile.rows, attention.D, tile.query);
     }
 
     // Takes a tile of keys, which has been packed, into the running softmax and the output.
@@ -72,7 +76,7 @@ public:
             const T sum = tile.row_sum[r];
             void* row = row_of(call.output, tile.n, i, tile.h);
             if (sum == 0)  // hidden everywhere
-                memset(row, 0, size_t(attention.D_v * item_size(call.output.dtype)));
+                zero(row, attention.D_v * item_size(call.output.dtype));
             else
                 unpack_row(tile.output + r * COLUMNS, tile.rows * COLUMNS, attention.D_v, attention.kept_factor() / sum,
                            call.output.dtype, row);
@@ -96,14 +100,20 @@ private:
     void score(const RowTile<P>& tile, const KeyTile<P>& keys, Strip<P>& strip) const {
         const int64_t steps = Panels<P>::steps(attention.D), A_WIDTH = Panels<P>::A_WIDTH;
         strip.active_count = 0;
+        const void* rows[MOST_TILE_KEYS];
+        if (attention.reads_in_place) rows_of_tile(attention.a.key, attention.a.bias_k, tile, keys, rows);
         for (int64_t p = 0; p < keys.count; ++p) {
             const KeyPanel& panel = keys.panels[p];
             const TileMask<T> mask = masking.look(tile.n, tile.h, tile.first, tile.rows, panel);
             if (mask.kind == mask.HIDDEN) continue;
             T* at = strip.scores + p * tile.rows * COLUMNS;
-            gemm_in_blocks<P>(
-                int(tile.rows), COLUMNS,
-                {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
+            if (attention.reads_in_place)
+                SingleQuery<P>::score(attention.a.key.dtype, tile.query, rows + p * COLUMNS, (keys.count - p) * COLUMNS,
+                                  attention.D, at);
+            else
+                gemm_in_blocks<P>(
+                    int(tile.rows), COLUMNS,
+                    {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
             if (mask.kind == mask.MASKED)
                 masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS, at);
             if (attention.drops())
@@ -154,7 +164,7 @@ private:
         const uint32_t* const kept = strip.kept + r;
         T *const row = strip.scores + r * COLUMNS, *const rounded = strip.weights + r * (COLUMNS / 2);
         const Vec<T> shifts = splat(shift(tile.row_max[r])), factors = splat(masking.exponent_factor);
-        const bool stores_scores = P::KSTEP == 1 || keeps_weights;
+        const bool stores_scores = P::KSTEP == 1 || keeps_weights || attention.reads_in_place;
         Vec<T> sums[2] = {};
         for (int64_t s = 0; s < count; ++s) {
             const int64_t p = active[s];
@@ -173,7 +183,24 @@ private:
         return reduce_add(sums[0] + sums[1]);
     }
 
+    void add_values_in_place(const RowTile<P>& tile, const KeyTile<P>& keys, const Strip<P>& strip, bool accumulate) const {
+        const void* rows[MOST_TILE_KEYS];
+        rows_of_tile(attention.a.value, attention.a.bias_v, tile, keys, rows);
+        for (int64_t s = 0; s < strip.active_count; ++s) {
+            const int64_t p = strip.active[s];
+            SingleQuery<P>::add_values(attention.a.value.dtype, strip.scores + p * COLUMNS, rows + p * COLUMNS,
+                                   (keys.count - p) * COLUMNS, attention.D_v, tile.output, accumulate || s > 0);
+        }
+    }
+
+    void rows_of_tile(const fused_mha_tensor& tensor, const fused_mha_tensor& bias, const RowTile<P>& tile,
+                      const KeyTile<P>& keys, const void** rows) const {
+        for (int64_t p = 0; p < keys.count; ++p)
+            attention.rows_of_panel(tensor, bias, tile.n, tile.h / attention.group, keys.panels[p], rows + p * COLUMNS);
+    }
+
     void multiply_values(const RowTile<P>& tile, const KeyTile<P>& keys, const Strip<P>& strip, bool accumulate) const {
+        if (attention.reads_in_place) return add_values_in_place(tile, keys, strip, accumulate);
         constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
         for (int64_t s = 0; s < strip.active_count;) {
             const int64_t p = strip.active[s];
