@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -44,6 +45,23 @@ def test_an_unknown_instruction_set_fails_the_import_and_lists_the_valid_ones():
     assert error.startswith("RuntimeError: FUSED_MHA_ISA must be one of ")
     assert "'sse9'" in error
     assert all(re.search(rf"\b{name}\b", error) for name in ISAS)
+
+
+X86_FLAGS = {
+    "scalar": "sse2",
+    "avx2": "avx2 fma f16c bmi2",
+    "avx512": "avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl",
+    "avx512_bf16": "avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512_bf16",
+}
+
+
+@pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64",
+    reason="only Linux on x86-64 lists these instructions there",
+)
+def test_the_instruction_sets_are_those_that_the_operating_system_lists():
+    listed = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
+    assert [name for name, flags in X86_FLAGS.items() if listed >= set(flags.split())] == ISAS
 
 
 def test_set_isa_refuses_an_unknown_name_and_keeps_the_former():

@@ -1,5 +1,7 @@
 #include "cpu_features.h"
 
+#include <cstdint>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -10,24 +12,46 @@ namespace fused_mha {
 
 namespace {
 
-// Clang 14's __builtin_cpu_supports does not know it.
-bool cpu_has_f16c() {
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+// Asked of the processor itself: behind __builtin_cpu_supports stands the compiler's run-time library, and Zig's says no
+// to everything.
+struct Processor {
+    unsigned basic = 0, extended = 0, further = 0;  // CPUID 1 ECX, 7.0 EBX, 7.1 EAX
+    uint64_t saved = 0;                             // the registers that the operating system saves: XCR0
+
+    Processor() {
+        unsigned a, b, c, d;
+        if (!__get_cpuid(1, &a, &b, &basic, &d) || !(basic & bit_OSXSAVE)) return;
+        uint32_t low, high;
+        __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+        saved = uint64_t(high) << 32 | low;
+        unsigned last_subleaf;
+        if (__get_cpuid_count(7, 0, &last_subleaf, &extended, &c, &d) && last_subleaf >= 1)
+            __get_cpuid_count(7, 1, &further, &b, &c, &d);
+    }
+};
+
+const Processor& processor() {
+    static const Processor found;
+    return found;
 }
+
+bool has_all(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
+
+constexpr uint64_t AVX_STATE = 0x6, AVX512_STATE = 0xe6;
 
 }  // namespace
 
-// The compiler's run-time checks cover the operating system's part (saved registers) too.
 bool cpu_has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-           cpu_has_f16c();
+    const Processor& p = processor();
+    return has_all(p.saved, AVX_STATE) && has_all(p.basic, bit_AVX | bit_FMA | bit_F16C) &&
+           has_all(p.extended, bit_AVX2 | bit_BMI2);
 }
 bool cpu_has_avx512() {
-    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const Processor& p = processor();
+    return cpu_has_avx2() && has_all(p.saved, AVX512_STATE) &&
+           has_all(p.extended, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
 }
-bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool cpu_has_avx512_bf16() { return cpu_has_avx512() && has_all(processor().further, bit_AVX512BF16); }
 
 #else
 
