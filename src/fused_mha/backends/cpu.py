@@ -20,8 +20,9 @@ LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
 
 if LIBRARY is None:
     warnings.warn(
-        "fused_mha was installed without its CPU library, since there was no C++ compiler: it works, on torch's own "
-        "operators, and slower. Install a C++ compiler (GCC or Clang) and reinstall fused_mha.",
+        "fused_mha was installed without its C++ library, for want of a compiler that could build it: it works, on "
+        "torch's own operators, and slower. To get the library, install GCC 11, Clang 14 or newer, and then fused_mha "
+        "again by `pip install --force-reinstall --no-deps --no-cache-dir` (pip's cache may hold one without it).",
         stacklevel=2,
     )
 
