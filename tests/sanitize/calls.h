@@ -188,7 +188,7 @@ private:
         L = random.integer(0, random.pick({3, 20, 70, 130}));
         S = random.integer(0, random.pick({3, 40, 130}));
         D = random.integer(1, random.pick({8, 33, 80}));
-        D_v = random.chance(0.5) ? D : random.integer(1, 80);
+        D_v = random.chance(0.5) ? D : random.chance(0.05) ? 0 : random.integer(1, 80);
         if (index % 16 == 3) {  // several chunks of keys in the backward, several tiles in the forward
             D = D_v = 64;
             S = random.integer(1100, 1400);
