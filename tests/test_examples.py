@@ -171,9 +171,11 @@ def test_interrupted_training_reports_the_whole_steps(
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_ends_with_a_message_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-u", str(EXAMPLES / "train_text_model.py"), *TINY, "--steps", "100000"]
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits none
     with subprocess.Popen(
         [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
+        signal.signal(signal.SIGINT, former)
         assert process.stdout is not None
         while not process.stdout.readline().startswith("  step"):
             assert process.poll() is None

@@ -55,7 +55,8 @@ def attention(
         bias_k: (H_kv, D), a virtual key after the S real ones, visible to every query.
         bias_v: (H_kv, D_v), its value.
         add_zero_attn: append a virtual key and value of zeros, visible to every query.
-        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - dropout_p). Always applied.
+        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - dropout_p). Always applied;
+            the core in C++ rounds it to a multiple of 2^-16.
         scale: factor of the scores; 1 / sqrt(D) if None.
         need_weights: return the attention weights too, after dropout.
         average_attn_weights: the weights' mean over the heads, (N, L, S'), not per head, (N, H, L, S').

@@ -11,6 +11,7 @@ from native.call_space import DTYPES
 from native.dense_oracle import drawn_seed, native_attention, run
 
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
+ONE_QUERY = {"N": 3, "L": 1, "S": 1100, "H": 6, "H_kv": 2, "D": 40, "D_v": 24}
 LONG = {"N": 1, "L": 70, "S": 1300, "H": 2, "H_kv": 1, "D": 64, "D_v": 32}  # several chunks of keys in the backward
 SHORT = {"N": 3, "L": 60, "S": 45, "H": 4, "H_kv": 2, "D": 16, "D_v": 16}
 CASES = {
@@ -27,6 +28,7 @@ CASES = {
     "averaged weights": SHORT | {"need_weights": True, "bias_kv": True},
     "long averaged weights": LONG | {"need_weights": True},
     "weights per head and dropout": SHORT | PER_HEAD | {"dropout_p": 0.3},
+    "one query": ONE_QUERY | {"need_weights": True, "dropout_p": 0.3, "mask_dtype": torch.float32, "mask_shape": "HLS"},
     "long and dropout": LONG | {"dropout_p": 0.3, "mask_dtype": torch.float32, "mask_shape": "LS"},
 }
 
@@ -144,3 +146,14 @@ def test_python_threads_at_once_get_the_same_bits(isa, set_num_threads):
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(lambda _: run(native_attention, arguments), range(8), timeout=120):
             assert_same_bits(results, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [SHORT, LONG, ONE_QUERY], ids=["short", "long", "one query"])
+def test_weights_change_no_bit_of_the_output(isa, case, dtype):
+    arguments = make_arguments(**case, dtype=dtype, return_lse=True, mask_dtype=torch.bool, padding_dtype=torch.bool)
+    without = native_attention(**arguments)
+    for average in (True, False):
+        result = native_attention(**arguments | {"need_weights": True, "average_attn_weights": average})
+        expected = {"output": without.output, "lse": without.lse}
+        assert_same_bits({"output": result.output, "lse": result.lse}, expected)

@@ -182,3 +182,12 @@ def test_no_weights_no_query_heads(isa):
     with fused_mha.backend("cpu"):
         result = fused_mha.attention(query, keys, keys, need_weights=True, average_attn_weights=False, return_lse=True)
     assert [tuple(x.shape) for x in result] == [(2, 3, 0, 4), (2, 0, 3, 5), (2, 0, 3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_mean_over_no_heads_is_zero(isa, dtype):
+    query, keys = torch.zeros(2, 300, 0, 4, dtype=dtype), torch.zeros(2, 500, 1, 4, dtype=dtype)
+    for garbage in (float("nan"), 3e38):
+        trash = [torch.full((size,), garbage) for size in (50_000, 100_000, 300_000)]
+        del trash
+        assert not native_attention(query=query, key=keys, value=keys, need_weights=True).weights.any()

@@ -36,11 +36,26 @@ def with_scores(arguments, center):
 @each_dtype
 @pytest.mark.parametrize("wanted", [{}, PER_HEAD], ids=["output", "everything"])
 @pytest.mark.parametrize("center", [300.0, 1e4, -1e4])
-def test_scores_that_overflow_a_naive_softmax(isa, center, wanted, dtype):
-    arguments = with_scores(make_arguments(L=17, S=35, D=8, D_v=8, dtype=dtype, **wanted), center)
+@pytest.mark.parametrize("L", [1, 17])
+def test_scores_that_overflow_a_naive_softmax(isa, L, center, wanted, dtype):
+    arguments = with_scores(make_arguments(L=L, S=35, D=8, D_v=8, dtype=dtype, **wanted), center)
     ours = assert_matches_dense(arguments)
     assert all(bool(x.isfinite().all()) for x in ours.values())
     assert bool((ours["grad of query"] != 0).any())
+
+
+@each_dtype
+@pytest.mark.parametrize("L", [1, 2, 20])
+@pytest.mark.parametrize("S", [64, 700])
+def test_the_backward_computes_the_weights_of_the_forward(isa, L, S, dtype):
+    # A score of 1e4 that is rounded otherwise than in the forward changes its weight by far more than rounding that.
+    generator = torch.Generator().manual_seed(0)
+    query, key = (30 * torch.randn(1, size, 1, 64, generator=generator) for size in (L, S))
+    value = torch.randn(1, S, 1, 8, generator=generator).to(dtype).requires_grad_()
+    output = native_attention(query=query.to(dtype), key=key.to(dtype), value=value).output
+    (grad,) = torch.autograd.grad(output.sum(), value)
+    rounding = max(1e-5, 4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(grad.double().sum(1), torch.full((1, 1, 8), float(L)).double(), rtol=rounding, atol=0.0)
 
 
 @each_dtype

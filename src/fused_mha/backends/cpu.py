@@ -77,7 +77,7 @@ def _contiguous(arguments: Arguments) -> Arguments:
 def _operands(*inputs: Any) -> Arguments:
     """The operators' arguments, which anyone may call them with; what else is wrong the library finds."""
     for name, x in zip(Arguments._fields, inputs[:8], strict=False):
-        if x is not None and (x.dim() > 4 or (x.dim() < 4 and name in ("query", "key", "value"))):
+        if x is not None and (x.dim() > 4 or (x.dim() < 4 and name in ("query", "key", "value", "attn_mask"))):
             raise RuntimeError(f"{name} has a wrong number of dimensions; got shape {tuple(x.shape)}")
     return _contiguous(Arguments(*inputs))
 
@@ -110,6 +110,9 @@ def _backward(
     assert LIBRARY is not None
     arguments = _operands(*inputs)
     query, mask, padding = arguments.query, arguments.attn_mask, arguments.key_padding_mask
+    for name, mask_of_grad, wanted in (("attn_mask", mask, mask_grad), ("key_padding_mask", padding, padding_grad)):
+        if wanted and mask_of_grad is not None and not mask_of_grad.is_floating_point():
+            raise RuntimeError(f"{name} must be floating for a gradient; got {mask_of_grad.dtype}")
     N, _, H, _ = query.shape
     dtype = arguments.accumulator_dtype
     sums_queries = padding_grad or (mask_grad and mask is not None and mask.shape[2] == 1)

@@ -181,6 +181,8 @@ def _fields(x: Tensor | None) -> tuple[Any, ...]:
     if x is None:
         return _ABSENT
     missing = 4 - x.dim()
+    if missing < 0:
+        raise RuntimeError(f"tensors of more than four dimensions are not supported; got shape {tuple(x.shape)}")
     bytes_left = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
     dtype = DTYPES.get(x.dtype, _UNKNOWN)
     if not missing:

@@ -185,6 +185,18 @@ void check_workspace(Checker& checker, const fused_mha_tensor& workspace, int64_
         checker.fail_with("workspace must have %lld bytes; got %lld", (long long)needed, (long long)workspace.size[0]);
 }
 
+// Of tensors that have been checked and are about to be written.
+void advise_huge_pages(std::initializer_list<const fused_mha_tensor*> tensors) {
+    for (const fused_mha_tensor* t : tensors) {
+        int64_t last = 0, elements = 1;
+        for (int d = 0; d < 4; ++d) {
+            last += (t->size[d] - 1) * t->stride[d];
+            elements *= t->size[d];
+        }
+        if (t->data && elements > 0) fused_mha::advise_huge_pages(t->data, (last + 1) * ITEM_SIZES[t->dtype]);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -218,8 +230,7 @@ int64_t fused_mha_forward(const fused_mha_forward_arguments* call) {
     check_forward(checker, *call);
     if (checker.ok) check_workspace(checker, call->attention.workspace, kernels.forward_workspace(*call));
     if (!checker.ok) return -1;
-    for (const fused_mha_tensor* written : {&call->attention.workspace, &call->output, &call->weights})
-        fused_mha::advise_huge_pages(*written);
+    advise_huge_pages({&call->attention.workspace, &call->output, &call->weights});
     kernels.forward(*call);
     return 0;
 }
@@ -236,9 +247,7 @@ int64_t fused_mha_backward(const fused_mha_backward_arguments* call) {
     check_backward(checker, *call);
     if (checker.ok) check_workspace(checker, call->attention.workspace, kernels.backward_workspace(*call));
     if (!checker.ok) return -1;
-    for (const fused_mha_tensor* written : {&call->attention.workspace, &call->grad_query, &call->grad_key,
-                                            &call->grad_value, &call->grad_attn_mask})
-        fused_mha::advise_huge_pages(*written);
+    advise_huge_pages({&call->attention.workspace, &call->grad_query, &call->grad_key, &call->grad_value});
     kernels.backward(*call);
     return 0;
 }

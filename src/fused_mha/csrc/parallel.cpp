@@ -32,12 +32,13 @@ void run_tasks(int64_t tasks, int64_t threads, void (*task)(void*, int64_t, int6
         return;
     }
     // One range for each worker, which then takes tasks as they come: tasks differ in length.
-    parallel_for(
+    const int32_t status = parallel_for(
         0, workers, 1,
         [](int64_t begin, int64_t end, void* context) {
             for (int64_t worker = begin; worker < end; ++worker) static_cast<Job*>(context)->work(worker);
         },
         &job);
+    if (status != 0) job.work(0);  // whatever it did not start
 }
 
 void wait_for(const int32_t* ticket, int32_t turn) {

@@ -1,4 +1,5 @@
-"""The operators by the reference core: for graphs that were exported with them, on a device or machine without kernels.
+"""The operators by the reference core: for graphs of inference that were exported with them, on a device or machine
+without kernels.
 
 `autograd` differentiates the same function for the second derivative. Eager calls come here only by way of it:
 `dispatch` leaves a call that no kernel serves to another back end.

@@ -41,6 +41,14 @@ FMHA_INLINE void zero(void* at, int64_t bytes) {
     if (bytes > 0) memset(at, 0, size_t(bytes));
 }
 
+// A workspace with a part for each thread; more than there can be where that overflows.
+FMHA_INLINE int64_t workspace_bytes(int64_t shared, int64_t of_worker, int64_t threads) {
+    int64_t bytes;
+    const bool overflows = __builtin_mul_overflow(of_worker, threads, &bytes) ||
+                           __builtin_add_overflow(bytes, shared + CACHE_LINE, &bytes);
+    return overflows ? INT64_MAX : bytes;
+}
+
 template <class T>
 FMHA_INLINE T* element(const fused_mha_tensor& t, int64_t i, int64_t j = 0, int64_t k = 0, int64_t l = 0) {
     return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2] + l * t.stride[3];
@@ -124,7 +132,7 @@ public:
 
     // Elements that hold a tile.
     int64_t size() const {
-        return most * COLUMNS * (Panels<P>::steps(attention.D) + value_steps() * Panels<P>::panels(attention.D_v) + 1);
+        return keys_size() + values_size() + most * COLUMNS;
     }
 
     // Takes at most `most` of the panels first..end of one head, which lie packed at `storage`, or will.
@@ -135,8 +143,8 @@ public:
         count = min(most, end - first);
         left = end - first;
         keys = storage;
-        values = keys + most * COLUMNS * Panels<P>::steps(attention.D);
-        padding = values + most * COLUMNS * value_steps() * Panels<P>::panels(attention.D_v);
+        values = keys + keys_size();
+        padding = values + values_size();
     }
 
     void pack() const {
@@ -162,6 +170,10 @@ private:
     const int64_t most;
     int64_t n, head, left;  // `left` counts the panels behind too
 
+    int64_t keys_size() const { return attention.reads_in_place ? 0 : most * COLUMNS * Panels<P>::steps(attention.D); }
+    int64_t values_size() const {
+        return attention.reads_in_place ? 0 : most * COLUMNS * value_steps() * Panels<P>::panels(attention.D_v);
+    }
     static int64_t value_steps() { return COLUMNS / P::KSTEP; }  // along the keys of a panel
 
     void pack_keys() const {

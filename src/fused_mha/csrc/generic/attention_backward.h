@@ -5,7 +5,8 @@
 // dQ it adds to that of the chunks before, in their order, so that no result depends on the number of threads.
 //
 // delta = rowsum(P * dP). Where one chunk has all keys it is summed as it stands, over the P and dP of a block of rows;
-// where none has, it comes from attention_delta.h before any dP is there.
+// where none has, it comes from attention_delta.h before any dP is there, and of half types from the output as it was
+// rounded.
 #pragma once
 
 #include "generic/attention_delta.h"
@@ -15,6 +16,7 @@ namespace {
 
 // Rows whose P and dS are computed at once: the products over them load and store dK and dV that much less often.
 constexpr int64_t BLOCK_ROWS = 70 / MR * MR;
+static_assert(BLOCK_ROWS / MR <= 32, "hidden_tiles has a bit for each row tile of a block");
 // Keys of a task times head size: K (twice), V, dK and dV of them stay in the second-level cache.
 constexpr int64_t CHUNK_BUDGET = 512 * 64;
 
@@ -49,7 +51,8 @@ public:
     }
 
     int64_t workspace() const {
-        return shared_bytes + max(worker_bytes, needs_deltas ? delta.worker_bytes() : 0) * call.attention.threads + CACHE_LINE;
+        const int64_t of_worker = max(worker_bytes, needs_deltas ? delta.worker_bytes() : 0);
+        return workspace_bytes(shared_bytes, of_worker, call.attention.threads);
     }
 
     void run() {
@@ -102,6 +105,7 @@ private:
             value_sums = arena.take<T>(rows * panels_of_value * COLUMNS);
             padding = arena.take<T>(rows);
             query_a = arena.take<T>(BLOCK_ROWS * panels_of_key * A_WIDTH);
+            query_row = arena.take<T>(attention.reads_in_place ? panels_of_key * COLUMNS : 0);
             grad_a = arena.take<T>(BLOCK_ROWS * panels_of_value * A_WIDTH);
             query_b = P::KSTEP == 1 ? query_a : arena.take<T>(BLOCK_ROWS / P::KSTEP * panels_of_key * COLUMNS);
             grad_b = P::KSTEP == 1 ? grad_a : arena.take<T>(BLOCK_ROWS / P::KSTEP * panels_of_value * COLUMNS);
@@ -159,6 +163,7 @@ private:
         // A block of rows of head h.
         int64_t h, block, first_row, rows;
         T *query_a, *grad_a, *query_b, *grad_b;  // queries and dO, for products along D and along the rows
+        T* query_row;                            // a single query as it lies
         T row_max[BLOCK_ROWS], inverse_sum[BLOCK_ROWS], delta[BLOCK_ROWS];
         Vec<T> delta_parts[BLOCK_ROWS];          // what its lanes sum to, where one chunk has all keys
         T *weights, *grad_scores;                // P, negative where dropped, and dP, then dS: [panel][row][COLUMNS]
@@ -220,6 +225,7 @@ private:
                     delta[r] = (backward.sees_all_keys ? 0 : backward.delta.of_output(n, h, i)) - backward.delta.of_lse(n, h, i);
             }
             Panels<P>::pack_a(a.query.dtype, queries, rows, attention.D, query_a);
+            if (attention.reads_in_place) SingleQuery<P>::unpack(a.query.dtype, queries[0], attention.D, query_row);
             Panels<P>::pack_a(grad.dtype, grads, rows, attention.D_v, grad_a);
             if (P::KSTEP > 1) {
                 Panels<P>::pack_b(a.query.dtype, queries, rows, attention.D, query_b, Panels<P>::steps(rows) * COLUMNS);
@@ -294,9 +300,12 @@ private:
                     continue;
                 }
                 is_visible = true;
-                gemm_in_blocks<P>(int(size), COLUMNS,
-                                  {query_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
-                                   keys_transposed + p * steps * COLUMNS, COLUMNS, s, steps, false});
+                if (attention.reads_in_place)
+                    score_in_place(attention, n, h, panel, query_row, s);
+                else
+                    gemm_in_blocks<P>(int(size), COLUMNS,
+                                      {query_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
+                                       keys_transposed + p * steps * COLUMNS, COLUMNS, s, steps, false});
                 gemm_in_blocks<P>(int(size), COLUMNS,
                                   {grad_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
                                    values_transposed + p * value_steps * COLUMNS, COLUMNS, dp, value_steps, false});

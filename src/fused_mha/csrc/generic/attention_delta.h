@@ -4,7 +4,7 @@
 // averaged weights; for that alone the weights are computed a second time, in a pass of its own.
 #pragma once
 
-#include "generic/attention.h"
+#include "generic/single_query.h"
 #include "parallel.h"
 
 namespace fused_mha::FMHA_ISA {
@@ -90,7 +90,7 @@ private:
 
         void run(int64_t n, int64_t h, int64_t first_tile, int64_t last_tile, T* deltas) {
             const Parts rows = attention.rows_of_head();
-            for (int64_t i = rows.begin(first_tile); i < rows.begin(last_tile); ++i) 
+            for (int64_t i = rows.begin(first_tile); i < rows.begin(last_tile); ++i)
                 deltas[i] = delta.of_output(n, h, i) - delta.of_lse(n, h, i);
             add_weights(n, h, first_tile, last_tile, deltas);
         }
@@ -111,13 +111,16 @@ private:
             for (int64_t t = first_tile; t < last_tile; ++t) {
                 const void* rows[MR];
                 for (int64_t r = 0; r < parts.size(t); ++r) rows[r] = row_of(a.query, n, parts.begin(t) + r, h);
-                Panels<P>::pack_a(a.query.dtype, rows, parts.size(t), attention.D, query_of(t - first_tile));
+                if (attention.reads_in_place)
+                    SingleQuery<P>::unpack(a.query.dtype, rows[0], attention.D, query_of(t - first_tile));
+                else
+                    Panels<P>::pack_a(a.query.dtype, rows, parts.size(t), attention.D, query_of(t - first_tile));
             }
             const int64_t count = attention.masking.visible_panels(n, panels, 0, delta.all_panels);
             for (int64_t p = 0; p < count; ++p) {
                 const void* rows[COLUMNS];
                 attention.rows_of_panel(a.key, a.bias_k, n, h / attention.group, panels[p], rows);
-                Panels<P>::pack_b_transposed(a.key.dtype, rows, attention.D, keys);
+                if (!attention.reads_in_place) Panels<P>::pack_b_transposed(a.key.dtype, rows, attention.D, keys);
                 T padding[COLUMNS];
                 if (attention.masking.adds_padding()) attention.masking.padding_values(n, panels[p].first, padding);
                 for (int64_t t = first_tile; t < last_tile; ++t)
@@ -131,9 +134,12 @@ private:
             const TileMask<T> mask = attention.masking.look(n, h, first, rows, panel);
             if (mask.kind == mask.HIDDEN) return;
             constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
-            gemm_in_blocks<P>(
-                int(rows), COLUMNS,
-                {query, A_WIDTH, rows * A_WIDTH, keys, COLUMNS, scores, Panels<P>::steps(attention.D), false});
+            if (attention.reads_in_place)
+                score_in_place(attention, n, h, panel, query, scores);
+            else
+                gemm_in_blocks<P>(
+                    int(rows), COLUMNS,
+                    {query, A_WIDTH, rows * A_WIDTH, keys, COLUMNS, scores, Panels<P>::steps(attention.D), false});
             if (mask.kind == mask.MASKED) attention.masking.apply(mask, n, h, first, rows, panel, padding, scores);
             uint32_t kept[MR];
             for (uint32_t& columns : kept) columns = ~0u;

@@ -53,7 +53,7 @@ public:
         worker_bytes = measure.used;
     }
 
-    int64_t workspace() const { return packed_bytes() + worker_bytes * call.attention.threads + CACHE_LINE; }
+    int64_t workspace() const { return workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads); }
 
     void run() {
         const uintptr_t packed = aligned(call.attention.workspace.data), base = packed + uintptr_t(packed_bytes());
@@ -209,6 +209,11 @@ private:
 
         void attend_with_weights(int64_t n, int64_t first_tile, int64_t count) {
             const int64_t used = ceil_div(count, forward.tile_panels);
+            place_rows(n, 0, first_tile);
+            if (forward.averages)
+                for (int64_t t = 0; t < tiles; ++t)
+                    for (int64_t r = 0; r < rows[t].rows; ++r)
+                        zero(mean_row(t, r), attention.masking.keys * int64_t(sizeof(T)));
             for (int64_t h = 0; h < attention.H; ++h) {
                 place_rows(n, h, first_tile);
                 attend(n, h / attention.group, count);
@@ -247,7 +252,6 @@ private:
         void add_to_mean(int64_t t, int64_t r, int64_t used) const {
             T* row = mean_row(t, r);
             const int64_t columns = attention.masking.keys;
-            if (rows[t].h == 0) zero(row, columns * int64_t(sizeof(T)));
             for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* weights, T factor) {
                 const Vec<T> share = splat(factor / T(attention.H));
                 for (int64_t v = 0; v < COLUMNS; v += LANES<T>) {

@@ -17,7 +17,7 @@ struct DropoutSeed {
     DropoutSeed(const int64_t* seed, double dropout_p) {
         key[0] = uint32_t(seed[0]);
         key[1] = uint32_t(uint64_t(seed[0]) >> 32);
-        offset = uint32_t(seed[1]);
+        offset = uint32_t(seed[1]);  // a counter has 32 bits for it
         threshold = uint32_t(dropout_p * 65536.0 + 0.5);
     }
 };
@@ -66,12 +66,12 @@ FMHA_INLINE void keep_lanes(const DropoutSeed& seed, vuint group, const vuint (&
     }
 }
 
-// kept[r], bit c: whether column c of `columns` <= 32 keys from `first_key`, a multiple of 8, is kept in row
+// kept[r], bit c: whether column c of KEYS <= 32 keys from `first_key`, a multiple of 8, is kept in row
 // first_query + r.
-template <int columns>
+template <int KEYS>
 FMHA_INLINE void draw_kept(const DropoutSeed& seed, int64_t head, int64_t first_query, int64_t rows, int64_t first_key,
                            uint32_t* kept) {
-    constexpr int GROUPS = columns / 8, ROWS = PHILOX_LANES / GROUPS;  // of one draw
+    constexpr int GROUPS = KEYS / 8, ROWS = PHILOX_LANES / GROUPS;  // of one draw
     constexpr int DRAWS = (FMHA_MR + ROWS - 1) / ROWS;                  // of a row tile
     vuint group_of_lane, row_of_lane;
     for (int i = 0; i < PHILOX_LANES; ++i) {

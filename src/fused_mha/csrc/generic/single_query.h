@@ -1,5 +1,6 @@
 // Products of a single query with keys and values where they lie: in decoding memory sets the pace, and packing costs as
-// much as attending from some rows. online_softmax.h calls this.
+// much as attending from some rows. Forward, backward and delta call this, and all three must: the backward computes P from
+// the scores and from the forward's maximum and sum, which fit no other rounding.
 #pragma once
 
 #include "generic/attention.h"
@@ -17,7 +18,8 @@ struct SingleQuery {
         with_data<T>(dtype, [&](auto data) { pack_rows_of<T, decltype(data), COLUMNS>(&row, 1, columns, to, COLUMNS); });
     }
 
-    // scores[j] = query . keys[j] for a panel of keys; 0 where there is none. `known` counts this and the panels' behind.
+    // scores[j] = query . keys[j] for a panel of keys; 0 where there is none. `known` counts these keys and those
+    // of the panels behind.
     static void score(int64_t dtype, const T* query, const void* const* keys, int64_t known, int64_t columns, T* scores) {
         with_data<T>(dtype, [&](auto data) {
             using Data = decltype(data);
@@ -83,6 +85,16 @@ private:
         }
     }
 };
+
+// The scores of one panel of keys, for a query that `SingleQuery::unpack` made.
+template <class P>
+void score_in_place(const Attention<P>& attention, int64_t n, int64_t h, const KeyPanel& panel,
+                    const typename P::Accumulator* query, typename P::Accumulator* scores) {
+    const fused_mha_attention& a = attention.a;
+    const void* keys[NR<typename P::Accumulator>];
+    attention.rows_of_panel(a.key, a.bias_k, n, h / attention.group, panel, keys);
+    SingleQuery<P>::score(a.key.dtype, query, keys, NR<typename P::Accumulator>, attention.D, scores);
+}
 
 }  // namespace
 }  // namespace fused_mha::FMHA_ISA
