@@ -1,7 +1,7 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `explanation` `explain_inputs`; users call
-`backend`.
+`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `linear` `allows`, `explanation`
+`explain_inputs`; users call `backend`.
 """
 
 from __future__ import annotations
@@ -102,6 +102,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _override.name = previous
+
+
+def allows(name: str) -> bool:
+    """Whether no other back end is forced for this thread."""
+    return _override.name in (None, name)
 
 
 def explain_inputs(inputs: AttentionInputs) -> Explanation:

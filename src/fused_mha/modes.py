@@ -29,6 +29,11 @@ def onnx_export_is_active() -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether nothing records or transforms ``x``, so that its values may be read and a result may take its place."""
-    if type(x) is not Tensor or x.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    return type(x) is Tensor and not x.requires_grad and is_eager()
+
+
+def is_eager() -> bool:
+    """Whether no compiler, tracer, transform or mode sees the operators that are called."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not transform_is_active() and _count_dispatch_modes() == 0

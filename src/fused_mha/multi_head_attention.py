@@ -264,7 +264,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         )
         heads, weights, _ = dispatch.run(inputs)
         is_batched = query.dim() == 3
-        output = self.out_proj(projections.merge_heads(heads, is_batched, self.batch_first))
+        output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
         return output, weights

@@ -8,8 +8,11 @@ so zeros take their place.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from fused_mha.linear import linear
 
 
 def packed_in_projection(
@@ -31,20 +34,20 @@ def packed_in_projection(
     E = weight.shape[1]
     if query is key and key is value:
         if hidden is None:
-            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+            q, k, v = linear(query, weight, bias).chunk(3, dim=-1)
             return q, k, v
         # A hidden row is a query too, whose own output counts: only NaN and inf are taken out of it. The zeros behind
         # the product serve where finite numbers overflow in it.
         finite = query.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        packed = F.linear(torch.where(hidden, finite, query), weight, bias)
+        packed = linear(torch.where(hidden, finite, query), weight, bias)
         q, kv = packed.narrow(-1, 0, E), packed.narrow(-1, E, 2 * E).masked_fill(hidden, 0.0)
         k, v = kv.chunk(2, dim=-1)
         return q, k, v
     if key is value:
         w_q, w_kv = weight.split([E, 2 * E])
         b_q, b_kv = bias.split([E, 2 * E]) if bias is not None else (None, None)
-        k, v = F.linear(_without(key, hidden), w_kv, b_kv).chunk(2, dim=-1)
-        return F.linear(query, w_q, b_q), k, v
+        k, v = linear(_without(key, hidden), w_kv, b_kv).chunk(2, dim=-1)
+        return linear(query, w_q, b_q), k, v
     w_q, w_k, w_v = weight.chunk(3)
     return separate_in_projection(query, key, value, w_q, w_k, w_v, bias, hidden)
 
@@ -75,9 +78,38 @@ def separate_in_projection(
         The three projections, each (..., E).
     """
     b_q, b_k, b_v = bias.chunk(3) if bias is not None else (None, None, None)
-    k = F.linear(_without(key, hidden), w_k, b_k)
-    v = F.linear(_without(value, hidden), w_v, b_v)
-    return F.linear(query, w_q, b_q), k, v
+    k = linear(_without(key, hidden), w_k, b_k)
+    v = linear(_without(value, hidden), w_v, b_v)
+    return linear(query, w_q, b_q), k, v
+
+
+def out_projection(x: Tensor, out_proj: nn.Module) -> Tensor:
+    """Apply the module's ``out_proj``: by `linear` on its parameters, unless it is or does anything else.
+
+    Args:
+        x: (..., E), merged heads.
+        out_proj: a linear layer, or what a user has put in its place.
+
+    Returns:
+        What ``out_proj(x)`` returns.
+    """
+    if isinstance(out_proj, nn.Linear) and _is_stock(out_proj):
+        return linear(x, out_proj.weight, out_proj.bias)
+    return out_proj(x)
+
+
+def _is_stock(out_proj: nn.Linear) -> bool:
+    return (
+        type(out_proj) in _LINEAR_TYPES
+        and "forward" not in out_proj.__dict__
+        and "weight" in out_proj._parameters
+        and not any(getattr(out_proj, hooks) for hooks in _HOOKS)
+        and not any(getattr(module, "_global" + hooks) for hooks in _HOOKS)
+    )
+
+
+_LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _without(x: Tensor, hidden: Tensor | None) -> Tensor:

@@ -145,7 +145,18 @@ def _backward(
     return *grads[:3], grad_attn_mask, grad_padding, *grad_biases
 
 
+def product(
+    left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
+) -> Tensor:
+    """The operator `ops.product`, without the dispatcher."""
+    assert LIBRARY is not None
+    left, right = _last_contiguous(left), _last_contiguous(right)
+    bias = None if bias is None else bias.contiguous()
+    return LIBRARY.product(left, right, bias, left_is_transposed, right_is_transposed)
+
+
 if LIBRARY is not None:
+    schema.LIBRARY.impl("product", product, "CPU")
     schema.LIBRARY.impl("attention", _forward, "CPU")
     schema.LIBRARY.impl("attention_backward", _backward, "CPU")
     schema.LIBRARY.impl("dropout_mask", LIBRARY.dropout_mask, "CPU")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fused_mha.ops.schema import Arguments
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_VARIABLE = "FUSED_MHA_ISA"
 NAMES = ("libfused_mha.so", "libfused_mha.dylib")
 
@@ -42,6 +42,8 @@ _WORKSPACE = struct.Struct(f"={_TENSOR}")
 _WORKSPACE_OFFSET = _WORKSPACE.size * (_SHARED_TENSORS - 1)
 _FORWARD = struct.Struct(f"={_TENSOR * _SHARED_TENSORS}5q2d{_TENSOR * 3}")
 _BACKWARD = struct.Struct(f"={_TENSOR * _SHARED_TENSORS}5q2d{_TENSOR * 11}")
+_PRODUCT = struct.Struct(f"={_TENSOR * 5}3q")
+_PRODUCT_WORKSPACE_OFFSET = _WORKSPACE.size * 4
 
 
 class Library:
@@ -56,13 +58,16 @@ class Library:
                 f"{path} has ABI version {None if version is None else version()}, this package needs {ABI_VERSION}: "
                 "it is of another version of fused_mha. Reinstall the package."
             )
-        for name in ("fused_mha_last_error", "fused_mha_available_isa", "fused_mha_isa"):
+        for name in ("fused_mha_last_error", "fused_mha_available_isa", "fused_mha_isa", "fused_mha_cpu_vendor"):
             getattr(self._c, name).restype = ctypes.c_char_p
-        names = ("forward", "backward", "forward_workspace", "backward_workspace", "dropout_mask", "set_isa", "exp2")
+        computations = ("forward", "backward", "product")
+        names = (*computations, *(f"{name}_workspace" for name in computations), "dropout_mask", "set_isa", "exp2")
         self._functions = {name: getattr(self._c, f"fused_mha_{name}") for name in names}
         for function in self._functions.values():
             function.restype = ctypes.c_int64
         self._c.fused_mha_set_parallel_for(ctypes.c_void_p(_torch_parallel_for()))
+        self.cpu_vendor: str = self._c.fused_mha_cpu_vendor().decode()  # as CPUID gives it, such as AuthenticAMD
+        self.isa: str = self._c.fused_mha_isa().decode()  # the instruction set in use
         if wanted := os.environ.get(ISA_VARIABLE):
             self.set_isa(wanted)
 
@@ -74,11 +79,6 @@ class Library:
             names.append(name.decode())
         return names
 
-    @property
-    def isa(self) -> str:
-        """The instruction set in use."""
-        return self._c.fused_mha_isa().decode()
-
     def set_isa(self, name: str) -> None:
         """Use an instruction set from now on; RuntimeError if there is no such."""
         if self._functions["set_isa"](name.encode()) != 0:
@@ -86,6 +86,7 @@ class Library:
                 f"{ISA_VARIABLE} must be one of {', '.join(self.available_isas)}, which this installation has for this "
                 f"machine; got {name!r}"
             )
+        self.isa = name
 
     def forward(
         self, arguments: Arguments, return_lse: bool, return_stats: bool
@@ -128,6 +129,17 @@ class Library:
         self._call("backward", _BACKWARD, arguments, stats, results)
         return grads[0], grads[1], grads[2], grad_biases[0], grad_biases[1]
 
+    def product(
+        self, left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
+    ) -> Tensor:
+        """The matrix product (M, N) of (M, K) and (K, N), each of which may lie transposed, plus a bias (N)."""
+        M, N = left.shape[1 if left_is_transposed else 0], right.shape[0 if right_is_transposed else 1]
+        output = left.new_empty((M, N))
+        fields: list[float] = [field for x in (left, right, bias, output, None) for field in _fields(x)]
+        fields += (left_is_transposed, right_is_transposed, torch.get_num_threads())
+        self._run("product", _PRODUCT.pack(*fields), _PRODUCT_WORKSPACE_OFFSET, output)
+        return output
+
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
         """The (N, H, L, S') bool mask, True = keep, that forward and backward draw from a seed."""
         mask = seed.new_empty(tuple(shape), dtype=torch.bool)
@@ -163,12 +175,16 @@ class Library:
         )
         for x in results:
             fields += _fields(x)
-        call = bytearray(layout.pack(*fields))
+        self._run(function, layout.pack(*fields), _WORKSPACE_OFFSET, arguments.query)
+
+    def _run(self, function: str, fields: bytes, workspace_offset: int, like: Tensor) -> None:
+        """Calls a function with a packed struct, to which it adds the workspace that it needs."""
+        call = bytearray(fields)
         pointer = (ctypes.c_char * len(call)).from_buffer(call)
         needed = self._functions[f"{function}_workspace"](pointer)
         self._check(min(needed, 0))
-        workspace = arguments.query.new_empty((needed,), dtype=torch.uint8)
-        _WORKSPACE.pack_into(call, _WORKSPACE_OFFSET, *_fields(workspace))
+        workspace = like.new_empty((needed,), dtype=torch.uint8)
+        _WORKSPACE.pack_into(call, workspace_offset, *_fields(workspace))
         self._check(self._functions[function](pointer))
 
     def _check(self, status: int) -> None:

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cpu_features.h"
 #include "huge_pages.h"
 #include "kernel_table.h"
 #include "parallel.h"
@@ -99,6 +100,12 @@ int64_t accumulator_dtype(int64_t dtype) { return dtype == FUSED_MHA_FLOAT64 ? F
 
 int64_t virtual_keys(const fused_mha_attention& a) { return (a.bias_k.data != nullptr) + (a.add_zero_attn != 0); }
 
+void check_threads(Checker& checker, int64_t threads) {
+    constexpr int64_t MOST_THREADS = 1 << 16;
+    if (checker.ok && (threads < 1 || threads > MOST_THREADS))
+        checker.fail_with("threads must be between 1 and %lld; got %lld", (long long)MOST_THREADS, (long long)threads);
+}
+
 void check_attention(Checker& checker, const fused_mha_attention& a) {
     checker.check_floating("query", a.query);
     if (!checker.ok) return;
@@ -119,9 +126,7 @@ void check_attention(Checker& checker, const fused_mha_attention& a) {
     if (checker.ok && !(a.dropout_p >= 0 && a.dropout_p <= 1))
         checker.fail_with("dropout_p must be between 0 and 1; got %g", a.dropout_p);
     if (a.dropout_p > 0) checker.check("seed", a.seed, FUSED_MHA_INT64, 1, {2, 1, 1, 1});
-    constexpr int64_t MOST_THREADS = 1 << 16;
-    if (checker.ok && (a.threads < 1 || a.threads > MOST_THREADS))
-        checker.fail_with("threads must be between 1 and %lld; got %lld", (long long)MOST_THREADS, (long long)a.threads);
+    check_threads(checker, a.threads);
     constexpr int64_t FARTHEST = int64_t(1) << 61;
     if (checker.ok && (a.first_visible < -FARTHEST || a.first_visible > FARTHEST || a.last_visible < -FARTHEST ||
                        a.last_visible > FARTHEST))
@@ -179,6 +184,18 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
     if (call.grad_bias_v.data) checker.check("grad_bias_v", call.grad_bias_v, accumulator, 3, {N, H_kv, D_v, 1});
 }
 
+void check_product(Checker& checker, const fused_mha_product_arguments& call) {
+    checker.check_floating("output", call.output);
+    if (!checker.ok) return;
+    const int64_t dtype = call.output.dtype, M = call.output.size[0], N = call.output.size[1];
+    const int64_t K = call.left.size[call.left_is_transposed ? 0 : 1];
+    checker.check("output", call.output, dtype, 2, {-1, -1, 1, 1});
+    checker.check("left", call.left, dtype, 2, {call.left_is_transposed ? K : M, call.left_is_transposed ? M : K, 1, 1});
+    checker.check("right", call.right, dtype, 2, {call.right_is_transposed ? N : K, call.right_is_transposed ? K : N, 1, 1});
+    if (call.bias.data) checker.check("bias", call.bias, dtype, 1, {N, 1, 1, 1});
+    check_threads(checker, call.threads);
+}
+
 void check_workspace(Checker& checker, const fused_mha_tensor& workspace, int64_t needed) {
     checker.check("workspace", workspace, FUSED_MHA_UINT8, 1, {-1, 1, 1, 1});
     if (checker.ok && workspace.size[0] < needed)
@@ -211,6 +228,8 @@ const char* fused_mha_available_isa(int64_t index) {
     const fused_mha::KernelTable* kernels = fused_mha::available_kernels(index);
     return kernels ? kernels->name : nullptr;
 }
+
+const char* fused_mha_cpu_vendor(void) { return fused_mha::cpu_vendor(); }
 
 const char* fused_mha_isa(void) { return current_kernels().name; }
 
@@ -249,6 +268,23 @@ int64_t fused_mha_backward(const fused_mha_backward_arguments* call) {
     if (!checker.ok) return -1;
     advise_huge_pages({&call->attention.workspace, &call->grad_query, &call->grad_key, &call->grad_value});
     kernels.backward(*call);
+    return 0;
+}
+
+int64_t fused_mha_product_workspace(const fused_mha_product_arguments* call) {
+    Checker checker;
+    check_product(checker, *call);
+    return checker.ok ? current_kernels().product_workspace(*call) : -1;
+}
+
+int64_t fused_mha_product(const fused_mha_product_arguments* call) {
+    const fused_mha::KernelTable& kernels = current_kernels();
+    Checker checker;
+    check_product(checker, *call);
+    if (checker.ok) check_workspace(checker, call->workspace, kernels.product_workspace(*call));
+    if (!checker.ok) return -1;
+    advise_huge_pages({&call->workspace, &call->output});
+    kernels.product(*call);
     return 0;
 }
 

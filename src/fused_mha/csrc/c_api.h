@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FUSED_MHA_ABI_VERSION 1
+#define FUSED_MHA_ABI_VERSION 2
 #define FUSED_MHA_EXPORT __attribute__((visibility("default")))
 
 enum fused_mha_dtype {
@@ -75,6 +75,18 @@ typedef struct {
     fused_mha_tensor grad_bias_v;      // (N, H_kv, D_v) in the accumulator type, or absent
 } fused_mha_backward_arguments;
 
+// output = left right + bias, of whole matrices.
+typedef struct {
+    fused_mha_tensor left;    // (M, K), or (K, M) where it lies transposed
+    fused_mha_tensor right;   // (K, N), or (N, K) where it lies transposed
+    fused_mha_tensor bias;    // (N), or absent
+    fused_mha_tensor output;  // (M, N)
+    fused_mha_tensor workspace;
+    int64_t left_is_transposed;
+    int64_t right_is_transposed;
+    int64_t threads;
+} fused_mha_product_arguments;
+
 // torch's torch_parallel_for: calls f(begin, end, context) for parts of [begin, end) on its threads.
 typedef int32_t (*fused_mha_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                           void (*f)(int64_t, int64_t, void*), void* context);
@@ -89,11 +101,16 @@ FUSED_MHA_EXPORT const char* fused_mha_available_isa(int64_t index);
 FUSED_MHA_EXPORT const char* fused_mha_isa(void);
 FUSED_MHA_EXPORT int64_t fused_mha_set_isa(const char* name);
 
+// The maker of the processor as CPUID gives it, empty where there is none.
+FUSED_MHA_EXPORT const char* fused_mha_cpu_vendor(void);
+
 // Bytes of workspace that a call needs; its `workspace` may be absent here. Negative on an error.
 FUSED_MHA_EXPORT int64_t fused_mha_forward_workspace(const fused_mha_forward_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_backward_workspace(const fused_mha_backward_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_forward(const fused_mha_forward_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_backward(const fused_mha_backward_arguments*);
+FUSED_MHA_EXPORT int64_t fused_mha_product_workspace(const fused_mha_product_arguments*);
+FUSED_MHA_EXPORT int64_t fused_mha_product(const fused_mha_product_arguments*);
 
 // mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed (2).
 FUSED_MHA_EXPORT int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask,

@@ -18,8 +18,16 @@ struct Processor {
     unsigned basic = 0, extended = 0, further = 0;  // CPUID 1 ECX, 7.0 EBX, 7.1 EAX
     uint64_t saved = 0;                             // the registers that the operating system saves: XCR0
 
+    char vendor[13] = "";
+
     Processor() {
         unsigned a, b, c, d;
+        if (__get_cpuid(0, &a, &b, &c, &d))
+            for (int i = 0; i < 4; ++i) {
+                vendor[i] = char(b >> 8 * i);
+                vendor[4 + i] = char(d >> 8 * i);
+                vendor[8 + i] = char(c >> 8 * i);
+            }
         if (!__get_cpuid(1, &a, &b, &basic, &d) || !(basic & bit_OSXSAVE)) return;
         uint32_t low, high;
         __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -52,12 +60,14 @@ bool cpu_has_avx512() {
            has_all(p.extended, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
 }
 bool cpu_has_avx512_bf16() { return cpu_has_avx512() && has_all(processor().further, bit_AVX512BF16); }
+const char* cpu_vendor() { return processor().vendor; }
 
 #else
 
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_bf16() { return false; }
+const char* cpu_vendor() { return ""; }
 
 #endif
 

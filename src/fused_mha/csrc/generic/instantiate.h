@@ -4,6 +4,7 @@
 #include "generic/attention_backward.h"
 #include "generic/attention_forward.h"
 #include "generic/kernels.h"
+#include "generic/product.h"
 
 namespace fused_mha::FMHA_ISA {
 namespace {
@@ -34,6 +35,13 @@ void backward(const fused_mha_backward_arguments& call) {
     with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
 }
 
+int64_t product_workspace(const fused_mha_product_arguments& call) {
+    return with_policy(call.output.dtype, [&](auto policy) { return Product<decltype(policy)>(call).workspace(); });
+}
+void product(const fused_mha_product_arguments& call) {
+    with_policy(call.output.dtype, [&](auto policy) { Product<decltype(policy)>(call).run(); });
+}
+
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
     const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), dropout_p);
     const int64_t H = mask.size[1], L = mask.size[2], S = mask.size[3];
@@ -60,7 +68,7 @@ void exp2_of(const T* x, T* result, int64_t count) {
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {FMHA_ISA_NAME, forward_workspace, forward, backward_workspace, backward, dropout_mask,
-                             exp2_of<float>,  exp2_of<double>};
+const KernelTable kernels = {FMHA_ISA_NAME, forward_workspace, forward,      backward_workspace, backward,
+                             product_workspace, product, dropout_mask, exp2_of<float>, exp2_of<double>};
 
 }  // namespace fused_mha::FMHA_ISA

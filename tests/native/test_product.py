@@ -1,0 +1,124 @@
+"""The matrix product of the C++ library and its operator, on every instruction set."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fused_mha.backends.cpu import LIBRARY, product
+from fused_mha.ops.product import product as operator
+from native.call_space import DTYPES
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+TRANSPOSED = list(itertools.product([False, True], repeat=2))
+
+
+def operands(M, N, K, dtype=torch.float32, left=False, right=False, wider=0):
+    """A, B as they lie in rows that are `wider` than they need to be, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size):
+        return torch.randn((*size[:-1], size[-1] + wider), generator=generator).to(dtype)[..., : size[-1]]
+
+    return draw(*((K, M) if left else (M, K))), draw(*((N, K) if right else (K, N))), draw(N)
+
+
+def exactly(a, b, bias, left, right):
+    a, b = a.double(), b.double()
+    result = (a.t() if left else a) @ (b.t() if right else b)
+    return result if bias is None else result + bias.double()
+
+
+def assert_right(a, b, bias, left, right):
+    result, exact = product(a, b, bias, left, right), exactly(a, b, bias, left, right)
+    assert result.shape == exact.shape
+    assert result.dtype == a.dtype
+    if not result.numel():
+        return
+    # Each sum of K products errs by at most K roundings of the accumulator, and once by that of the result.
+    accumulator = torch.finfo(torch.float64 if a.dtype == torch.float64 else torch.float32)
+    K = a.shape[0 if left else 1]
+    size = exactly(a.abs(), b.abs(), None if bias is None else bias.abs(), left, right)
+    bound = size * accumulator.eps * (K + 2) + exact.abs() * torch.finfo(a.dtype).eps + 1e-30
+    assert bool(((result.double() - exact).abs() <= bound).all())
+
+
+@each_dtype
+@pytest.mark.parametrize(("left", "right"), TRANSPOSED)
+def test_products_match_fp64(isa, left, right, dtype):
+    for M, N, K in ((1, 1, 1), (5, 7, 3), (64, 96, 48), (130, 257, 301), (14, 32, 128), (300, 33, 513)):
+        a, b, bias = operands(M, N, K, dtype, left, right, wider=3)
+        assert_right(a, b, bias, left, right)
+        assert_right(a, b, None, left, right)
+
+
+@pytest.mark.parametrize(("left", "right"), TRANSPOSED)
+def test_no_rows_columns_or_terms(isa, left, right):
+    for sizes in ((0, 4, 5), (4, 0, 5), (4, 5, 0), (0, 0, 0)):
+        assert_right(*operands(*sizes, left=left, right=right), left, right)
+
+
+@given(st.tuples(*[st.integers(0, 150)] * 3), st.sampled_from(DTYPES), st.sampled_from(TRANSPOSED), st.integers(0, 5))
+def test_any_sizes(sizes, dtype, transposed, wider):
+    for isa in LIBRARY.available_isas:
+        former = LIBRARY.isa
+        LIBRARY.set_isa(isa)
+        try:
+            assert_right(*operands(*sizes, dtype, *transposed, wider), *transposed)
+        finally:
+            LIBRARY.set_isa(former)
+
+
+@each_dtype
+def test_threads_and_rows_beside_it_change_no_bit_of_a_row(isa, dtype, set_num_threads):
+    a, b, bias = operands(301, 200, 300, dtype, right=True)
+    set_num_threads(1)
+    alone = product(a, b, bias, False, True)
+    for threads in (2, 3, 4):
+        set_num_threads(threads)
+        assert torch.equal(product(a, b, bias, False, True), alone)
+    assert torch.equal(product(a[100:140], b, bias, False, True), alone[100:140])
+
+
+def test_nothing_beside_the_result_is_written(isa):
+    # The last row and column fall into whole vectors, whose rest must not reach the rows of other tensors.
+    for M, N in itertools.product((1, 13, 15), (1, 17, 31, 33)):
+        a, b, bias = operands(M, N, 5, right=True)
+        before = [x.clone() for x in (a, b, bias)]
+        result = product(a, b, bias, False, True)
+        assert result.is_contiguous()
+        assert all(torch.equal(x, y) for x, y in zip((a, b, bias), before, strict=True))
+
+
+@pytest.mark.parametrize(("left", "right"), TRANSPOSED)
+def test_the_operator_is_differentiable_twice_and_traceable(left, right):
+    a, b, bias = (x.requires_grad_() for x in operands(4, 3, 6, torch.float64, left, right))
+    assert torch.autograd.gradcheck(lambda *x: operator(*x, left, right), (a, b, bias))
+    assert torch.autograd.gradgradcheck(lambda *x: operator(*x, left, right), (a, b, bias))
+    torch.library.opcheck(operator, (a, b, bias, left, right))
+
+
+def test_an_expanded_gradient_is_taken():
+    a, b, _ = operands(4, 3, 6, right=True)
+    a.requires_grad_()
+    operator(a, b, None, False, True).sum().backward()
+    assert torch.allclose(a.grad, b.sum(0).expand(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"right": torch.zeros(3, 7)}, "right must have size 6"),
+        ({"right": torch.zeros(3, 6, dtype=torch.float64)}, "right must be of dtype float32"),
+        ({"bias": torch.zeros(4)}, "bias must have size 3"),
+        ({"left": torch.zeros(4, 6, 2)}, "left must have size"),
+        ({"left": torch.zeros(4, 6, dtype=torch.int64)}, "must be float32, float64, bfloat16 or float16"),
+    ],
+    ids=str,
+)
+def test_operands_that_do_not_fit_are_refused_by_name(change, message):
+    call = {"left": torch.zeros(4, 6), "right": torch.zeros(3, 6), "bias": torch.zeros(3)} | change
+    with pytest.raises(RuntimeError, match=message):
+        operator(call["left"], call["right"], call["bias"], False, True)

@@ -1,0 +1,124 @@
+"""Which product serves the projections, and that it is torch's linear layer in all but speed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_mha
+from fused_mha import linear
+from fused_mha.backends import cpu
+
+needs_library = pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no C++ library")
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """The rule as on a processor where ours serves fp32."""
+    if cpu.LIBRARY is None:
+        pytest.skip("this installation has no C++ library")
+    monkeypatch.setattr(linear, "_dtypes", lambda: (torch.float32, torch.float16))
+
+
+def operands(rows=40, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, generator=generator).to(dtype) for size in ((2, rows // 2, 24), (16, 24), (16,))]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("isa", "vendor", "dtypes"),
+    [
+        ("avx512_bf16", "AuthenticAMD", (torch.float16, torch.float32, torch.float64)),
+        ("avx512", "AuthenticAMD", (torch.float16, torch.float32, torch.float64)),
+        ("avx512_bf16", "GenuineIntel", (torch.float16,)),
+        ("avx2", "AuthenticAMD", (torch.float16,)),
+        ("neon", "", (torch.float16,)),
+    ],
+)
+def test_the_rule_goes_by_instruction_set_and_maker(isa, vendor, dtypes, monkeypatch):
+    monkeypatch.setattr(cpu.LIBRARY, "isa", isa)
+    monkeypatch.setattr(cpu.LIBRARY, "cpu_vendor", vendor)
+    assert set(linear._dtypes()) == set(dtypes)
+
+
+@pytest.mark.usefixtures("ours")
+def test_our_product_serves_eager_calls_with_enough_rows():
+    x, weight, bias = operands()
+    assert linear.is_ours(x, weight, bias)
+    assert linear.is_ours(x, nn.Parameter(weight), None)
+    assert not linear.is_ours(x[:1, :8], weight, bias)
+    assert not linear.is_ours(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert not linear.is_ours(x, weight.double(), bias)
+    assert not linear.is_ours(x.to("meta"), weight.to("meta"), bias.to("meta"))
+    with torch.autocast("cpu"):
+        assert not linear.is_ours(x, weight, bias)
+    for name in ("sdpa", "reference"):
+        with fused_mha.backend(name):
+            assert not linear.is_ours(x, weight, bias)
+    torch.func.vmap(lambda row: torch.full((), linear.is_ours(row, weight, bias)))(x)
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_results_and_gradients_are_torchs(dtype, has_bias):
+    x, weight, bias = operands(dtype=dtype)
+    bias = bias if has_bias else None
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    for t in tensors:
+        t.requires_grad_()
+    results = []
+    for layer in (linear.linear, F.linear):
+        y = layer(x, weight, bias)
+        results.append([y, *torch.autograd.grad(y, tensors, torch.ones_like(y) / 8)])
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(linear.linear(x, weight, bias), results[0][0])
+
+
+@pytest.mark.usefixtures("ours")
+def test_weights_are_read_as_they_are_at_the_call():
+    module = fused_mha.MultiHeadAttention(32, 4, batch_first=True).eval()
+    reference = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    x = torch.randn(2, 40, 32)
+
+    def assert_fresh():
+        reference.load_state_dict(module.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(module(x, x, x)[0], reference(x, x, x)[0])
+
+    assert_fresh()
+    with torch.no_grad():
+        module.in_proj_weight.mul_(2.0)
+    assert_fresh()
+    module.out_proj.weight.data += 0.5  # raises no version counter
+    assert_fresh()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module(x, x, x)[0].square().sum().backward()
+    optimizer.step()
+    assert_fresh()
+    module.load_state_dict({name: torch.rand_like(value) / 8 for name, value in module.state_dict().items()})
+    assert_fresh()
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_a_hooked_out_proj_is_called(hook):
+    module = fused_mha.MultiHeadAttention(32, 4, batch_first=True)
+    called = []
+    getattr(module.out_proj, hook)(lambda *_: called.append(hook))
+    x = torch.randn(2, 40, 32, requires_grad=True)
+    module(x, x, x)[0].sum().backward()
+    assert called
+
+
+@pytest.mark.usefixtures("ours")
+def test_torch_compile_takes_it_without_a_break_and_for_any_number_of_rows():
+    module = fused_mha.MultiHeadAttention(32, 4, batch_first=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (40, 3, 70):
+        x = torch.randn(2, rows, 32)
+        torch.testing.assert_close(compiled(x, x, x)[0], module(x, x, x)[0])
