@@ -14,8 +14,7 @@ from torch import Tensor
 
 from fused_mha import dispatch
 from fused_mha.backends import cpu
-from fused_mha.modes import autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
-from fused_mha.ops.product import product
+from fused_mha.modes import autocast_is_on, onnx_export_is_active, transform_is_active
 
 _TYPES = (Tensor, torch.nn.Parameter)
 FEWEST_ROWS = 32
@@ -70,6 +69,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not is_ours(x, weight, bias):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    is_recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    multiply = product if is_recorded or not is_eager() else cpu.product  # the dispatcher costs as much as a small one
-    return multiply(rows, weight, bias, False, True).view(*x.shape[:-1], weight.shape[0])
+    return cpu.product(rows, weight, bias, False, True).view(*x.shape[:-1], weight.shape[0])

@@ -12,8 +12,9 @@ from torch import Tensor
 from fused_mha.backends import native
 from fused_mha.backends.capability import Backend, Capability
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_plain
-from fused_mha.ops import schema
+from fused_mha.modes import is_eager
+from fused_mha.ops import autograd, schema
+from fused_mha.ops import product as product_operator
 from fused_mha.ops.schema import Arguments
 
 LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
@@ -61,12 +62,13 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
         inputs.need_weights,
         inputs.average_attn_weights,
     )
-    if all(x is None or (is_plain(x) and not x.is_neg()) for x in arguments[:7]):
-        # What nothing records or transforms needs no dispatcher, which costs as much as a small attention.
+    if not is_eager() or any(x is not None and (type(x) is not Tensor or x.is_neg()) for x in arguments[:7]):
+        output, weights, lse, _ = schema.attention(*arguments)
+    elif is_recorded(*arguments[:7]):
+        output, weights, lse, _ = _Attention.apply(*arguments)
+    else:
         assert LIBRARY is not None
         output, weights, lse, _ = LIBRARY.forward(_contiguous(arguments), inputs.return_lse, return_stats=False)
-    else:
-        output, weights, lse, _ = schema.attention(*arguments)
     return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
 
 
@@ -145,10 +147,52 @@ def _backward(
     return *grads[:3], grad_attn_mask, grad_padding, *grad_biases
 
 
+class _Attention(torch.autograd.Function):
+    """The operator `attention` and its gradient without the dispatcher, which costs as much as a small attention."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        results = _forward(*inputs)
+        autograd.setup(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return autograd.backward(ctx, *grads, schema.attention_backward if torch.is_grad_enabled() else _backward)
+
+
+class _Product(torch.autograd.Function):
+    """The operator `product` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        result = _product(*inputs)
+        product_operator.setup(ctx, inputs, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return product_operator.backward(ctx, grad, product_operator.product if torch.is_grad_enabled() else _product)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def product(
     left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
 ) -> Tensor:
-    """The operator `ops.product`, without the dispatcher."""
+    """The operator `product`, of plain tensors and parameters in eager mode without the dispatcher."""
+    multiply: Any = product_operator.product
+    if is_eager() and not left.is_neg() and not right.is_neg():
+        multiply = _Product.apply if is_recorded(left, right, bias) else _product
+    return multiply(left, right, bias, left_is_transposed, right_is_transposed)
+
+
+def _product(
+    left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
+) -> Tensor:
     assert LIBRARY is not None
     left, right = _last_contiguous(left), _last_contiguous(right)
     bias = None if bias is None else bias.contiguous()
@@ -156,7 +200,7 @@ def product(
 
 
 if LIBRARY is not None:
-    schema.LIBRARY.impl("product", product, "CPU")
+    schema.LIBRARY.impl("product", _product, "CPU")
     schema.LIBRARY.impl("attention", _forward, "CPU")
     schema.LIBRARY.impl("attention_backward", _backward, "CPU")
     schema.LIBRARY.impl("dropout_mask", LIBRARY.dropout_mask, "CPU")

@@ -1,7 +1,11 @@
-"""The derivatives of `attention` and, by way of the reference, of its gradient."""
+"""The derivatives of `attention` and, by way of the reference, of its gradient.
+
+`backends.cpu` records eager calls by the same two functions, without the dispatcher.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +20,8 @@ _DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "key_padding_mask", "bi
 _TENSORS = 8  # the first fields of Arguments
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Save what `backward` needs."""
     result, _, _, stats = output
     ctx.set_materialize_grads(False)  # no gradient of the weights or of the log-sum-exp: no work for it
     ctx.mark_non_differentiable(stats)
@@ -24,14 +29,20 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.numbers = inputs[_TENSORS:]
 
 
-def _backward(
-    ctx: Any, grad_output: Tensor | None, grad_weights: Tensor | None, grad_lse: Tensor | None, _: Any
+def backward(
+    ctx: Any,
+    grad_output: Tensor | None,
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+    _: Any,
+    attention_backward: Callable[..., tuple[Tensor, ...]] = schema.attention_backward,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of `attention`'s arguments, by the operator `attention_backward` or what computes the same."""
     if grad_output is grad_weights is grad_lse is None:
         return (None,) * len(_FIELDS)
     *tensors, output, stats = ctx.saved_tensors
     needed = dict(zip(_FIELDS, ctx.needs_input_grad, strict=True))
-    grads = schema.attention_backward(
+    grads = attention_backward(
         grad_output,
         grad_weights,
         grad_lse,
@@ -46,7 +57,7 @@ def _backward(
     return tuple(by_name[name] if needed[name] else None for name in _FIELDS)
 
 
-torch.library.register_autograd(schema.attention, _backward, setup_context=_setup)
+torch.library.register_autograd(schema.attention, backward, setup_context=setup)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,5 @@
-"""The operator `product`, C = A B + bias of whole matrices, whose derivatives are products again. `linear` calls it.
+"""The operator `product`, C = A B + bias of whole matrices, whose derivatives are products again. `linear` calls
+it, and `backends.cpu` records eager calls by `setup` and `backward`.
 
 `left` is A, (M, K), or A^T, (K, M), where ``left_is_transposed``; `right` is B, (K, N), or B^T likewise. So a linear
 layer and its gradients take the tensors as they lie: y = x W^T, dx = dy W, dW = dy^T x.
@@ -6,6 +7,7 @@ layer and its gradients take the tensors as they lie: y = x W^T, dx = dy W, dW =
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,28 +44,32 @@ def _fallback(
     return result if bias is None else result + bias
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save what `backward` needs."""
     left, right, _, *ctx.transposed = inputs
     ctx.save_for_backward(left, right)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(
+    ctx: Any, grad: Tensor, multiply: Callable[..., Tensor] = product
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    """The gradients of `product`'s arguments, by the operator itself or what computes the same."""
     left, right = ctx.saved_tensors
     needs_left, needs_right, needs_bias = ctx.needs_input_grad[:3]
     left_is_transposed, right_is_transposed = ctx.transposed
     grad_left = grad_right = None
     if needs_left and left_is_transposed:
-        grad_left = product(right, grad, None, right_is_transposed, True)  # dA^T = B dC^T
+        grad_left = multiply(right, grad, None, right_is_transposed, True)  # dA^T = B dC^T
     elif needs_left:
-        grad_left = product(grad, right, None, False, not right_is_transposed)  # dA = dC B^T
+        grad_left = multiply(grad, right, None, False, not right_is_transposed)  # dA = dC B^T
     if needs_right and right_is_transposed:
-        grad_right = product(grad, left, None, True, left_is_transposed)  # dB^T = dC^T A
+        grad_right = multiply(grad, left, None, True, left_is_transposed)  # dB^T = dC^T A
     elif needs_right:
-        grad_right = product(left, grad, None, not left_is_transposed, False)  # dB = A^T dC
+        grad_right = multiply(left, grad, None, not left_is_transposed, False)  # dB = A^T dC
     return grad_left, grad_right, grad.sum(0) if needs_bias else None, None, None
 
 
-torch.library.register_autograd(product, _backward, setup_context=_setup)
+torch.library.register_autograd(product, backward, setup_context=setup)
 
 
 @register_flop_formula(torch.ops.fused_mha.product, get_raw=True)
