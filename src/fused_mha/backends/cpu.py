@@ -158,7 +158,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return autograd.backward(ctx, *grads, schema.attention_backward if torch.is_grad_enabled() else _backward)
+        kernel = schema.attention_backward if torch.is_grad_enabled() else _backward
+        return autograd.backward(ctx, *grads, attention_backward=kernel)
 
 
 class _Product(torch.autograd.Function):
@@ -171,8 +172,9 @@ class _Product(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return product_operator.backward(ctx, grad, product_operator.product if torch.is_grad_enabled() else _product)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        multiply = product_operator.product if torch.is_grad_enabled() else _product
+        return product_operator.backward(ctx, *grads, multiply=multiply)
 
 
 def is_recorded(*tensors: Tensor | None) -> bool:
