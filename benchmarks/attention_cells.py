@@ -1,9 +1,10 @@
-"""The sizes, the tensors and the contenders that `bench_attention` and its reports measure."""
+"""The sizes, the tensors and the contenders that `bench_attention` and its reports measure; the module's use some."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_mha
+from fused_mha.backends.cpu import LIBRARY
 
 # From query (N, L, H, D), key and value (N, S, H, D) to the output (N, L, H, D) and, if wanted, the weights.
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -154,3 +156,17 @@ def forward_backward(
         return *outputs, *torch.autograd.grad(outputs, leaves, cotangents)
 
     return call
+
+
+@contextlib.contextmanager
+def forced_isa(name: str | None) -> Iterator[None]:
+    """That variant of the C++ library; none stands for the one in use."""
+    if name is None or LIBRARY is None:
+        yield
+        return
+    before = LIBRARY.isa
+    LIBRARY.set_isa(name)
+    try:
+        yield
+    finally:
+        LIBRARY.set_isa(before)

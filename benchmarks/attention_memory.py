@@ -1,30 +1,22 @@
 """The memory that attention takes beside its inputs and outputs: `bench_attention`'s report of it.
 
-Each contender runs in a fresh process, where torch's profiler counts the allocations and the process's high-water mark
-tells what the profiler does not see: `python benchmarks/attention_memory.py CALL CONTENDER THREADS QUICK`.
+Each contender runs in a process of its own: `python benchmarks/attention_memory.py CALL CONTENDER THREADS QUICK`.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from attention_cells import Attention, Cell, bmm, forward, forward_backward, ours, sdpa, tensors
+from memory import MIB, in_fresh_process, print_measured
 
 from run import Report
 
-MIB = 2.0**20
 PER_THREAD = 2.0  # MiB of workspace
 CELL, QUICK_CELL, TINY_CELL = Cell(1, 16, 2048, 2048, 64), Cell(1, 4, 512, 512, 64), Cell(1, 2, 64, 64, 64)
 
@@ -44,18 +36,6 @@ CALLS = {
 }
 
 
-class Measured(NamedTuple):
-    """MiB of one contender."""
-
-    inputs: float
-    results: float
-    beside: float  # the peak of the allocations, less the results
-    resident: float | None  # the same of the process's resident memory; None without Linux's /proc
-
-    def __str__(self) -> str:
-        return f"{self.beside:.1f} (resident {'unknown' if self.resident is None else f'{self.resident:.1f}'})"
-
-
 def memory(options: argparse.Namespace) -> Report:
     """Ours beside torch's, in every call."""
     cell = QUICK_CELL if options.quick else CELL
@@ -64,7 +44,10 @@ def memory(options: argparse.Namespace) -> Report:
     values: dict[str, object] = {"cell": str(cell), "promised_mib": promised}
     passes = True
     for name, call in CALLS.items():
-        measured = {contender: _in_fresh_process(name, contender, options) for contender in call.contenders}
+        measured = {
+            contender: in_fresh_process(__file__, name, contender, options.threads, int(options.quick))
+            for contender in call.contenders
+        }
         kept = measured["ours"].beside <= promised
         verdict = ("PASS" if kept else "MISSED") if call.is_promised else "no promise"
         passes = passes and (kept or not call.is_promised)
@@ -86,60 +69,11 @@ def _contender(call: MemoryCall, contender: str, cell: Cell) -> Callable[[], tup
     return forward(attention, given.inputs)
 
 
-def _mib(results: Iterable[Tensor]) -> float:
-    return sum(x.untyped_storage().nbytes() for x in results) / MIB
-
-
-def _in_fresh_process(name: str, contender: str, options: argparse.Namespace) -> Measured:
-    command = [sys.executable, __file__, name, contender, str(options.threads), str(int(options.quick))]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # the profiler writes to stderr
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr}")
-    return Measured(**json.loads(result.stdout))
-
-
-def _measure(name: str, contender: str, threads: str, quick: str) -> Measured:
-    torch.set_num_threads(int(threads))
+def _main(name: str, contender: str, threads: str, quick: str) -> None:
     call, cell = CALLS[name], QUICK_CELL if quick == "1" else CELL
-    _contender(call, contender, TINY_CELL)()  # starts the threads
-    run = _contender(call, contender, cell)
-    resident = _resident(run)
-    results, beside = _allocated(run)
-    return Measured(_mib(tensors(cell).inputs), results, beside, resident)
-
-
-def _allocated(run: Callable[[], tuple[Tensor, ...]]) -> tuple[float, float]:
-    """The size of what a call returns, and the largest sum of its allocations less that."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        results = run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    changes = sorted((event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"]) for event in events)
-    peak = max(itertools.accumulate(change for _, _, change in changes)) / MIB
-    return _mib(results), peak - _mib(results)
-
-
-def _resident(run: Callable[[], tuple[Tensor, ...]]) -> float | None:
-    """The same of the process's resident memory.
-
-    Not by `resource`'s ru_maxrss: that starts at what the parent process had when it started this one.
-    """
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status("VmRSS")
-        results = run()
-        return _status("VmHWM") - before - _mib(results)
-    except OSError:
-        return None
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
+    tiny_run = _contender(call, contender, TINY_CELL)
+    print_measured(_contender(call, contender, cell), tensors(cell).inputs, tiny_run, int(threads))
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(*sys.argv[1:])._asdict()))
+    _main(*sys.argv[1:])

@@ -5,40 +5,35 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention_cells import MAIN, QUICK, Cell, forward, merged_mask, ours, sdpa, tensors
-from fma_peak import FmaPeak
+from peers import in_turns, median_ms, onnx_runtime_call
+from yardsticks import fma_peak, share_of
 
-from run import Contender, GroupBar, Report, interleave
+from run import Contender, GroupBar, Report, interleave, skipped
 
 PEAK_SHARE = GroupBar(0.75, 0.85)
 ONNX_RUNTIME = GroupBar(1.05, 1.2)
-ONNX_TURNS, QUICK_ONNX_TURNS = 5, 1
-PAUSE = 1.0  # seconds, in which idle threads of the other runtime go to sleep
 TOKEN_LENGTHS, QUICK_TOKEN_LENGTHS = (1024, 2048, 4096, 8192, 16384), (256, 512)
 
 
 def fma_share(options: argparse.Namespace) -> Report:
     """Operations a second of the two products, N * H * L * S * D * 4, over the machine's, in the same rounds."""
     try:
-        peak = FmaPeak(options.threads)
+        peak = fma_peak(options.threads)
     except RuntimeError as error:
-        return _skipped(str(error))
+        return skipped(str(error))
     lines, cells, shares = [], [], []
     for cell in QUICK if options.quick else MAIN:
         N, H, L, S, D = cell
-        rounds = interleave({"ours": forward(ours(), tensors(cell).inputs), "peak": peak}, options.seconds / 2)
-        speeds = [(4 * N * H * L * S * D / turn["ours"] / 1e6, peak.flops / turn["peak"] / 1e6) for turn in rounds]
-        share = statistics.median(mine / highest for mine, highest in speeds)
-        mine, highest = (statistics.median(column) for column in zip(*speeds, strict=True))
+        call = forward(ours(), tensors(cell).inputs)
+        mine, highest, share = share_of(peak, call, 4 * N * H * L * S * D, options.seconds / 2)
         lines.append(f"{cell}: {mine:.0f} GF/s of {highest:.0f}, {share:.0%}")
         cells.append({"name": str(cell), "gflops": mine, "peak_gflops": highest, "share": share})
         shares.append(share)
@@ -53,63 +48,27 @@ def onnx_runtime(options: argparse.Namespace) -> Report:
     try:
         onnx, runtime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
     except ImportError as error:
-        return _skipped(f"{error}; pip install onnx onnxruntime")
+        return skipped(f"{error}; pip install onnx onnxruntime")
     cells = QUICK if options.quick else MAIN
-    mine: list[Contender] = [forward(ours(), tensors(cell).inputs) for cell in cells]
-    theirs: list[Contender] = [_onnx_runtime_contender(onnx, runtime, cell, options.threads) for cell in cells]
-    turns = QUICK_ONNX_TURNS if options.quick else ONNX_TURNS
-    seconds = options.seconds / (2 * turns)
-    times: dict[str, list[list[float]]] = {"ours": [[] for _ in cells], "onnxruntime": [[] for _ in cells]}
-    for _ in range(turns):
-        for name, calls in (("ours", mine), ("onnxruntime", theirs)):
-            time.sleep(PAUSE)
-            for place, call in enumerate(calls):
-                times[name][place].append(_median_ms(call, seconds))
-    lines, rows, ratios = [], [], []
-    for place, cell in enumerate(cells):
-        by_name = {name: statistics.median(turns_of[place]) for name, turns_of in times.items()}
-        pairs = zip(times["onnxruntime"][place], times["ours"][place], strict=True)
-        ratios.append(statistics.median(a / b for a, b in pairs))
-        lines.append(f"{cell}: {ratios[-1]:.2f}x  ms: " + "  ".join(f"{n} {ms:.3f}" for n, ms in by_name.items()))
-        rows.append({"name": str(cell), "ms": by_name, "ratio": ratios[-1]})
-    mean = statistics.geometric_mean(ratios)
-    lines.append(f"geometric mean {mean:.2f}x (at least {ONNX_RUNTIME.at_least:.2f}, aim {ONNX_RUNTIME.aim:.2f})")
-    values = {"onnxruntime": runtime.__version__, "cells": rows, "geometric_mean": mean, **ONNX_RUNTIME._asdict()}
-    return Report(lines, values, mean >= ONNX_RUNTIME.at_least)
+    contenders: dict[str, list[Contender]] = {
+        "ours": [forward(ours(), tensors(cell).inputs) for cell in cells],
+        "onnxruntime": [_onnx_runtime_contender(onnx, runtime, cell, options) for cell in cells],
+    }
+    report = in_turns(contenders, [str(cell) for cell in cells], ONNX_RUNTIME, options)
+    return report._replace(values={"onnxruntime": runtime.__version__, **report.values})
 
 
-def _onnx_runtime_contender(onnx: ModuleType, runtime: ModuleType, cell: Cell, threads: int) -> Callable[[], object]:
+def _onnx_runtime_contender(
+    onnx: ModuleType, runtime: ModuleType, cell: Cell, options: argparse.Namespace
+) -> Callable[[], Tensor]:
     """A call on bound buffers; raises AssertionError if its result is not ours."""
-    N, H, L, S, D = cell
-    helper: Any = onnx.helper
-    shapes = {"query": (N, L, H * D), "key": (N, S, H * D), "value": (N, S, H * D), "output": (N, L, H * D)}
-    infos = {name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes.items()}
-    inputs = list(shapes)[:3]
-    node = helper.make_node("MultiHeadAttention", inputs, ["output"], domain="com.microsoft", num_heads=H)
-    graph = helper.make_graph([node], "attention", [infos[name] for name in inputs], [infos["output"]])
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)  # old enough for any runtime of today
-    settings = runtime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = runtime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    binding = session.io_binding()
+    N, H, L, _, D = cell
     given = tensors(cell).inputs
-    for name, x in zip(inputs, given, strict=True):
-        binding.bind_cpu_input(name, x.reshape(shapes[name]).numpy())
-    output = torch.empty(shapes["output"])
-    binding.bind_output("output", "cpu", 0, "float32", shapes["output"], output.data_ptr())
-
-    def call() -> Tensor:  # which keeps the output's memory: the binding knows no more than its address
-        session.run_with_iobinding(binding)
-        return output
-
+    inputs = {name: x.flatten(2) for name, x in zip(("query", "key", "value"), given, strict=True)}
+    node = onnx.helper.make_node("MultiHeadAttention", list(inputs), ["output"], domain="com.microsoft", num_heads=H)
+    call = onnx_runtime_call(onnx, runtime, [node], inputs, {}, (N, L, H * D), options, spinning=False)
     torch.testing.assert_close(call().reshape(N, L, H, D), forward(ours(), given)()[0], rtol=1e-4, atol=1e-5)
     return call
-
-
-def _median_ms(call: Contender, seconds: float) -> float:
-    return statistics.median(turn["call"] for turn in interleave({"call": call}, seconds))
 
 
 def call_overhead(options: argparse.Namespace) -> Report:
@@ -126,7 +85,7 @@ def call_overhead(options: argparse.Namespace) -> Report:
 def thread_scaling(options: argparse.Namespace) -> Report:
     """One thread's time over that of all."""
     if options.threads == 1:
-        return _skipped("it takes more than one thread")
+        return skipped("it takes more than one thread")
     cell = QUICK[0] if options.quick else Cell(1, 16, 2048, 2048, 64)
     run = forward(ours(), tensors(cell).inputs)
 
@@ -183,13 +142,9 @@ def mask_merging(options: argparse.Namespace) -> Report:
     for cell in QUICK if options.quick else MAIN:
         if cell.D == MAIN[0].D or options.quick:  # the mask does not depend on D
             padding = tensors(cell).key_padding_mask
-            milliseconds[str(cell)] = _median_ms(lambda c=cell, p=padding: merged_mask(c, p), options.seconds / 10)
+            milliseconds[str(cell)] = median_ms(lambda c=cell, p=padding: merged_mask(c, p), options.seconds / 10)
             lines.append(f"{cell}: {milliseconds[str(cell)]:.3f} ms")
     return Report(lines, {"milliseconds": milliseconds})
-
-
-def _skipped(reason: str) -> Report:
-    return Report([f"skipped: {reason}"], {"skipped": reason})
 
 
 REPORTS: dict[str, Callable[[argparse.Namespace], Report]] = {

@@ -6,7 +6,6 @@ Run it by `python benchmarks/run.py attention`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from attention_cells import (
     Attention,
     Cell,
     bmm,
+    forced_isa,
     forward,
     forward_backward,
     grad_weights,
@@ -102,7 +102,7 @@ def _case(call: Call, cell: Cell) -> BenchCase:
         {name: _contender(call, cell, attention) for name, attention in theirs.items()},
         BAR,
         lambda: _verify(call, cell, mine, next(iter(theirs.values()))),
-        functools.partial(_isa, call.isa),
+        functools.partial(forced_isa, call.isa),
     )
 
 
@@ -121,19 +121,6 @@ def _contender(
         return forward(attention, inputs)
     cotangents = (given.grad_output, grad_weights(cell).to(call.dtype)) if call.weights else (given.grad_output,)
     return forward_backward(attention, inputs, [x.to(dtype or x.dtype) for x in cotangents])
-
-
-@contextlib.contextmanager
-def _isa(name: str | None) -> Iterator[None]:
-    if name is None or LIBRARY is None:
-        yield
-        return
-    before = LIBRARY.isa
-    LIBRARY.set_isa(name)
-    try:
-        yield
-    finally:
-        LIBRARY.set_isa(before)
 
 
 def _verify(call: Call, cell: Cell, mine: Attention, theirs: Attention) -> None:

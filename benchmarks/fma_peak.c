@@ -1,5 +1,5 @@
 /* The machine's peak of fused multiply-adds in fp32, one thread: independent chains that never leave the registers.
- * Compiled at run time by `fma_peak.py`, with -march=native. */
+ * Compiled at run time by `yardsticks.py`, with -march=native. */
 #include <stdint.h>
 
 #if defined(__AVX512F__)

@@ -58,6 +58,11 @@ class Report(NamedTuple):
     passes: bool | None = None
 
 
+def skipped(reason: str) -> Report:
+    """The report of what this machine or its packages can't do."""
+    return Report([f"skipped: {reason}"], {"skipped": reason})
+
+
 class Timing(NamedTuple):
     """Milliseconds a call, over all rounds."""
 
