@@ -1,126 +1,134 @@
 """`MultiHeadAttention` against `torch.nn.MultiheadAttention`, called with the same arguments.
 
-In evaluation torch's own time is the better of its fast path and its general path. Run it by
+In inference torch's own time is the better of its fast path and its general path. Run it by
 `python benchmarks/run.py module`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-import fused_mha
+import module_memory
+import module_peers
+import module_reports
+from attention_cells import forced_isa
+from fused_mha.backends.cpu import LIBRARY
 from fused_mha.testing import assert_parity
+from module_cells import (
+    MAIN,
+    QUICK,
+    QUICK_SMALL,
+    SMALL,
+    Cell,
+    Mode,
+    Run,
+    arguments,
+    autocast,
+    general_path,
+    inference,
+    inputs,
+    modules,
+    training_step,
+)
 
-from run import BenchCase, Contender
+from run import BenchCase, Contender, GroupBar
 
-# N, L, embed_dim, num_heads
-SMALL = (1, 16, 256, 8)
-SHAPES = ((8, 128, 256, 8), (16, 197, 384, 6), (8, 512, 768, 12), (1, 2048, 1024, 16))
-
-# While torch's own kernels do the work, ours may cost no more than 1.1 times torch's time (1.5 times where the call
-# itself is most of the time).
-BAR, SMALL_BAR = 1 / 1.1, 1 / 1.5
+BAR = 0.95  # no cell may be slower than torch, but for what two equal contenders differ by
+DROPOUT = 0.1
 
 
 class Call(NamedTuple):
-    """One way of calling the module."""
+    """One way of calling the module: of a group of cells, with the bars of their geometric mean and of each."""
 
-    name: str
-    training: bool = False
-    need_weights: bool = False
-    padding: bool = False  # half of the keys of every sequence
-    causal: bool = False  # a causal attn_mask with the hint is_causal=True
-    dropout: float = 0.0
-    batch_first: bool = True
-    dtype: torch.dtype = torch.float32
+    group: str
+    bar: GroupBar
+    mode: Mode
+    name: str = ""  # where a group has several
+    lowest: float = BAR
+    cells: tuple[Cell, ...] = MAIN
+    quick: tuple[Cell, ...] = QUICK
 
 
-CALLS = [
-    call
-    for training, mode in ((False, "inference"), (True, "training"))
-    for call in (
-        Call(mode, training),
-        Call(f"{mode}, sequence first", training, batch_first=False),
-        Call(f"{mode}, weights", training, need_weights=True),
-        Call(f"{mode}, padding", training, padding=True),
-        Call(f"{mode}, padding, weights", training, need_weights=True, padding=True),
-        Call(f"{mode}, causal", training, causal=True),
-        Call(f"{mode}, causal, padding", training, padding=True, causal=True),
-        Call(f"{mode}, bf16", training, dtype=torch.bfloat16),
-        Call(f"{mode}, bf16, weights", training, need_weights=True, dtype=torch.bfloat16),
-    )
-]
-CALLS += [
-    Call("training, dropout", training=True, dropout=0.1),
-    Call("training, dropout, weights", training=True, need_weights=True, dropout=0.1),
-]
+MASKS = "fp32 inference, masks"
+MASKS_BAR = GroupBar(2.3, 3.5)
+BF16, FP16 = torch.bfloat16, torch.float16
+CALLS = (
+    Call("fp32 inference", GroupBar(2.2, 2.6), Mode(), lowest=1.5),
+    Call("fp32 inference, weights", GroupBar(2.7, 3.5), Mode(weights=True)),
+    Call(MASKS, MASKS_BAR, Mode(padding=True), "padding"),
+    Call(MASKS, MASKS_BAR, Mode(causal=True), "causal"),
+    Call(MASKS, MASKS_BAR, Mode(causal=True, padding=True), "causal and padding"),
+    Call("fp32 training step", GroupBar(1.8, 2.3), Mode(training=True)),
+    Call("fp32 training step, weights", GroupBar(2.5, 4.0), Mode(training=True, weights=True)),
+    Call("fp32 training step, dropout", GroupBar(3.5, 6.0), Mode(training=True, dropout=DROPOUT)),
+    Call("bf16 inference", GroupBar(1.5, 1.7), Mode(BF16)),
+    Call("bf16 inference, weights", GroupBar(2.0, 2.5), Mode(BF16, weights=True)),
+    Call("bf16 training step", GroupBar(1.3, 2.0), Mode(BF16, training=True)),
+    Call("fp16 inference", GroupBar(5.0, 9.0), Mode(FP16)),
+    Call("autocast inference", GroupBar(1.0, 1.5), Mode(autocast=True)),
+    Call("small, inference", GroupBar(1.5, 2.5), Mode(), cells=SMALL, quick=QUICK_SMALL),
+    Call("small, training step", GroupBar(1.2, 1.8), Mode(training=True), cells=SMALL, quick=QUICK_SMALL),
+    Call("fp32 inference, AVX2", GroupBar(1.0, 1.3), Mode(isa="avx2"), lowest=1.0),
+)
+GROUPS = {call.group: call.bar for call in CALLS}
+REPORTS = {**module_reports.REPORTS, **module_peers.REPORTS, **module_memory.REPORTS}
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
-    """Every call at every shape."""
-    for shape in (SMALL,) if options.quick else (SMALL, *SHAPES):
-        for call in CALLS:
-            yield _case(shape, call, SMALL_BAR if shape is SMALL else BAR)
+    """Every call at every size, as far as this machine has its instruction set."""
+    for call in CALLS:
+        isa = call.mode.isa
+        if isa is None or (LIBRARY is not None and isa in LIBRARY.available_isas):
+            for cell in call.quick if options.quick else call.cells:
+                yield _case(call, cell)
 
 
-def _case(shape: tuple[int, int, int, int], call: Call, bar: float) -> BenchCase:
-    N, L, embed_dim, num_heads = shape
-    torch.manual_seed(0)
-    theirs = nn.MultiheadAttention(
-        embed_dim, num_heads, dropout=call.dropout, batch_first=call.batch_first, dtype=call.dtype
-    ).train(call.training)
-    ours = fused_mha.MultiHeadAttention(
-        embed_dim, num_heads, dropout=call.dropout, batch_first=call.batch_first, dtype=call.dtype
-    ).train(call.training)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn((N, L, embed_dim) if call.batch_first else (L, N, embed_dim), dtype=call.dtype)
-    arguments: dict[str, Any] = {"need_weights": call.need_weights}
-    if call.padding:
-        arguments["key_padding_mask"] = (torch.arange(L) >= L // 2).expand(N, L)
-    if call.causal:
-        arguments["attn_mask"] = torch.ones(L, L, dtype=torch.bool).triu(1)
-        arguments["is_causal"] = True
-
-    def verify() -> None:
-        with torch.set_grad_enabled(call.training):
-            assert_parity(ours, theirs, x, x, x, **arguments)
-
-    baselines = {"torch": _contender(theirs, x, arguments)}
-    if not call.training:
-        baselines["torch general"] = _general_path(baselines["torch"])
-    return BenchCase("x".join(map(str, shape)), call.name, _contender(ours, x, arguments), baselines, bar, verify)
+def _case(call: Call, cell: Cell) -> BenchCase:
+    ours, theirs = modules(cell, call.mode)
+    if call.mode.training:
+        mine = training_step(ours, cell, call.mode)
+        baselines: dict[str, Contender] = {"torch": training_step(theirs, cell, call.mode)}
+    else:
+        mine = inference(ours, cell, call.mode)
+        fast = inference(theirs, cell, call.mode)
+        baselines = {"torch": fast, "torch general": general_path(fast)}
+    return BenchCase(
+        call.group,
+        f"{cell}, {call.name}" if call.name else str(cell),
+        mine,
+        baselines,
+        call.lowest,
+        lambda: _verify(mine, cell, call.mode),
+        functools.partial(forced_isa, call.mode.isa),
+    )
 
 
-def _contender(module: nn.MultiheadAttention, x: Tensor, arguments: dict[str, Any]) -> Contender:
-    if not module.training:
+def _verify(run: Run, cell: Cell, mode: Mode) -> None:
+    """Raise AssertionError where a result is further from one of higher precision than torch's own may be.
 
-        def infer() -> None:
-            with torch.no_grad():
-                module(x, x, x, **arguments)
-
-        return infer
-    leaf = x.clone().requires_grad_()
-    cotangent = torch.randn(x.shape).to(x.dtype)
-
-    def train() -> None:
-        output, _ = module(leaf, leaf, leaf, **arguments)
-        output.backward(cotangent)
-
-    return train
+    What the core drops, torch does not: with dropout, all but that is verified, and that one seed gives one result.
+    The core's own dropout is verified by `bench_attention`.
+    """
+    _verify_without_dropout(cell, mode._replace(dropout=0.0))
+    if mode.dropout > 0.0:
+        first, second, other = (_seeded(run, seed) for seed in (0, 0, 1))
+        assert all(map(torch.equal, first, second)), f"{cell}: two training steps after one seed differ"
+        assert not torch.equal(first[0], other[0]), f"{cell}: outputs after two seeds agree"
 
 
-def _general_path(call: Contender) -> Contender:
-    def without_fast_path() -> None:
-        before = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            call()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(before)
+@functools.cache  # two groups may differ in dropout alone
+def _verify_without_dropout(cell: Cell, mode: Mode) -> None:
+    ours, theirs = modules(cell, mode)
+    with torch.set_grad_enabled(mode.training), autocast(mode):
+        assert_parity(ours, theirs, *inputs(cell, mode.dtype), **arguments(cell, mode))
 
-    return without_fast_path
+
+def _seeded(run: Run, seed: int) -> tuple[torch.Tensor, ...]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run()

@@ -1,0 +1,167 @@
+"""The sizes, the modules and the calls that `bench_module` and its reports measure."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fused_mha
+
+Run = Callable[[], tuple[Tensor, ...]]
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of two right results, as a share of the largest entry
+
+
+class Cell(NamedTuple):
+    """The sizes of one call: self-attention where L = S, else key and value are one other tensor."""
+
+    N: int
+    L: int
+    S: int
+    E: int
+    H: int
+
+    def __str__(self) -> str:
+        return f"{self.N}x{self.L if self.is_self_attention else f'{self.L}->{self.S}'}x{self.E}x{self.H}"
+
+    @property
+    def is_self_attention(self) -> bool:
+        """Whether query, key and value are one tensor."""
+        return self.L == self.S
+
+    @property
+    def flops(self) -> int:
+        """Of a forward of self-attention: four projections, and the two products of the core."""
+        return 8 * self.N * self.L * self.E**2 + 4 * self.N * self.L * self.S * self.E
+
+
+SELF_ATTENTION = tuple(
+    Cell(N, L, L, E, H)
+    for N, L, E, H in (
+        (8, 512, 768, 12),
+        (1, 2048, 1024, 16),
+        (1, 4096, 512, 8),
+        (16, 197, 384, 6),
+        (32, 50, 768, 12),
+    )
+)
+MAIN = (*SELF_ATTENTION, Cell(2, 100, 850, 256, 8))
+SMALL = (Cell(1, 16, 16, 256, 8), Cell(2, 48, 48, 128, 4))
+QUICK_SELF_ATTENTION = (Cell(2, 32, 32, 64, 4),)
+QUICK = (*QUICK_SELF_ATTENTION, Cell(2, 10, 24, 64, 4))
+QUICK_SMALL = SMALL[:1]
+
+
+class Mode(NamedTuple):
+    """A way of calling the module."""
+
+    dtype: torch.dtype = torch.float32
+    training: bool = False
+    weights: bool = False  # averaged
+    padding: bool = False  # hides the latter half of the keys of every sequence
+    causal: bool = False  # a causal attn_mask with the hint is_causal=True
+    dropout: float = 0.0
+    autocast: bool = False  # to bf16
+    isa: str | None = None  # of our C++ library, the best if None
+
+
+class Modules(NamedTuple):
+    """Ours and torch's, with the same parameters."""
+
+    ours: fused_mha.MultiHeadAttention
+    theirs: nn.MultiheadAttention
+
+
+def modules(cell: Cell, mode: Mode) -> Modules:
+    """Both modules as the mode wants them."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(cell.E, cell.H, dropout=mode.dropout, batch_first=True, dtype=mode.dtype)
+    ours = fused_mha.MultiHeadAttention(cell.E, cell.H, dropout=mode.dropout, batch_first=True, dtype=mode.dtype)
+    ours.load_state_dict(theirs.state_dict())
+    return Modules(ours.train(mode.training), theirs.train(mode.training))
+
+
+@functools.cache  # the groups share them
+def inputs(cell: Cell, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value; what is one tensor in the call is one here."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(cell.N, cell.L, cell.E, generator=generator).to(dtype)
+    if cell.is_self_attention:
+        return query, query, query
+    key = torch.randn(cell.N, cell.S, cell.E, generator=generator).to(dtype)
+    return query, key, key
+
+
+def arguments(cell: Cell, mode: Mode) -> dict[str, Any]:
+    """What else the modules are called with; in a mask True means ignore."""
+    given: dict[str, Any] = {"need_weights": mode.weights}
+    if mode.padding:
+        given["key_padding_mask"] = (torch.arange(cell.S) >= cell.S // 2).expand(cell.N, cell.S)
+    if mode.causal:
+        given["attn_mask"] = torch.ones(cell.L, cell.S, dtype=torch.bool).triu(1)
+        given["is_causal"] = True
+    return given
+
+
+def autocast(mode: Mode) -> contextlib.AbstractContextManager[object]:
+    """Around a call, as in a model's forward: torch keeps cast parameters no longer than that."""
+    return torch.autocast("cpu", torch.bfloat16) if mode.autocast else contextlib.nullcontext()
+
+
+def inference(module: nn.Module, cell: Cell, mode: Mode) -> Run:
+    """A call that gives the output and, if wanted, the weights."""
+    query, key, value = inputs(cell, mode.dtype)
+    others = arguments(cell, mode)
+
+    def call() -> tuple[Tensor, ...]:
+        with torch.no_grad(), autocast(mode):
+            output, weights = module(query, key, value, **others)
+        return (output,) if weights is None else (output, weights)
+
+    return call
+
+
+def general_path(call: Run) -> Run:
+    """The same call without torch's fast path."""
+
+    def without_fast_path() -> tuple[Tensor, ...]:
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return call()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+
+    return without_fast_path
+
+
+def training_step(module: nn.Module, cell: Cell, mode: Mode) -> Run:
+    """A call that gives the output, weights if wanted, and the output's gradients of inputs and parameters."""
+    given = inputs(cell, mode.dtype)
+    leaf_of = {id(x): x.clone().requires_grad_() for x in given}
+    query, key, value = (leaf_of[id(x)] for x in given)
+    leaves = [*leaf_of.values(), *module.parameters()]
+    others = arguments(cell, mode)
+    cotangent = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(mode.dtype)
+
+    def call() -> tuple[Tensor, ...]:
+        with autocast(mode):
+            output, weights = module(query, key, value, **others)
+        output.backward(cotangent)
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        return tuple(x.detach() for x in (output, weights, *gradients) if x is not None)
+
+    return call
+
+
+def assert_close(results: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """Raise AssertionError where two runs differ by more than rounding: two that compute in different orders."""
+    for result, other in zip(results, expected, strict=True):
+        bound = ROUNDING[other.dtype] * float(other.abs().max())
+        torch.testing.assert_close(result, other, rtol=0.0, atol=bound)
