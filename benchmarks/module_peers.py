@@ -44,9 +44,7 @@ def openvino_bf16(options: argparse.Namespace) -> Report:
         return skipped(f"{error}; pip install openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return skipped("OpenVINO computes in bf16 only on processors that do")
-    peers = {
-        "openvino": lambda cell, theirs: _openvino_runs(openvino, cell, torch.bfloat16, theirs, options),
-    }
+    peers = {"openvino": lambda cell, theirs: _openvino_runs(openvino, cell, torch.bfloat16, theirs, options)}
     report = _beside_ours(torch.bfloat16, peers, options)
     return report._replace(values={"openvino": openvino.__version__, **report.values})
 
@@ -68,12 +66,12 @@ def _beside_ours(
     for cell in cells:
         mode = Mode(dtype)
         ours, theirs = modules(cell, mode)
-        contenders["ours"].append(inference(ours, cell, mode))
-        expected = inference(ours, cell, mode)()
+        run_ours = inference(ours, cell, mode)
+        contenders["ours"].append(run_ours)
         for name, runs_of in peers.items():
             runs = runs_of(cell, theirs)
             for run in runs:
-                assert_close(run(), expected)
+                assert_close(run(), run_ours())
             contenders[name].append(min(runs, key=lambda run: median_ms(run, options.seconds / 10)))
     return in_turns(contenders, [str(cell) for cell in cells], PEERS, options)
 
@@ -117,31 +115,29 @@ def _onnx_runtime_runs(
 
 
 class _Stock(nn.Module):
-    """Torch's module as OpenVINO best reads it; ``fused`` by torch's fused op, else by two products and softmax."""
+    """Torch's module as OpenVINO reads it, with one product for query, key and value or one for each."""
 
-    def __init__(self, module: nn.MultiheadAttention, *, fused: bool) -> None:
+    def __init__(self, module: nn.MultiheadAttention, *, packed: bool) -> None:
         super().__init__()
-        self.module = module.float()
-        self.fused = fused
+        self.module = module.float()  # OpenVINO rounds by itself
+        self.packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         module = self.module
-        packed = F.linear(x, module.in_proj_weight, module.in_proj_bias)
-        query, key, value = (
-            part.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2) for part in packed.chunk(3, dim=-1)
-        )
-        if self.fused:
-            heads = F.scaled_dot_product_attention(query, key, value)
+        if self.packed:
+            parts = F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
         else:
-            heads = (query * module.head_dim**-0.5 @ key.transpose(2, 3)).softmax(dim=-1) @ value
+            parts = map(F.linear, (x, x, x), module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3))
+        query, key, value = (part.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for part in parts)
+        heads = F.scaled_dot_product_attention(query, key, value)
         return module.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def _openvino_runs(
     openvino: ModuleType, cell: Cell, dtype: torch.dtype, module: nn.MultiheadAttention, options: argparse.Namespace
 ) -> list[Run]:
-    """Both ways to write the core, compiled for ``dtype`` from input to output."""
-    return [_openvino_run(openvino, cell, dtype, _Stock(module, fused=fused), options) for fused in (True, False)]
+    """Both ways to write the projections, compiled for ``dtype`` from input to output."""
+    return [_openvino_run(openvino, cell, dtype, _Stock(module, packed=packed), options) for packed in (True, False)]
 
 
 def _openvino_run(
