@@ -1,10 +1,12 @@
 """The ways in which the tests of the deviations call the module: back ends, weights, a module of random parameters."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 import fused_mha
-from fused_mha import MultiHeadAttention
+from fused_mha import MultiHeadAttention, one_call
 
 BACK_ENDS = ["cpu", "sdpa", "reference"]
 WITH_WEIGHTS = ["cpu", "reference"]  # those that serve weights and dropout
@@ -24,8 +26,13 @@ def forced(back_end: str, need_weights: bool):
 
 def random_module(**arguments) -> MultiHeadAttention:
     """A module whose biases are not zero."""
-    module = MultiHeadAttention(8, 2, **{"batch_first": True, **arguments})
+    module = MultiHeadAttention(**{"embed_dim": 8, "num_heads": 2, "batch_first": True, **arguments})
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
     return module
+
+
+def composed():
+    """Products and attention one by one, as where a module's forward can't be one call of the library."""
+    return mock.patch.object(one_call, "forward", return_value=None)

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -18,3 +19,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two OpenMP pools on one core spend th
 def pytest_runtest_setup() -> None:
     """Give every test one seed, so that what it draws does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_calls(monkeypatch):
+    """A list that gets True for each forward that one call of the library serves, and False for each other.
+
+    Products are ours in every dtype, whatever this processor's rule.
+    """
+    from fused_mha import linear, one_call
+    from fused_mha.backends import cpu
+
+    if cpu.LIBRARY is None:
+        pytest.skip("this installation has no C++ library")
+    served = []
+    forward = one_call.forward
+
+    def spy(*arguments):
+        result = forward(*arguments)
+        served.append(result is not None)
+        return result
+
+    monkeypatch.setattr(linear, "dtypes", lambda: (torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    monkeypatch.setattr(one_call, "forward", spy)
+    return served

@@ -314,15 +314,17 @@ class TestAgreement:
 class TestExplain:
     def test_names_the_choice_and_the_reasons(self, module, x):
         reasons = {"cpu": [], "sdpa": ["it returns no attention weights (need_weights=True)"], "reference": []}
-        assert fused_mha.explain(module, x) == fused_mha.Explanation("cpu", reasons, [note_of_cpu()], override=None)
+        explanation = fused_mha.explain(module, x)._replace(projections=None)
+        assert explanation == fused_mha.Explanation("cpu", reasons, [note_of_cpu()], override=None)
         with fused_mha.backend("reference"):
-            explanation = fused_mha.explain(module, x)
+            explanation = fused_mha.explain(module, x)._replace(projections=None)
         assert explanation == fused_mha.Explanation("reference", reasons, [NOTE_OF_REFERENCE], override="reference")
 
     def test_prints_choice_notes_and_reasons(self, module, x):
-        assert str(fused_mha.explain(module, x)) == (
+        assert str(fused_mha.explain(module, x)._replace(projections="by hand")) == (
             "back end: cpu (the first that can serve)\n"
             f"  note: {note_of_cpu()}\n"
+            "  projections: by hand\n"
             "  sdpa: cannot: it returns no attention weights (need_weights=True)\n"
             "  reference: could serve"
         )
@@ -335,14 +337,17 @@ class TestExplain:
             )
 
     def test_prints_that_the_library_is_not_installed(self, module, x, without_the_library):
+        projections = "  projections: by torch's linear, apart from the attention: the back end is not cpu\n"
         assert str(fused_mha.explain(module, x)) == (
             "back end: reference (the first that can serve)\n"
             f"  note: {NOTE_OF_REFERENCE}\n"
+            f"{projections}"
             "  cpu: cannot: it is not in this installation\n"
             "  sdpa: cannot: it returns no attention weights (need_weights=True)"
         )
         assert str(fused_mha.explain(module, x, need_weights=False)) == (
             "back end: sdpa (the first that can serve)\n"
+            f"{projections}"
             "  cpu: cannot: it is not in this installation\n"
             "  reference: could serve"
         )

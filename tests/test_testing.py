@@ -3,13 +3,16 @@
 import copy
 import math
 import re
+from contextlib import ExitStack
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention, explain
+from fused_mha import MultiHeadAttention, explain, module_call, multi_head_attention
+from fused_mha.inputs import default_scale
 from fused_mha.testing import Case, assert_parity, compare, grid
 from fused_mha.testing.tolerances import FLOOR, tolerance
 
@@ -35,9 +38,14 @@ class WrongWeights(MultiHeadAttention):
 
 
 class WrongScale(MultiHeadAttention):
-    def _attention_inputs(self, *args, **kwargs):
-        inputs = super()._attention_inputs(*args, **kwargs)
-        return inputs._replace(scale=inputs.scale * WRONG)
+    def forward(self, *args, **kwargs):
+        def wrong_scale(head_dim):
+            return default_scale(head_dim) * WRONG
+
+        with ExitStack() as patches:
+            for module in (module_call, multi_head_attention):
+                patches.enter_context(patch.object(module, "default_scale", wrong_scale))
+            return super().forward(*args, **kwargs)
 
 
 class NoWeights(MultiHeadAttention):

@@ -1,7 +1,7 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `linear` `allows`, `explanation`
-`explain_inputs`; users call `backend`.
+`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `linear` and `one_call` `allows`,
+`explanation` `explain_inputs`; users call `backend`.
 """
 
 from __future__ import annotations
@@ -55,18 +55,22 @@ class Explanation(NamedTuple):
     """Which back end serves a call, and why the others do not; `print` it.
 
     `chosen` is None where an explicit choice cannot serve. `reasons` holds, by back end in order of preference, why it
-    cannot serve, empty where it can. `notes` says what the chosen one does that costs memory.
+    cannot serve, empty where it can. `notes` says what the chosen one does that costs memory. `projections` says how a
+    module's inputs and output are projected; it is None for a call without a module.
     """
 
     chosen: str | None
     reasons: dict[str, list[str]]
     notes: list[str]
     override: str | None
+    projections: str | None = None
 
     def __str__(self) -> str:
         how = f"by fused_mha.backend({self.override!r})" if self.override else "the first that can serve"
         lines = [f"back end: {self.chosen or 'none'} ({how})"]
         lines += [f"  note: {note}" for note in self.notes]
+        if self.projections is not None:
+            lines.append(f"  projections: {self.projections}")
         for name, reasons in self.reasons.items():
             if name != self.chosen:
                 lines.append(f"  {name}: " + ("cannot: " + "; ".join(reasons) if reasons else "could serve"))
@@ -104,9 +108,9 @@ def backend(name: str) -> Iterator[None]:
         _override.name = previous
 
 
-def allows(name: str) -> bool:
-    """Whether no other back end is forced for this thread."""
-    return _override.name in (None, name)
+def allows(candidate: Backend) -> bool:
+    """Whether a back end is among those that calls are given to, and no other is forced for this thread."""
+    return _override.name in (None, candidate.name) and any(known is candidate for known in BACKENDS)
 
 
 def explain_inputs(inputs: AttentionInputs) -> Explanation:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fused_mha import linear, one_call
 from fused_mha.dispatch import Explanation, explain_inputs
 from fused_mha.multi_head_attention import MultiHeadAttention
 
@@ -39,6 +40,7 @@ def explain(
         >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
         back end: cpu (the first that can serve)
           note: instruction set avx512_bf16
+          projections: in one call with the attention
           sdpa: cannot: it returns no attention weights (need_weights=True)
           reference: could serve
     """
@@ -53,4 +55,18 @@ def explain(
         given = {name: arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")}
         padded, padding, _ = module._unpack_nested(**given)
         arguments |= {**dict.fromkeys(roles, padded), "key_padding_mask": padding}
-    return explain_inputs(module._attention_inputs(**arguments))
+    N, is_batched, dropout_p = module._checked(**arguments)
+    inputs = module._attention_inputs(**arguments, N=N, is_batched=is_batched, dropout_p=dropout_p)
+    explanation = explain_inputs(inputs)
+    tensors = [arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")]
+    return explanation._replace(projections=_projections(module, *tensors))
+
+
+def _projections(module: MultiHeadAttention, query: Tensor, *others: Any) -> str:
+    """How `one_call` and `linear` decide, and why."""
+    reason = one_call.tensors_of(module, query, *others)
+    if not isinstance(reason, str):
+        return "in one call with the attention"
+    weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
+    whose = "fused_mha's product" if linear.is_ours(query, weight, module.in_proj_bias) else "torch's linear"
+    return f"by {whose}, apart from the attention: {reason}"

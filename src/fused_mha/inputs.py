@@ -77,9 +77,10 @@ def _check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
 
 
 def _check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    device = query.device
     for name, other in others:
-        if other is not None and other.device != query.device:
-            raise RuntimeError(f"all tensors must be on query's device, {query.device}; got {name} on {other.device}")
+        if other is not None and other.device != device:
+            raise RuntimeError(f"all tensors must be on query's device, {device}; got {name} on {other.device}")
 
 
 def default_scale(head_dim: int) -> float:

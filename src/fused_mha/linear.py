@@ -1,9 +1,9 @@
 """`linear`, x W^T + b, by our own product where that is faster than torch's. The projections and the module call it.
 
 The rule is static. fp16 torch multiplies slowly on every CPU. In fp32 and fp64 torch's library, Intel's MKL, takes its
-slower path on processors of other makers: there ours serves, given AVX-512. bfloat16 is torch's, which has a fast path
-of its own. Few rows are torch's too: packing the weight would cost more than it saves. Where
-`backend` forces another one, torch multiplies.
+slower path on processors of other makers: there ours serves, given AVX-512. In bfloat16 torch's is as fast as ours
+where both have AVX-512 BF16, but ours is part of one call with the attention; elsewhere, and on Intel, which has tiles
+for it, torch's serves. Where `backend` forces another one, torch multiplies.
 """
 
 from __future__ import annotations
@@ -17,16 +17,23 @@ from fused_mha.backends import cpu
 from fused_mha.modes import autocast_is_on, onnx_export_is_active, transform_is_active
 
 _TYPES = (Tensor, torch.nn.Parameter)
-FEWEST_ROWS = 32
 
 
-def _dtypes() -> tuple[torch.dtype, ...]:
+RULE = "torch's own product is the faster one for this dtype, processor and instruction set"
+_FP16 = (torch.float16,)
+_ALL_BUT_BF16 = (*_FP16, torch.float32, torch.float64)
+_ALL = (*_ALL_BUT_BF16, torch.bfloat16)
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
     """Those whose products are faster than torch's."""
     if cpu.LIBRARY is None:
         return ()
-    if cpu.LIBRARY.isa.startswith("avx512") and cpu.LIBRARY.cpu_vendor != "GenuineIntel":
-        return (torch.float16, torch.float32, torch.float64)
-    return (torch.float16,)
+    if cpu.LIBRARY.isa == "avx512_bf16" and cpu.LIBRARY.cpu_vendor != "GenuineIntel":
+        return _ALL
+    if cpu.LIBRARY.isa == "avx512" and cpu.LIBRARY.cpu_vendor != "GenuineIntel":
+        return _ALL_BUT_BF16
+    return _FP16
 
 
 def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -40,13 +47,10 @@ def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Returns:
         True where ours is the faster one by the rule above, and nothing transforms the call.
     """
-    if x.dim() < 2 or x.dtype not in _dtypes():
-        return False
-    # A compiled graph serves any number of rows: it must not be compiled again for more of them.
-    if not torch.compiler.is_compiling() and x.numel() < FEWEST_ROWS * x.shape[-1]:
+    if x.dim() < 2 or x.dtype not in dtypes():
         return False
     return (
-        dispatch.allows("cpu")
+        dispatch.allows(cpu.BACKEND)
         and all(t is None or (type(t) in _TYPES and t.dtype == x.dtype and t.is_cpu) for t in (x, weight, bias))
         and not transform_is_active()
         and not autocast_is_on("cpu")

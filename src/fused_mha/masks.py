@@ -23,6 +23,13 @@ def hidden_keys(key_padding_mask: Tensor) -> Tensor:
     return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == NEGATIVE_INFINITY
 
 
+def per_head(attn_mask: Tensor, N: int, num_heads: int) -> Tensor:
+    """A module's attn_mask, (L, S), (N * H, L, S) or 4-D, as (N|1, H|1, L|1, S)."""
+    if attn_mask.dim() == 2:
+        return attn_mask.view(1, 1, *attn_mask.shape)
+    return attn_mask.unflatten(0, (N, num_heads)) if attn_mask.dim() == 3 else attn_mask
+
+
 def without_hidden_keys(key: Tensor, value: Tensor, key_padding_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (N, S, H_kv, D) with zeros where the mask hides them: 0 * NaN = NaN would reach the output."""
     hidden = hidden_keys(key_padding_mask)[:, :, None, None]

@@ -15,8 +15,10 @@ from torch.fx.proxy import TraceError
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
-from fused_mha import dispatch, masks, nested, projections
+from fused_mha import dispatch, masks, nested, one_call, projections
 from fused_mha.inputs import AttentionInputs, check_dropout, check_module_inputs, default_scale
+
+_PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
 
 def keep_forward_called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -246,9 +248,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
         Source:
             `torch.nn.MultiheadAttention.forward`.
         """
-        if any(
-            type(x) is not Tensor and isinstance(x, fx.Proxy) for x in (query, key, value, key_padding_mask, attn_mask)
-        ):
+        given = (query, key, value, key_padding_mask, attn_mask)
+        if not _PLAIN_TYPES.issuperset(map(type, given)) and any(isinstance(x, fx.Proxy) for x in given):
             return self._traced_call(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -259,11 +260,12 @@ class MultiHeadAttention(nn.MultiheadAttention):
             )
             return repack(output, weights)
 
-        inputs = self._attention_inputs(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
-        heads, weights, _ = dispatch.run(inputs)
-        is_batched = query.dim() == 3
+        arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        N, is_batched, dropout_p = self._checked(*arguments)
+        result = one_call.forward(self, *arguments, dropout_p)
+        if result is not None:
+            return result
+        heads, weights, _ = dispatch.run(self._attention_inputs(*arguments, N, is_batched, dropout_p))
         output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
@@ -275,7 +277,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *self.parameters()))
         return nested.unpack(query, key, value, key_padding_mask, attn_mask, self.batch_first, requires_grad)
 
-    def _attention_inputs(
+    def _checked(
         self,
         query: Tensor,
         key: Tensor,
@@ -285,9 +287,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None,
         average_attn_weights: bool,
         is_causal: bool,
-    ) -> AttentionInputs:
-        """Check, project and split into heads; `forward` and `fused_mha.explain` start with it."""
-        packed_weight = self.in_proj_weight
+    ) -> tuple[int, bool, float]:
+        """Check what `forward` is called with; N, whether the input is batched, and the probability of dropout."""
+        weight = self.in_proj_weight
         N, is_batched = check_module_inputs(
             query,
             key,
@@ -299,13 +301,30 @@ class MultiHeadAttention(nn.MultiheadAttention):
             vdim=self.vdim,
             num_heads=self.num_heads,
             batch_first=self.batch_first,
-            weight=self.q_proj_weight if packed_weight is None else packed_weight,
+            weight=self.q_proj_weight if weight is None else weight,
         )
-        # Not the attribute: torch too follows a num_heads that is changed later.
-        head_dim = self.embed_dim // self.num_heads
         dropout_p = self.dropout if self.training else 0.0
         check_dropout(dropout_p)
+        return N, is_batched, dropout_p
 
+    def _attention_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+        N: int,
+        is_batched: bool,
+        dropout_p: float,
+    ) -> AttentionInputs:
+        """Project and split into heads what has been checked."""
+        packed_weight = self.in_proj_weight
+        # Not the attribute: torch too follows a num_heads that is changed later.
+        head_dim = self.embed_dim // self.num_heads
         hidden = None
         if key_padding_mask is not None:
             hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
@@ -321,10 +340,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         q, k, v = (projections.split_heads(x, head_dim, self.batch_first) for x in (q, k, v))
 
         if attn_mask is not None:
-            if attn_mask.dim() == 2:
-                attn_mask = attn_mask.view(1, 1, *attn_mask.shape)
-            elif attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (N, self.num_heads))
+            attn_mask = masks.per_head(attn_mask, N, self.num_heads)
         bias_k, bias_v = self.bias_k, self.bias_v
         if bias_k is not None and bias_v is not None:
             bias_k, bias_v = (bias.to(k.dtype).view(-1, head_dim) for bias in (bias_k, bias_v))

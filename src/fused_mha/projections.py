@@ -93,23 +93,31 @@ def out_projection(x: Tensor, out_proj: nn.Module) -> Tensor:
     Returns:
         What ``out_proj(x)`` returns.
     """
-    if isinstance(out_proj, nn.Linear) and _is_stock(out_proj):
+    if isinstance(out_proj, nn.Linear) and is_stock(out_proj):
         return linear(x, out_proj.weight, out_proj.bias)
     return out_proj(x)
 
 
-def _is_stock(out_proj: nn.Linear) -> bool:
+def is_stock(out_proj: nn.Linear) -> bool:
+    """Whether calling it is no more than `linear` on its parameters: it is torch's own, with no hook."""
+    own = out_proj.__dict__
     return (
         type(out_proj) in _LINEAR_TYPES
-        and "forward" not in out_proj.__dict__
-        and "weight" in out_proj._parameters
-        and not any(getattr(out_proj, hooks) for hooks in _HOOKS)
-        and not any(getattr(module, "_global" + hooks) for hooks in _HOOKS)
+        and "forward" not in own
+        and "weight" in own["_parameters"]
+        and not (
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
+        and not (
+            module._global_forward_hooks
+            or module._global_forward_pre_hooks
+            or module._global_backward_hooks
+            or module._global_backward_pre_hooks
+        )
     )
 
 
 _LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _without(x: Tensor, hidden: Tensor | None) -> Tensor:

@@ -14,8 +14,9 @@ C = None if LIBRARY is None else ctypes.CDLL(str(LIBRARY.path))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool, torch.int64, torch.uint8)
 if C is not None:
     C.fused_mha_last_error.restype = ctypes.c_char_p
-    for _name in ("forward", "backward", "forward_workspace", "backward_workspace", "dropout_mask", "exp2"):
-        getattr(C, f"fused_mha_{_name}").restype = ctypes.c_int64
+    for _name in ("forward", "backward", "product", "module"):
+        getattr(C, f"fused_mha_{_name}").restype = getattr(C, f"fused_mha_{_name}_workspace").restype = ctypes.c_int64
+    C.fused_mha_dropout_mask.restype = C.fused_mha_exp2.restype = ctypes.c_int64
 
 
 class TensorFields(ctypes.Structure):
@@ -72,6 +73,25 @@ class Backward(ctypes.Structure):
     """`fused_mha_backward_arguments`."""
 
     _fields_ = (("attention", Attention), *((name, TensorFields) for name in RESULTS["backward"]))
+
+
+MODULE = ("query", "query_weight", "query_bias", "out_weight", "out_bias", "output")
+MODULE += ("key", "value", "key_weight", "value_weight", "key_bias", "value_bias")
+
+
+class Module(ctypes.Structure):
+    """`fused_mha_module_arguments`."""
+
+    _fields_ = (*((name, TensorFields) for name in MODULE), ("core", Forward), ("num_heads", ctypes.c_int64))
+
+
+class Product(ctypes.Structure):
+    """`fused_mha_product_arguments`."""
+
+    _fields_ = (
+        *((name, TensorFields) for name in ("left", "right", "bias", "output", "workspace")),
+        *((name, ctypes.c_int64) for name in ("left_is_transposed", "right_is_transposed", "threads")),
+    )
 
 
 class Call:

@@ -107,13 +107,61 @@ def test_an_expanded_gradient_is_taken():
     assert torch.allclose(a.grad, b.sum(0).expand(4, 6))
 
 
+def sequences(x, batch, layout):
+    """The rows of a matrix as those of a batch of sequences, in one of several memory layouts."""
+    x = x.reshape(batch, x.shape[0] // batch, x.shape[1])
+    if layout == "sequence first":
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "slice":
+        wide = x.new_full((batch, x.shape[1] + 3, x.shape[2] + 5), float("nan"))
+        wide[:, 1:-2, 2:-3] = x
+        return wide[:, 1:-2, 2:-3]
+    return x
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", ["contiguous", "sequence first", "slice"])
+@pytest.mark.parametrize(("left", "right"), TRANSPOSED)
+@pytest.mark.parametrize("sizes", [(6, 36, 12), (60, 90, 54), (66, 12, 150), (1, 300, 30), (6, 6, 6)], ids=str)
+def test_rows_of_sequences_are_those_of_a_matrix(isa, left, right, layout, sizes, dtype):
+    a, b, bias = operands(*sizes, dtype, left, right)
+    expected = product(a, b, bias, left, right)
+    for batch_a, batch_b, batch_c in itertools.product((1, 2, 6), (1, 3), (1, 2)):
+        if a.shape[0] % batch_a or b.shape[0] % batch_b or expected.shape[0] % batch_c:
+            continue
+        output = sequences(torch.full_like(expected, float("nan")), batch_c, layout)
+        operand_a, operand_b = sequences(a, batch_a, layout), sequences(b, batch_b, layout)
+        LIBRARY.product(operand_a, operand_b, bias, left, right, output)
+        assert torch.equal(output.reshape(expected.shape), expected)
+
+
+def test_a_sequence_of_no_rows_is_a_matrix_of_none(isa):
+    b, bias = torch.randn(4, 5), torch.randn(4)
+    for shape in ((0, 3, 5), (3, 0, 5)):
+        output = torch.empty(*shape[:2], 4)
+        assert LIBRARY.product(torch.empty(shape), b, bias, False, True, output) is output
+        result = LIBRARY.product(torch.empty(shape), torch.empty(*shape[:2], 4), None, True, False, torch.empty(5, 4))
+        assert not result.any()
+
+
+@each_dtype
+def test_few_rows_give_the_bits_that_they_give_among_many(isa, dtype, set_num_threads):
+    a, b, bias = operands(300, 200, 150, dtype, right=True)
+    whole = product(a, b, bias, False, True)
+    for rows in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65):
+        for threads in (1, 2):
+            set_num_threads(threads)
+            assert torch.equal(product(a[:rows], b, bias, False, True), whole[:rows])
+            assert torch.equal(product(a[:rows], b[:rows], bias[:rows], False, True), whole[:rows, :rows])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"right": torch.zeros(3, 7)}, "right must have size 6"),
+        ({"right": torch.zeros(3, 7)}, r"left \(4, 6\) and right \(7, 3\) must fit each other"),
         ({"right": torch.zeros(3, 6, dtype=torch.float64)}, "right must be of dtype float32"),
         ({"bias": torch.zeros(4)}, "bias must have size 3"),
-        ({"left": torch.zeros(4, 6, 2)}, "left must have size"),
+        ({"left": torch.zeros(4, 6, 2)}, "left must be a matrix"),
         ({"left": torch.zeros(4, 6, dtype=torch.int64)}, "must be float32, float64, bfloat16 or float16"),
     ],
     ids=str,

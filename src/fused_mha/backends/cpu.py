@@ -37,15 +37,20 @@ def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
     return None if left is None else diagonal - left, None if right is None else diagonal + right
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
+def last_contiguous(x: Tensor) -> Tensor:
+    """The tensor with its last dimension contiguous, as the library takes it; a copy only where it must be."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of a call's dropout, from torch's generator; None where nothing is dropped."""
+    if not dropout_p:
+        return None
+    whole = torch.iinfo(torch.int64)
+    return torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)
+
+
 def _run(inputs: AttentionInputs) -> AttentionResult:
-    seed = None
-    if inputs.dropout_p > 0.0:
-        whole = torch.iinfo(torch.int64)
-        seed = torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=inputs.query.device)
     arguments = Arguments(
         inputs.query,
         inputs.key,
@@ -54,7 +59,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
         inputs.key_padding_mask,
         inputs.bias_k,
         inputs.bias_v,
-        seed,
+        draw_seed(inputs.dropout_p, inputs.query.device),
         *_band(inputs),
         inputs.add_zero_attn,
         float(inputs.dropout_p),
@@ -73,7 +78,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _contiguous(arguments: Arguments) -> Arguments:
-    return Arguments.of((None if x is None else _last_contiguous(x) for x in arguments[:7]), arguments[7:])
+    return Arguments.of((None if x is None else last_contiguous(x) for x in arguments[:7]), arguments[7:])
 
 
 def _operands(*inputs: Any) -> Arguments:
@@ -87,6 +92,11 @@ def _operands(*inputs: Any) -> Arguments:
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert LIBRARY is not None
     return LIBRARY.forward(_operands(*inputs), return_lse=True, return_stats=True)
+
+
+def sum_over_batch(x: Tensor) -> Tensor:
+    """The sum over the first dimension, the same for any number of threads."""
+    return _sum(x, 0)[0]
 
 
 def _sum(x: Tensor, dim: int) -> Tensor:
@@ -122,15 +132,17 @@ def _backward(
     grad_mask = None
     if mask_grad and mask is not None and mask.shape[2] != 1:
         grad_mask = query.new_zeros(mask.shape, dtype=dtype)
-    grads = LIBRARY.backward(
+    grads = [x.new_empty(x.shape) for x in (query, arguments.key, arguments.value)]
+    biases = LIBRARY.backward(
         arguments,
         output,
         stats,
-        torch.zeros_like(output) if grad_output is None else _last_contiguous(grad_output),
+        torch.zeros_like(output) if grad_output is None else last_contiguous(grad_output),
         None if grad_weights is None else grad_weights.contiguous(),
         None if grad_lse is None else grad_lse.contiguous(),
         grad_mask,
         grad_columns,
+        grads,
     )
     grad_attn_mask, grad_padding = query.new_empty((0,)), query.new_empty((0,))
     if mask_grad and mask is not None:
@@ -143,8 +155,8 @@ def _backward(
     if padding_grad and padding is not None:
         assert grad_columns is not None
         grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype)
-    grad_biases = [query.new_empty((0,)) if grad is None else _sum(grad, 0)[0].to(query.dtype) for grad in grads[3:]]
-    return *grads[:3], grad_attn_mask, grad_padding, *grad_biases
+    grad_biases = [query.new_empty((0,)) if grad is None else sum_over_batch(grad).to(query.dtype) for grad in biases]
+    return *grads, grad_attn_mask, grad_padding, *grad_biases
 
 
 class _Attention(torch.autograd.Function):
@@ -158,7 +170,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel = schema.attention_backward if torch.is_grad_enabled() else _backward
+        kernel = _backward if is_eager() and not torch.is_grad_enabled() else schema.attention_backward
         return autograd.backward(ctx, *grads, attention_backward=kernel)
 
 
@@ -173,7 +185,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        multiply = product_operator.product if torch.is_grad_enabled() else _product
+        multiply = _product if is_eager() and not torch.is_grad_enabled() else product_operator.product
         return product_operator.backward(ctx, *grads, multiply=multiply)
 
 
@@ -196,7 +208,10 @@ def _product(
     left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
 ) -> Tensor:
     assert LIBRARY is not None
-    left, right = _last_contiguous(left), _last_contiguous(right)
+    for name, x in (("left", left), ("right", right)):
+        if x.dim() != 2:
+            raise RuntimeError(f"{name} must be a matrix; got shape {tuple(x.shape)}")
+    left, right = last_contiguous(left), last_contiguous(right)
     bias = None if bias is None else bias.contiguous()
     return LIBRARY.product(left, right, bias, left_is_transposed, right_is_transposed)
 

@@ -7,6 +7,7 @@ of `torch_parallel_for` in torch's own library.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import Arguments, Settings
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISA_VARIABLE = "FUSED_MHA_ISA"
 NAMES = ("libfused_mha.so", "libfused_mha.dylib")
 
@@ -37,6 +38,8 @@ _NOTHING = torch.empty(0, device="cpu")
 
 _TENSOR = "3q4q4q"
 _ABSENT = (0,) * 11
+_ONES, _ZEROS = ([(value,) * count for count in range(5)] for value in (1, 0))
+_ONE_DIMENSION = (1, 1, 1, 1, 0, 0, 0)  # the other sizes and the strides of a contiguous tensor of one dimension
 _SHARED_TENSORS = 10
 _WORKSPACE = struct.Struct(f"={_TENSOR}")
 _WORKSPACE_OFFSET = _WORKSPACE.size * (_SHARED_TENSORS - 1)
@@ -44,6 +47,9 @@ _FORWARD = struct.Struct(f"={_TENSOR * _SHARED_TENSORS}5q2d{_TENSOR * 3}")
 _BACKWARD = struct.Struct(f"={_TENSOR * _SHARED_TENSORS}5q2d{_TENSOR * 11}")
 _PRODUCT = struct.Struct(f"={_TENSOR * 5}3q")
 _PRODUCT_WORKSPACE_OFFSET = _WORKSPACE.size * 4
+_MODULE_TENSORS = 12
+_MODULE = struct.Struct(f"={_TENSOR * (_MODULE_TENSORS + _SHARED_TENSORS)}5q2d{_TENSOR * 3}q")
+_MODULE_WORKSPACE_OFFSET = _WORKSPACE_OFFSET + _WORKSPACE.size * _MODULE_TENSORS
 
 
 class Library:
@@ -60,16 +66,21 @@ class Library:
             )
         for name in ("fused_mha_last_error", "fused_mha_available_isa", "fused_mha_isa", "fused_mha_cpu_vendor"):
             getattr(self._c, name).restype = ctypes.c_char_p
-        computations = ("forward", "backward", "product")
-        names = (*computations, *(f"{name}_workspace" for name in computations), "dropout_mask", "set_isa", "exp2")
-        self._functions = {name: getattr(self._c, f"fused_mha_{name}") for name in names}
-        for function in self._functions.values():
-            function.restype = ctypes.c_int64
+        self._computations = {
+            name: (self._function(f"{name}_workspace"), self._function(name))
+            for name in ("forward", "backward", "product", "module")
+        }
+        self._functions = {name: self._function(name) for name in ("dropout_mask", "set_isa", "exp2")}
         self._c.fused_mha_set_parallel_for(ctypes.c_void_p(_torch_parallel_for()))
         self.cpu_vendor: str = self._c.fused_mha_cpu_vendor().decode()  # as CPUID gives it, such as AuthenticAMD
         self.isa: str = self._c.fused_mha_isa().decode()  # the instruction set in use
         if wanted := os.environ.get(ISA_VARIABLE):
             self.set_isa(wanted)
+
+    def _function(self, name: str) -> Any:
+        function = getattr(self._c, f"fused_mha_{name}")
+        function.restype = ctypes.c_int64
+        return function
 
     @property
     def available_isas(self) -> list[str]:
@@ -114,31 +125,99 @@ class Library:
         grad_lse: Tensor | None,
         grad_attn_mask: Tensor | None,
         grad_columns: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Gradients of query, key, value and, for each batch element, of the biases.
+        grads: Sequence[Tensor],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients for each batch element of the biases; those of query, key and value are written to ``grads``.
 
         The gradients of masks are added to ``grad_attn_mask``, (N|1, H|1, L, S), and ``grad_columns``, (N, H, S).
         """
-        query, key, value = arguments.query, arguments.key, arguments.value
-        grads = [x.new_empty(x.shape) for x in (query, key, value)]
+        query = arguments.query
         grad_biases: list[Tensor | None] = [
             None if bias is None else bias.new_empty((query.shape[0], *bias.shape), dtype=arguments.accumulator_dtype)
             for bias in (arguments.bias_k, arguments.bias_v)
         ]
         results = (output, grad_output, grad_weights, grad_lse, *grads, grad_attn_mask, grad_columns, *grad_biases)
         self._call("backward", _BACKWARD, arguments, stats, results)
-        return grads[0], grads[1], grads[2], grad_biases[0], grad_biases[1]
+        return grad_biases[0], grad_biases[1]
 
     def product(
-        self, left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
+        self,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        left_is_transposed: bool,
+        right_is_transposed: bool,
+        output: Tensor | None = None,
     ) -> Tensor:
-        """The matrix product (M, N) of (M, K) and (K, N), each of which may lie transposed, plus a bias (N)."""
-        M, N = left.shape[1 if left_is_transposed else 0], right.shape[0 if right_is_transposed else 1]
-        output = left.new_empty((M, N))
-        fields: list[float] = [field for x in (left, right, bias, output, None) for field in _fields(x)]
-        fields += (left_is_transposed, right_is_transposed, torch.get_num_threads())
-        self._run("product", _PRODUCT.pack(*fields), _PRODUCT_WORKSPACE_OFFSET, output)
+        """The matrix product (M, N) of (M, K) and (K, N), each of which may lie transposed, plus a bias (N).
+
+        The rows of a matrix may be those of a batch of sequences, (batch, length, columns).
+        """
+        if output is None:
+            M, N = left.shape[1 if left_is_transposed else 0], right.shape[0 if right_is_transposed else 1]
+            output = left.new_empty((M, N))
+        fields = (*_matrix_fields(left), *_matrix_fields(right), *_fields(bias), *_matrix_fields(output), *_ABSENT)
+        numbers = (left_is_transposed, right_is_transposed, torch.get_num_threads())
+        self._run("product", _PRODUCT.pack(*fields, *numbers), _PRODUCT_WORKSPACE_OFFSET)
         return output
+
+    def module(
+        self,
+        inputs: Sequence[Tensor],
+        in_weights: Sequence[Tensor],
+        in_bias: Tensor | None,
+        out_weight: Tensor,
+        out_bias: Tensor | None,
+        num_heads: int,
+        settings: Settings,
+        output: Tensor,
+        kept: Sequence[Tensor] = (),
+    ) -> Tensor | None:
+        """Project, attend and project back.
+
+        Args:
+            inputs: query (N, L, E), and key and value unless they are what stands before them.
+            in_weights: packed, (3E, E), or three of them.
+            in_bias: packed, (3E), or None.
+            out_weight: (E, E).
+            out_bias: (E), or None.
+            num_heads: H.
+            settings: masks and what else attention takes.
+            output: (N, L, E), is written.
+            kept: where query, key, value (N, length, H, D), heads (N, L, H, D) and stats go, if a backward needs them.
+
+        Returns:
+            The attention weights, or None.
+        """
+        query = inputs[0]
+        weights = None
+        if settings.need_weights:
+            columns = inputs[-1].shape[1] + (settings.bias_k is not None) + settings.add_zero_attn
+            heads = () if settings.average_attn_weights else (num_heads,)
+            weights = query.new_empty((query.shape[0], *heads, query.shape[1], columns))
+        *projections, heads, stats = map(_fields, kept) if kept else (_ABSENT,) * 5
+        fields = (
+            *_fields(query),
+            *_fields(in_weights[0]),
+            *_fields(in_bias),
+            *_fields(out_weight),
+            *_fields(out_bias),
+            *_fields(output),
+            *(_ABSENT if len(inputs) < 2 else _fields(inputs[1])),
+            *(_ABSENT if len(inputs) < 3 else _fields(inputs[2])),
+            *(_ABSENT * 2 if len(in_weights) == 1 else (*_fields(in_weights[1]), *_fields(in_weights[2]))),
+            *_ABSENT * 2,
+            *itertools.chain(*projections, *(_ABSENT if x is None else _fields(x) for x in settings[:5])),
+            *stats,
+            *_ABSENT,
+            *_numbers(settings),
+            *heads,
+            *_fields(weights),
+            *_ABSENT,
+            num_heads,
+        )
+        self._run("module", _MODULE.pack(*fields), _MODULE_WORKSPACE_OFFSET)
+        return weights
 
     def dropout_mask(self, seed: Tensor, shape: Sequence[int], dropout_p: float) -> Tensor:
         """The (N, H, L, S') bool mask, True = keep, that forward and backward draw from a seed."""
@@ -164,28 +243,23 @@ class Library:
         results: Iterable[Tensor | None],
     ) -> None:
         fields: list[float] = [field for x in (*arguments[:8], stats, None) for field in _fields(x)]
-        fields += (
-            -FAR if arguments.first_visible is None else arguments.first_visible,
-            FAR if arguments.last_visible is None else arguments.last_visible,
-            arguments.add_zero_attn,
-            arguments.average_attn_weights,
-            torch.get_num_threads(),
-            arguments.dropout_p,
-            arguments.scale,
-        )
+        fields += _numbers(arguments)
         for x in results:
             fields += _fields(x)
-        self._run(function, layout.pack(*fields), _WORKSPACE_OFFSET, arguments.query)
+        self._run(function, layout.pack(*fields), _WORKSPACE_OFFSET)
 
-    def _run(self, function: str, fields: bytes, workspace_offset: int, like: Tensor) -> None:
-        """Calls a function with a packed struct, to which it adds the workspace that it needs."""
+    def _run(self, computation: str, fields: bytes, workspace_offset: int) -> None:
+        """Runs a computation on a packed struct, to which it adds the workspace that this needs."""
         call = bytearray(fields)
         pointer = (ctypes.c_char * len(call)).from_buffer(call)
-        needed = self._functions[f"{function}_workspace"](pointer)
+        measure, run = self._computations[computation]
+        needed = measure(pointer)
         self._check(min(needed, 0))
-        workspace = like.new_empty((needed,), dtype=torch.uint8)
-        _WORKSPACE.pack_into(call, workspace_offset, *_fields(workspace))
-        self._check(self._functions[function](pointer))
+        workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
+        _WORKSPACE.pack_into(
+            call, workspace_offset, workspace.data_ptr(), DTYPES[torch.uint8], needed, needed, *_ONE_DIMENSION
+        )
+        self._check(run(pointer))
 
     def _check(self, status: int) -> None:
         if status != 0:
@@ -196,14 +270,34 @@ def _fields(x: Tensor | None) -> tuple[Any, ...]:
     """`fused_mha_tensor` of a tensor of at most four dimensions."""
     if x is None:
         return _ABSENT
-    missing = 4 - x.dim()
+    shape = x.shape
+    missing = 4 - len(shape)
     if missing < 0:
-        raise RuntimeError(f"tensors of more than four dimensions are not supported; got shape {tuple(x.shape)}")
-    bytes_left = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+        raise RuntimeError(f"tensors of more than four dimensions are not supported; got shape {tuple(shape)}")
+    bytes_left = x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize
     dtype = DTYPES.get(x.dtype, _UNKNOWN)
-    if not missing:
-        return (x.data_ptr(), dtype, bytes_left, *x.shape, *x.stride())
-    return (x.data_ptr(), dtype, bytes_left, *x.shape, *(1,) * missing, *x.stride(), *(0,) * missing)
+    return (x.data_ptr(), dtype, bytes_left, *shape, *_ONES[missing], *x.stride(), *_ZEROS[missing])
+
+
+def _matrix_fields(x: Tensor) -> tuple[Any, ...]:
+    """`fused_mha_tensor` of a matrix, or of a batch of sequences whose rows are those of one."""
+    fields = _fields(x)
+    if x.dim() == 2:
+        return (*fields[:3], 1, *fields[3:6], 0, *fields[7:10])
+    return fields
+
+
+def _numbers(settings: Arguments | Settings) -> tuple[Any, ...]:
+    """What `fused_mha_attention` has behind its tensors."""
+    return (
+        -FAR if settings.first_visible is None else settings.first_visible,
+        FAR if settings.last_visible is None else settings.last_visible,
+        settings.add_zero_attn,
+        settings.average_attn_weights,
+        torch.get_num_threads(),
+        settings.dropout_p,
+        settings.scale,
+    )
 
 
 def _torch_parallel_for() -> int | None:

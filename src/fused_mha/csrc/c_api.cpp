@@ -37,13 +37,27 @@ public:
     // The tensor is there, of this dtype and size (a size of -1 allows any), its last of `dims` dimensions contiguous,
     // and all of it lies within its storage.
     void check(const char* name, const fused_mha_tensor& t, int64_t dtype, int dims, const int64_t (&size)[4]) {
+        check_sizes(name, t, dtype, size);
+        if (ok) check_memory(name, t, dims);
+    }
+
+    void check_sizes(const char* name, const fused_mha_tensor& t, int64_t dtype, const int64_t (&size)[4]) {
         if (!ok) return;
         if (t.dtype != dtype) return fail_with("%s must be of dtype %s; got %s", name, DTYPES[dtype], dtype_name(t));
         for (int d = 0; d < 4; ++d)
             if (t.size[d] < 0 || (size[d] >= 0 && t.size[d] != size[d]))
                 return fail_with("%s must have size %lld in dimension %d; got %lld", name, (long long)size[d], d,
                                  (long long)t.size[d]);
-        check_memory(name, t, dims);
+    }
+
+    // As if there were memory for it, where only the sizes of a tensor are given.
+    void check_elements(const char* name, const fused_mha_tensor& t) {
+        int64_t elements = 1;
+        for (const int64_t size : t.size)
+            if (__builtin_mul_overflow(elements, size, &elements) || elements > MOST_ELEMENTS) {
+                if (ok) fail_with("%s has sizes that overflow", name);
+                return;
+            }
     }
 
     void check_floating(const char* name, const fused_mha_tensor& t) {
@@ -69,6 +83,9 @@ public:
     }
 
 private:
+    // Far beyond any memory, and far enough from 2^63 for the size of a workspace.
+    static constexpr int64_t MOST_ELEMENTS = int64_t(1) << 46;
+
     static const char* dtype_name(const fused_mha_tensor& t) {
         return t.dtype >= 0 && t.dtype <= FUSED_MHA_UINT8 ? DTYPES[t.dtype] : "an unknown dtype";
     }
@@ -83,8 +100,6 @@ private:
                    !__builtin_add_overflow(last, extent, &last);
         }
         if (fits && elements == 0) return;
-        // Far beyond any memory, and far enough from 2^63 for the size of a workspace.
-        constexpr int64_t MOST_ELEMENTS = int64_t(1) << 46;
         fits = fits && elements <= MOST_ELEMENTS && !__builtin_mul_overflow(last + 1, ITEM_SIZES[t.dtype], &bytes);
         if (!fits) return fail_with("%s has sizes or strides that overflow or are negative", name);
         if (!t.data) return fail_with("%s is missing", name);
@@ -106,14 +121,10 @@ void check_threads(Checker& checker, int64_t threads) {
         checker.fail_with("threads must be between 1 and %lld; got %lld", (long long)MOST_THREADS, (long long)threads);
 }
 
-void check_attention(Checker& checker, const fused_mha_attention& a) {
-    checker.check_floating("query", a.query);
-    if (!checker.ok) return;
+// Whatever goes beside query, key and value, whose sizes have been checked.
+void check_settings(Checker& checker, const fused_mha_attention& a) {
     const int64_t dtype = a.query.dtype, N = a.query.size[0], L = a.query.size[1], H = a.query.size[2], D = a.query.size[3];
     const int64_t S = a.key.size[1], H_kv = a.key.size[2], D_v = a.value.size[3];
-    checker.check("query", a.query, dtype, 4, {-1, -1, -1, -1});
-    checker.check("key", a.key, dtype, 4, {N, -1, -1, D});
-    checker.check("value", a.value, dtype, 4, {N, S, H_kv, -1});
     if (checker.ok && (D < 1 || H_kv < 1 || H % H_kv != 0))
         checker.fail_with("query must have a head size and a multiple of key's heads; got D = %lld, H = %lld, H_kv = %lld",
                           (long long)D, (long long)H, (long long)H_kv);
@@ -133,17 +144,25 @@ void check_attention(Checker& checker, const fused_mha_attention& a) {
         checker.fail_with("first_visible and last_visible must be within +-2^61");
 }
 
+void check_attention(Checker& checker, const fused_mha_attention& a) {
+    checker.check_floating("query", a.query);
+    if (!checker.ok) return;
+    const int64_t dtype = a.query.dtype, N = a.query.size[0], D = a.query.size[3], S = a.key.size[1];
+    checker.check("query", a.query, dtype, 4, {-1, -1, -1, -1});
+    checker.check("key", a.key, dtype, 4, {N, -1, -1, D});
+    checker.check("value", a.value, dtype, 4, {N, S, a.key.size[2], -1});
+    check_settings(checker, a);
+}
+
 void check_stats(Checker& checker, const fused_mha_attention& a) {
     checker.check("stats", a.stats, accumulator_dtype(a.query.dtype), 4, {2, a.query.size[0], a.query.size[2], a.query.size[1]});
 }
 
-void check_forward(Checker& checker, const fused_mha_forward_arguments& call) {
+// What the forward writes beside the output.
+void check_results(Checker& checker, const fused_mha_forward_arguments& call) {
     const fused_mha_attention& a = call.attention;
-    check_attention(checker, a);
-    if (!checker.ok) return;
     const int64_t dtype = a.query.dtype, N = a.query.size[0], L = a.query.size[1], H = a.query.size[2];
     const int64_t columns = a.key.size[1] + virtual_keys(a);
-    checker.check("output", call.output, dtype, 4, {N, L, H, a.value.size[3]});
     if (a.stats.data) check_stats(checker, a);
     if (call.weights.data) {
         if (a.average_weights)
@@ -152,6 +171,14 @@ void check_forward(Checker& checker, const fused_mha_forward_arguments& call) {
             checker.check("weights", call.weights, dtype, 4, {N, H, L, columns});
     }
     if (call.lse.data) checker.check("lse", call.lse, accumulator_dtype(dtype), 3, {N, H, L, 1});
+}
+
+void check_forward(Checker& checker, const fused_mha_forward_arguments& call) {
+    const fused_mha_attention& a = call.attention;
+    check_attention(checker, a);
+    if (!checker.ok) return;
+    checker.check("output", call.output, a.query.dtype, 4, {a.query.size[0], a.query.size[1], a.query.size[2], a.value.size[3]});
+    check_results(checker, call);
 }
 
 void check_backward(Checker& checker, const fused_mha_backward_arguments& call) {
@@ -187,13 +214,115 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
 void check_product(Checker& checker, const fused_mha_product_arguments& call) {
     checker.check_floating("output", call.output);
     if (!checker.ok) return;
-    const int64_t dtype = call.output.dtype, M = call.output.size[0], N = call.output.size[1];
-    const int64_t K = call.left.size[call.left_is_transposed ? 0 : 1];
-    checker.check("output", call.output, dtype, 2, {-1, -1, 1, 1});
-    checker.check("left", call.left, dtype, 2, {call.left_is_transposed ? K : M, call.left_is_transposed ? M : K, 1, 1});
-    checker.check("right", call.right, dtype, 2, {call.right_is_transposed ? N : K, call.right_is_transposed ? K : N, 1, 1});
+    const int64_t dtype = call.output.dtype, N = call.output.size[2];
+    checker.check("output", call.output, dtype, 3, {-1, -1, -1, 1});
+    checker.check("left", call.left, dtype, 3, {-1, -1, -1, 1});
+    checker.check("right", call.right, dtype, 3, {-1, -1, -1, 1});
     if (call.bias.data) checker.check("bias", call.bias, dtype, 1, {N, 1, 1, 1});
     check_threads(checker, call.threads);
+    if (!checker.ok) return;
+    const auto rows = [](const fused_mha_tensor& t) { return t.size[0] * t.size[1]; };
+    const int64_t M = call.left_is_transposed ? call.left.size[2] : rows(call.left);
+    const int64_t K = call.left_is_transposed ? rows(call.left) : call.left.size[2];
+    const int64_t right_K = call.right_is_transposed ? call.right.size[2] : rows(call.right);
+    const int64_t right_N = call.right_is_transposed ? rows(call.right) : call.right.size[2];
+    if (M != rows(call.output) || N != right_N || K != right_K)
+        checker.fail_with("left (%lld, %lld) and right (%lld, %lld) must fit each other and output (%lld, %lld)",
+                          (long long)M, (long long)K, (long long)right_K, (long long)right_N,
+                          (long long)rows(call.output), (long long)N);
+}
+
+// A projection, or the heads: a matrix of all heads for each position. Absent, it only has sizes.
+void check_heads(Checker& checker, const char* name, const fused_mha_tensor& t, int64_t dtype, int64_t N, int64_t length,
+                 int64_t H, int64_t D, bool is_kept) {
+    checker.check_sizes(name, t, dtype, {N, length, H, D});
+    if (checker.ok) checker.check_elements(name, t);
+    if (is_kept) checker.check(name, t, dtype, 4, {N, length, H, D});
+    if (checker.ok && is_kept && H > 1 && t.stride[2] != D) checker.fail_with("%s must have its heads side by side", name);
+}
+
+void check_projection(Checker& checker, const char* name, const fused_mha_tensor& weight, const fused_mha_tensor& bias,
+                      int64_t dtype, int64_t rows, int64_t columns) {
+    char text[32];
+    snprintf(text, sizeof text, "%s_weight", name);
+    checker.check(text, weight, dtype, 2, {rows, columns, 1, 1});
+    snprintf(text, sizeof text, "%s_bias", name);
+    if (bias.data) checker.check(text, bias, dtype, 1, {rows, 1, 1, 1});
+}
+
+// Some rows of a packed weight or bias, if there is one.
+fused_mha_tensor rows_of(fused_mha_tensor packed, int64_t first, int64_t rows) {
+    if (!packed.data) return packed;
+    const int64_t offset = first * packed.stride[0] * ITEM_SIZES[packed.dtype];
+    packed.data = static_cast<char*>(packed.data) + offset;
+    packed.bytes -= offset;
+    packed.size[0] = rows;
+    return packed;
+}
+
+// Replaces what is absent by what it stands for.
+void complete(Checker& checker, fused_mha_module_arguments& call) {
+    checker.check_floating("query", call.query);
+    if (!checker.ok) return;
+    const int64_t dtype = call.query.dtype;
+    checker.check("query_weight", call.query_weight, dtype, 2, {-1, -1, 1, 1});
+    if (call.query_bias.data) checker.check("query_bias", call.query_bias, dtype, 1, {-1, 1, 1, 1});
+    if (!checker.ok) return;
+    if (!call.key.data) call.key = call.query;
+    if (!call.value.data) call.value = call.key;
+    if (!call.key_weight.data) {
+        const fused_mha_tensor packed = call.query_weight;
+        const int64_t third = packed.size[0] / 3;
+        if (packed.size[0] % 3) return checker.fail_with("query_weight has no three parts, and key_weight is missing");
+        call.query_weight = rows_of(packed, 0, third);
+        call.key_weight = rows_of(packed, third, third);
+        call.value_weight = rows_of(packed, 2 * third, third);
+    }
+    const int64_t HD = call.query_weight.size[0], rows = call.key_weight.size[0], H = call.num_heads;
+    const fused_mha_tensor bias = call.query_bias;
+    if (bias.data && !call.key_bias.data && bias.size[0] == HD + rows + call.value_weight.size[0]) {
+        call.query_bias = rows_of(bias, 0, HD);
+        call.key_bias = rows_of(bias, HD, rows);
+        call.value_bias = rows_of(bias, HD + rows, call.value_weight.size[0]);
+    }
+    fused_mha_attention& a = call.core.attention;
+    if (a.query.data) return;
+    if (H < 1 || HD < H || HD % H || rows < HD / H || rows % (HD / H))
+        return checker.fail_with("num_heads must divide the rows of query_weight, %lld; got %lld", (long long)HD, (long long)H);
+    const int64_t D = HD / H, H_kv = rows / D, D_v = call.value_weight.size[0] / H_kv;
+    const int64_t N = call.query.size[0], L = call.query.size[1], S = call.key.size[1];
+    a.query = {nullptr, dtype, 0, {N, L, H, D}, {0, 0, 0, 0}};
+    a.key = {nullptr, dtype, 0, {N, S, H_kv, D}, {0, 0, 0, 0}};
+    a.value = {nullptr, dtype, 0, {N, S, H_kv, D_v}, {0, 0, 0, 0}};
+    call.core.output = {nullptr, dtype, 0, {N, L, H, D_v}, {0, 0, 0, 0}};
+}
+
+void check_module(Checker& checker, const fused_mha_module_arguments& call) {
+    const fused_mha_attention& a = call.core.attention;
+    checker.check_floating("query", call.query);
+    if (!checker.ok) return;
+    const int64_t dtype = call.query.dtype, N = call.query.size[0], L = call.query.size[1], S = call.key.size[1];
+    checker.check("query", call.query, dtype, 3, {-1, -1, -1, 1});
+    checker.check("key", call.key, dtype, 3, {N, -1, -1, 1});
+    checker.check("value", call.value, dtype, 3, {N, S, -1, 1});
+    const int64_t H = a.query.size[2], D = a.query.size[3], H_kv = a.key.size[2], D_v = a.value.size[3];
+    constexpr int64_t MOST = 1 << 20;
+    if (checker.ok && (N < 1 || L < 1 || S < 1 || H < 1 || D < 1 || H_kv < 1 || D_v < 1 || H > MOST || D > MOST ||
+                       H_kv > MOST || D_v > MOST))
+        return checker.fail_with("the batch, the sequences and the heads must not be empty, nor of more than 2^20 heads or "
+                                 "a larger size");
+    const bool is_kept = a.query.data != nullptr;
+    check_heads(checker, "projected query", a.query, dtype, N, L, H, D, is_kept);
+    check_heads(checker, "projected key", a.key, dtype, N, S, H_kv, D, is_kept);
+    check_heads(checker, "projected value", a.value, dtype, N, S, H_kv, D_v, is_kept);
+    check_heads(checker, "heads", call.core.output, dtype, N, L, H, D_v, is_kept);
+    check_settings(checker, a);
+    check_results(checker, call.core);
+    check_projection(checker, "query", call.query_weight, call.query_bias, dtype, H * D, call.query.size[2]);
+    check_projection(checker, "key", call.key_weight, call.key_bias, dtype, H_kv * D, call.key.size[2]);
+    check_projection(checker, "value", call.value_weight, call.value_bias, dtype, H_kv * D_v, call.value.size[2]);
+    check_projection(checker, "out", call.out_weight, call.out_bias, dtype, call.output.size[2], H * D_v);
+    checker.check("output", call.output, dtype, 3, {N, L, -1, 1});
 }
 
 void check_workspace(Checker& checker, const fused_mha_tensor& workspace, int64_t needed) {
@@ -213,6 +342,50 @@ void advise_huge_pages(std::initializer_list<const fused_mha_tensor*> tensors) {
         if (t->data && elements > 0) fused_mha::advise_huge_pages(t->data, (last + 1) * ITEM_SIZES[t->dtype]);
     }
 }
+
+using fused_mha::KernelTable;
+
+// How a computation is checked, measured and run, with where a call has its workspace.
+template <class Call>
+struct Computation {
+    void (*check)(Checker&, const Call&);
+    int64_t (*KernelTable::*workspace_bytes)(const Call&);
+    void (*KernelTable::*run)(const Call&);
+    const fused_mha_tensor& (*workspace)(const Call&);
+};
+
+template <class Call>
+int64_t workspace_bytes(const Computation<Call>& computation, const Call& call) {
+    Checker checker;
+    computation.check(checker, call);
+    return checker.ok ? (current_kernels().*computation.workspace_bytes)(call) : -1;
+}
+
+template <class Call>
+int64_t run(const Computation<Call>& computation, const Call& call, std::initializer_list<const fused_mha_tensor*> results) {
+    const KernelTable& kernels = current_kernels();
+    Checker checker;
+    computation.check(checker, call);
+    if (checker.ok) check_workspace(checker, computation.workspace(call), (kernels.*computation.workspace_bytes)(call));
+    if (!checker.ok) return -1;
+    advise_huge_pages({&computation.workspace(call)});
+    advise_huge_pages(results);
+    (kernels.*computation.run)(call);
+    return 0;
+}
+
+const Computation<fused_mha_forward_arguments> FORWARD = {
+    check_forward, &KernelTable::forward_workspace, &KernelTable::forward,
+    [](const fused_mha_forward_arguments& call) -> const fused_mha_tensor& { return call.attention.workspace; }};
+const Computation<fused_mha_backward_arguments> BACKWARD = {
+    check_backward, &KernelTable::backward_workspace, &KernelTable::backward,
+    [](const fused_mha_backward_arguments& call) -> const fused_mha_tensor& { return call.attention.workspace; }};
+const Computation<fused_mha_product_arguments> PRODUCT = {
+    check_product, &KernelTable::product_workspace, &KernelTable::product,
+    [](const fused_mha_product_arguments& call) -> const fused_mha_tensor& { return call.workspace; }};
+const Computation<fused_mha_module_arguments> MODULE = {
+    check_module, &KernelTable::module_workspace, &KernelTable::module,
+    [](const fused_mha_module_arguments& call) -> const fused_mha_tensor& { return call.core.attention.workspace; }};
 
 }  // namespace
 
@@ -237,55 +410,28 @@ int64_t fused_mha_set_isa(const char* name) {
     return name && fused_mha::choose_kernels(name) ? 0 : fail("no instruction set %s", name ? name : "(null)");
 }
 
-int64_t fused_mha_forward_workspace(const fused_mha_forward_arguments* call) {
-    Checker checker;
-    check_forward(checker, *call);
-    return checker.ok ? current_kernels().forward_workspace(*call) : -1;
-}
-
+int64_t fused_mha_forward_workspace(const fused_mha_forward_arguments* call) { return workspace_bytes(FORWARD, *call); }
 int64_t fused_mha_forward(const fused_mha_forward_arguments* call) {
-    const fused_mha::KernelTable& kernels = current_kernels();
-    Checker checker;
-    check_forward(checker, *call);
-    if (checker.ok) check_workspace(checker, call->attention.workspace, kernels.forward_workspace(*call));
-    if (!checker.ok) return -1;
-    advise_huge_pages({&call->attention.workspace, &call->output, &call->weights});
-    kernels.forward(*call);
-    return 0;
+    return run(FORWARD, *call, {&call->output, &call->weights});
 }
 
-int64_t fused_mha_backward_workspace(const fused_mha_backward_arguments* call) {
-    Checker checker;
-    check_backward(checker, *call);
-    return checker.ok ? current_kernels().backward_workspace(*call) : -1;
-}
-
+int64_t fused_mha_backward_workspace(const fused_mha_backward_arguments* call) { return workspace_bytes(BACKWARD, *call); }
 int64_t fused_mha_backward(const fused_mha_backward_arguments* call) {
-    const fused_mha::KernelTable& kernels = current_kernels();
-    Checker checker;
-    check_backward(checker, *call);
-    if (checker.ok) check_workspace(checker, call->attention.workspace, kernels.backward_workspace(*call));
-    if (!checker.ok) return -1;
-    advise_huge_pages({&call->attention.workspace, &call->grad_query, &call->grad_key, &call->grad_value});
-    kernels.backward(*call);
-    return 0;
+    return run(BACKWARD, *call, {&call->grad_query, &call->grad_key, &call->grad_value});
 }
 
-int64_t fused_mha_product_workspace(const fused_mha_product_arguments* call) {
-    Checker checker;
-    check_product(checker, *call);
-    return checker.ok ? current_kernels().product_workspace(*call) : -1;
-}
+int64_t fused_mha_product_workspace(const fused_mha_product_arguments* call) { return workspace_bytes(PRODUCT, *call); }
+int64_t fused_mha_product(const fused_mha_product_arguments* call) { return run(PRODUCT, *call, {&call->output}); }
 
-int64_t fused_mha_product(const fused_mha_product_arguments* call) {
-    const fused_mha::KernelTable& kernels = current_kernels();
+int64_t fused_mha_module_workspace(fused_mha_module_arguments* call) {
     Checker checker;
-    check_product(checker, *call);
-    if (checker.ok) check_workspace(checker, call->workspace, kernels.product_workspace(*call));
-    if (!checker.ok) return -1;
-    advise_huge_pages({&call->workspace, &call->output});
-    kernels.product(*call);
-    return 0;
+    complete(checker, *call);
+    return checker.ok ? workspace_bytes(MODULE, *call) : -1;
+}
+int64_t fused_mha_module(fused_mha_module_arguments* call) {
+    Checker checker;
+    complete(checker, *call);
+    return !checker.ok ? -1 : run(MODULE, *call, {&call->output, &call->core.weights});
 }
 
 int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask, double dropout_p,

@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FUSED_MHA_ABI_VERSION 2
+#define FUSED_MHA_ABI_VERSION 3
 #define FUSED_MHA_EXPORT __attribute__((visibility("default")))
 
 enum fused_mha_dtype {
@@ -75,17 +75,36 @@ typedef struct {
     fused_mha_tensor grad_bias_v;      // (N, H_kv, D_v) in the accumulator type, or absent
 } fused_mha_backward_arguments;
 
-// output = left right + bias, of whole matrices.
+// output = left right + bias, of whole matrices. The rows of a matrix may be those of sequences, (batch, length, columns).
 typedef struct {
-    fused_mha_tensor left;    // (M, K), or (K, M) where it lies transposed
-    fused_mha_tensor right;   // (K, N), or (N, K) where it lies transposed
+    fused_mha_tensor left;    // (1, M, K), or (1, K, M) where it lies transposed
+    fused_mha_tensor right;   // (1, K, N), or (1, N, K) where it lies transposed
     fused_mha_tensor bias;    // (N), or absent
-    fused_mha_tensor output;  // (M, N)
+    fused_mha_tensor output;  // (1, M, N)
     fused_mha_tensor workspace;
     int64_t left_is_transposed;
     int64_t right_is_transposed;
     int64_t threads;
 } fused_mha_product_arguments;
+
+// The forward of a whole module: query, key and value are projected, attended to and projected back. `core` needs no
+// query, key, value and output: where they are given, the projections and the heads are kept there for the backward.
+typedef struct {
+    fused_mha_tensor query;         // (N, L, E)
+    fused_mha_tensor query_weight;  // (H * D, E), or all three weights one after the other, (3 * H * D, E)
+    fused_mha_tensor query_bias;    // (H * D), or all three, or absent
+    fused_mha_tensor out_weight;    // (E_out, H * D_v)
+    fused_mha_tensor out_bias;      // (E_out), or absent
+    fused_mha_tensor output;        // (N, L, E_out)
+    fused_mha_tensor key;           // (N, S, kdim); query if absent
+    fused_mha_tensor value;         // (N, S, vdim); key if absent
+    fused_mha_tensor key_weight;    // (H_kv * D, kdim), absent if query_weight has it
+    fused_mha_tensor value_weight;  // (H_kv * D_v, vdim), likewise
+    fused_mha_tensor key_bias;      // (H_kv * D), absent if query_bias has it
+    fused_mha_tensor value_bias;    // (H_kv * D_v), likewise
+    fused_mha_forward_arguments core;
+    int64_t num_heads;  // H
+} fused_mha_module_arguments;
 
 // torch's torch_parallel_for: calls f(begin, end, context) for parts of [begin, end) on its threads.
 typedef int32_t (*fused_mha_parallel_for)(int64_t begin, int64_t end, int64_t grain,
@@ -111,6 +130,9 @@ FUSED_MHA_EXPORT int64_t fused_mha_forward(const fused_mha_forward_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_backward(const fused_mha_backward_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_product_workspace(const fused_mha_product_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_product(const fused_mha_product_arguments*);
+// These complete the arguments in place.
+FUSED_MHA_EXPORT int64_t fused_mha_module_workspace(fused_mha_module_arguments*);
+FUSED_MHA_EXPORT int64_t fused_mha_module(fused_mha_module_arguments*);
 
 // mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed (2).
 FUSED_MHA_EXPORT int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask,

@@ -35,6 +35,23 @@ attention_backward = torch.ops.fused_mha.attention_backward.default
 dropout_mask = torch.ops.fused_mha.dropout_mask.default
 
 
+class Settings(NamedTuple):
+    """What goes into attention beside query, key and value: the other fields of `Arguments`, in their order."""
+
+    attn_mask: Tensor | None
+    key_padding_mask: Tensor | None
+    bias_k: Tensor | None
+    bias_v: Tensor | None
+    seed: Tensor | None
+    first_visible: int | None
+    last_visible: int | None
+    add_zero_attn: bool
+    dropout_p: float
+    scale: float
+    need_weights: bool
+    average_attn_weights: bool
+
+
 class Arguments(NamedTuple):
     """What forward and backward share, in the order of the op's arguments.
 
@@ -59,7 +76,7 @@ class Arguments(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None], numbers: Iterable[Any]) -> Arguments:
-        """From the tensors, `seed` the last of them, and the rest."""
+        """From the first fields and the others."""
         fields: list[Any] = [*tensors, *numbers]
         return cls(*fields)
 

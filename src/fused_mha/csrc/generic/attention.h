@@ -61,11 +61,13 @@ FMHA_INLINE void* row_of(const fused_mha_tensor& t, int64_t i, int64_t j, int64_
     return static_cast<char*>(t.data) + (i * t.stride[0] + j * t.stride[1] + k * t.stride[2]) * item_size(t.dtype);
 }
 
+constexpr int TO_FIRST_LEVEL = 3, TO_SECOND_LEVEL = 2;  // of the caches
+template <int LEVEL = TO_SECOND_LEVEL>
 FMHA_INLINE void prefetch_rows(const void* const* rows, int64_t count, int64_t bytes) {
     for (int64_t r = 0; r < count; ++r)
         if (rows[r])
             for (int64_t at = 0; at < bytes; at += CACHE_LINE)
-                __builtin_prefetch(static_cast<const char*>(rows[r]) + at, 0, 2);
+                __builtin_prefetch(static_cast<const char*>(rows[r]) + at, 0, LEVEL);
 }
 
 // Key (or value) `j` of a head: a real one, the bias, or null for the zero key.
@@ -86,11 +88,12 @@ struct Attention {
     const int64_t N, L, H, D, H_kv, D_v, group;
     const bool reads_in_place;  // keys and values, for a single query
     const int64_t row_tiles;    // of the queries of one head
+    const int64_t first_batch;  // in the whole call, of which this may be a part: dropout draws by it
 
-    explicit Attention(const fused_mha_attention& a)
+    explicit Attention(const fused_mha_attention& a, int64_t first_batch = 0)
         : a(a), masking(a), N(a.query.size[0]), L(a.query.size[1]), H(a.query.size[2]), D(a.query.size[3]),
           H_kv(a.key.size[2]), D_v(a.value.size[3]), group(H / H_kv), reads_in_place(L == 1),
-          row_tiles(ceil_div(L, MR)) {}
+          row_tiles(ceil_div(L, MR)), first_batch(first_batch) {}
 
     Parts rows_of_head() const { return {L, row_tiles}; }
     bool drops() const { return a.dropout_p > 0; }
@@ -100,7 +103,7 @@ struct Attention {
     // Which columns of a panel dropout keeps in each row.
     FMHA_INLINE void draw(const DropoutSeed& seed, int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel,
                           uint32_t* kept) const {
-        draw_kept<COLUMNS>(seed, n * H + h, row, rows, panel.first, kept);
+        draw_kept<COLUMNS>(seed, (first_batch + n) * H + h, row, rows, panel.first, kept);
     }
 
     void rows_of_panel(const fused_mha_tensor& keys, const fused_mha_tensor& bias, int64_t n, int64_t head,

@@ -386,7 +386,7 @@ private:
             const Parts parts{COLUMNS, ceil_div(COLUMNS, MR)};
             for (int64_t c = 0; c < columns; c += COLUMNS)
                 for (int64_t t = 0; t < parts.parts; ++t)
-                    gemm<P, true>(int(parts.size(t)), columns - c,
+                    gemm<P, Layout::TRANSPOSED>(int(parts.size(t)), columns - c,
                                   {a + parts.begin(t), steps, 0, b + c * steps, COLUMNS,
                                    sums + c * chunk_rows() + parts.begin(t) * COLUMNS, steps, accumulate});
         }

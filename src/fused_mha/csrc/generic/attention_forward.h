@@ -29,9 +29,9 @@ public:
     using T = typename P::Accumulator;
     static constexpr int COLUMNS = NR<T>;
 
-    explicit Forward(const fused_mha_forward_arguments& call)
+    explicit Forward(const fused_mha_forward_arguments& call, int64_t first_batch = 0)
         : call(call),
-          attention(call.attention),
+          attention(call.attention, first_batch),
           with_weights(call.weights.data != nullptr),
           averages(with_weights && call.attention.average_weights),
           all_panels(ceil_div(attention.masking.keys, COLUMNS)),

@@ -5,6 +5,7 @@
 // products. bfloat16 operands pair two neighbours along K in 32 bits; K then counts pairs.
 #pragma once
 
+#include "c_api.h"
 #include "simd/vec.h"
 
 namespace fused_mha::FMHA_ISA {
@@ -12,12 +13,14 @@ namespace {
 
 // What one step along K does: `Element` is the unit that is broadcast, KSTEP the number of columns of A in it.
 struct Float32 {
+    static constexpr int64_t OPERAND = FUSED_MHA_FLOAT32;  // the type of tensors whose elements these are
     using Accumulator = float;
     using Element = float;
     static constexpr int KSTEP = 1;
     static FMHA_INLINE vfloat multiply_add(vfloat acc, vfloat a, vfloat b) { return a * b + acc; }
 };
 struct Float64 {
+    static constexpr int64_t OPERAND = FUSED_MHA_FLOAT64;
     using Accumulator = double;
     using Element = double;
     static constexpr int KSTEP = 1;
@@ -25,6 +28,7 @@ struct Float64 {
 };
 #if defined(FMHA_BFLOAT16_DOT)
 struct BFloat16 {
+    static constexpr int64_t OPERAND = FUSED_MHA_BFLOAT16;
     using Accumulator = float;
     using Element = float;  // 32 bits that hold two bfloat16
     static constexpr int KSTEP = 2;
@@ -36,7 +40,10 @@ template <class T>
 constexpr int NR = 2 * LANES<T>;  // columns of a panel
 constexpr int MR = FMHA_MR;       // most rows of C that the registers hold
 
-// A's element (r, k) lies at a[r * RS + k * KS]; after `a_panel` steps along K, A goes on at the next panel.
+// How A lies: in panels, in panels transposed, or in rows of its own, `a_row_bytes` apart.
+enum class Layout { PANELS, TRANSPOSED, ROWS };
+
+// After `a_panel_steps` along K, A goes on at the next panel.
 struct GemmArguments {
     const void* a;
     int64_t a_panel_steps;   // steps along K in a panel of A
@@ -46,14 +53,44 @@ struct GemmArguments {
     void* c;               // rows of NR accumulators
     int64_t steps;         // K
     bool accumulate;
+    int64_t a_row_bytes = 0;
 };
 
-template <class P, int R, int VECTORS, bool TRANSPOSED>
+// Element (r, k) of A for one k after the other. Rows that lie anywhere are reached from four pointers by a multiple of
+// 1, 2, 4 or 8 times their distance, as addresses of x86 can be: a pointer for each would be more than there are registers.
+template <class E, int ROW, Layout LAYOUT>
+class Elements {
+public:
+    Elements(const E* a, int64_t row_bytes) : row_bytes(row_bytes) {
+        for (int i = 0; i < BASES; ++i) at[i] = reinterpret_cast<const char*>(a) + (LAYOUT == Layout::ROWS ? FIRST[i] * row_bytes : 0);
+    }
+    FMHA_INLINE E operator()(int r) const {
+        if constexpr (LAYOUT == Layout::TRANSPOSED) return reinterpret_cast<const E*>(at[0])[r];
+        if constexpr (LAYOUT == Layout::PANELS) return reinterpret_cast<const E*>(at[0])[r * ROW];
+        E x;
+        memcpy(&x, at[BASE[r]] + (r - FIRST[BASE[r]]) * row_bytes, sizeof x);
+        return x;
+    }
+    FMHA_INLINE void next() {
+        for (int i = 0; i < BASES; ++i) {
+            at[i] += (LAYOUT == Layout::TRANSPOSED ? ROW : 1) * int64_t(sizeof(E));
+            if constexpr (LAYOUT == Layout::ROWS) asm("" : "+r"(at[i]));  // it is to stay in a register
+        }
+    }
+
+private:
+    static constexpr int BASES = LAYOUT == Layout::ROWS ? 4 : 1;
+    static_assert(MR <= 14);
+    static constexpr int FIRST[4] = {0, 3, 5, 10}, BASE[14] = {0, 0, 0, 1, 0, 2, 2, 2, 0, 2, 3, 1, 3, 2};
+    const char* at[BASES];
+    const int64_t row_bytes;
+};
+
+template <class P, int R, int VECTORS, Layout LAYOUT>
 __attribute__((noinline)) void gemm_rows(const GemmArguments& g) {
     using T = typename P::Accumulator;
     using E = typename P::Element;
-    constexpr int W = LANES<T>, ROW = NR<T> / P::KSTEP;  // elements of a row of a panel of A
-    constexpr int RS = TRANSPOSED ? 1 : ROW, KS = TRANSPOSED ? NR<T> : 1;
+    constexpr int W = LANES<T>, ROW = LAYOUT == Layout::TRANSPOSED ? NR<T> : NR<T> / P::KSTEP;
     Vec<T> acc[R][VECTORS];
     T* c = static_cast<T*>(g.c);
 #pragma GCC unroll 16
@@ -63,14 +100,14 @@ __attribute__((noinline)) void gemm_rows(const GemmArguments& g) {
     const E* panel = static_cast<const E*>(g.a);
     const E* b = static_cast<const E*>(g.b);
     for (int64_t left = g.steps; left > 0; left -= g.a_panel_steps, panel += g.a_panel_stride) {
-        const E* a = panel;
-        for (int64_t k = left < g.a_panel_steps ? left : g.a_panel_steps; k > 0; --k, a += KS, b += g.b_row_stride) {
+        Elements<E, ROW, LAYOUT> a(panel, g.a_row_bytes);
+        for (int64_t k = left < g.a_panel_steps ? left : g.a_panel_steps; k > 0; --k, a.next(), b += g.b_row_stride) {
             Vec<T> columns[VECTORS];
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; ++v) columns[v] = load(b + v * W);
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
-                const Vec<T> x = splat(a[r * RS]);
+                const Vec<T> x = splat(a(r));
 #pragma GCC unroll 2
                 for (int v = 0; v < VECTORS; ++v) acc[r][v] = P::multiply_add(acc[r][v], x, columns[v]);
             }
@@ -86,31 +123,31 @@ __attribute__((noinline)) void gemm_rows(const GemmArguments& g) {
         }
 }
 
-template <class P, int VECTORS, bool TRANSPOSED, int R = MR>
+template <class P, int VECTORS, Layout LAYOUT, int R = MR>
 FMHA_INLINE void gemm_of_rows(int rows, const GemmArguments& g) {
     if constexpr (R > 1)
-        if (rows < R) return gemm_of_rows<P, VECTORS, TRANSPOSED, R - 1>(rows, g);
-    gemm_rows<P, R, VECTORS, TRANSPOSED>(g);
+        if (rows < R) return gemm_of_rows<P, VECTORS, LAYOUT, R - 1>(rows, g);
+    gemm_rows<P, R, VECTORS, LAYOUT>(g);
 }
 
 // `rows` from 1 to MR, `columns` from 1 to NR: whole vectors are computed.
-template <class P, bool TRANSPOSED = false>
+template <class P, Layout LAYOUT = Layout::PANELS>
 void gemm(int rows, int64_t columns, const GemmArguments& g) {
     if (columns > LANES<typename P::Accumulator>)
-        gemm_of_rows<P, 2, TRANSPOSED>(rows, g);
+        gemm_of_rows<P, 2, LAYOUT>(rows, g);
     else
-        gemm_of_rows<P, 1, TRANSPOSED>(rows, g);
+        gemm_of_rows<P, 1, LAYOUT>(rows, g);
 }
 
 // The same over a long K in blocks, which keeps the rounding errors of large head sizes small.
-template <class P, bool TRANSPOSED = false>
+template <class P, Layout LAYOUT = Layout::PANELS>
 void gemm_in_blocks(int rows, int64_t columns, GemmArguments g) {
     constexpr int64_t BLOCK_PANELS = 4;
     const int64_t block = BLOCK_PANELS * g.a_panel_steps;
     int64_t left = g.steps;
     do {  // also with nothing to sum: C is written
         g.steps = left < block ? left : block;
-        gemm<P, TRANSPOSED>(rows, columns, g);
+        gemm<P, LAYOUT>(rows, columns, g);
         g.a = static_cast<const typename P::Element*>(g.a) + BLOCK_PANELS * g.a_panel_stride;
         g.b = static_cast<const typename P::Element*>(g.b) + block * g.b_row_stride;
         g.accumulate = true;

@@ -4,7 +4,7 @@
 #include "generic/attention_backward.h"
 #include "generic/attention_forward.h"
 #include "generic/kernels.h"
-#include "generic/product.h"
+#include "generic/module.h"
 
 namespace fused_mha::FMHA_ISA {
 namespace {
@@ -35,11 +35,35 @@ void backward(const fused_mha_backward_arguments& call) {
     with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
 }
 
+Matrices matrices_of(const fused_mha_product_arguments& call) {
+    const fused_mha_tensor& left = call.left;
+    const Matrices matrices = {Rows(left), Rows(call.right), Rows(call.output), call.bias.data,
+                               call.output.size[0] * call.output.size[1], call.output.size[2],
+                               call.left_is_transposed ? left.size[0] * left.size[1] : left.size[2],
+                               call.left_is_transposed != 0, call.right_is_transposed != 0, call.threads};
+    return matrices.with_fewer_to_pack();
+}
 int64_t product_workspace(const fused_mha_product_arguments& call) {
-    return with_policy(call.output.dtype, [&](auto policy) { return Product<decltype(policy)>(call).workspace(); });
+    return with_policy(call.output.dtype, [&](auto policy) {
+        const Product<decltype(policy)> product(matrices_of(call));
+        return workspace_bytes(product.packed_bytes(), product.worker_bytes(), call.threads);
+    });
 }
 void product(const fused_mha_product_arguments& call) {
-    with_policy(call.output.dtype, [&](auto policy) { Product<decltype(policy)>(call).run(); });
+    if (call.output.size[0] * call.output.size[1] == 0 || call.output.size[2] == 0) return;
+    with_policy(call.output.dtype, [&](auto policy) {
+        Product<decltype(policy)> product(matrices_of(call));
+        const uintptr_t packed = aligned(call.workspace.data);
+        product.pack(packed);
+        product.multiply(packed, packed + uintptr_t(product.packed_bytes()));
+    });
+}
+
+int64_t module_workspace(const fused_mha_module_arguments& call) {
+    return with_policy(call.query.dtype, [&](auto policy) { return Module<decltype(policy)>(call).workspace(); });
+}
+void module(const fused_mha_module_arguments& call) {
+    with_policy(call.query.dtype, [&](auto policy) { Module<decltype(policy)>(call).run(); });
 }
 
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
@@ -69,6 +93,6 @@ void exp2_of(const T* x, T* result, int64_t count) {
 
 extern const KernelTable kernels;
 const KernelTable kernels = {FMHA_ISA_NAME, forward_workspace, forward,      backward_workspace, backward,
-                             product_workspace, product, dropout_mask, exp2_of<float>, exp2_of<double>};
+                             product_workspace, product, module_workspace, module, dropout_mask, exp2_of<float>, exp2_of<double>};
 
 }  // namespace fused_mha::FMHA_ISA

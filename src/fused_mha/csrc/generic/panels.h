@@ -59,7 +59,7 @@ template <class T, class Data>
 FMHA_INLINE Vec<T> load_some(const typename Data::Stored* p, int64_t n) {
     if (n >= LANES<T>) return Data::load(p);
     typename Data::Stored padded[LANES<T>] = {};
-    memcpy(padded, p, size_t(n) * sizeof *p);
+    copy_some_bytes(padded, p, n * int64_t(sizeof *p));
     return Data::load(padded);
 }
 template <class T, class Data>
@@ -67,7 +67,7 @@ FMHA_INLINE void store_some(typename Data::Stored* p, Vec<T> v, int64_t n) {
     if (n >= LANES<T>) return Data::store(p, v);
     typename Data::Stored padded[LANES<T>];
     Data::store(padded, v);
-    memcpy(p, padded, size_t(n) * sizeof *p);
+    copy_some_bytes(p, padded, n * int64_t(sizeof *p));
 }
 
 // Rows as they are: to[panel][row][WIDTH], zeros behind the last column. WIDTH counts elements of T.

@@ -1,7 +1,8 @@
-// Matrix products of whole tensors, for the projections and their gradients: C = A B, plus a bias on every row.
+// Matrix products of whole tensors: C = A B, plus a bias on every row. The projections and their gradients are such.
 //
 // B is packed once for all tasks; a task packs some rows of A and multiplies them with some panels of B. The three
-// products of a linear layer differ in which operands lie transposed: y = x W^T, dx = dy W, dW = dy^T x.
+// products of a linear layer differ in which operands lie transposed: y = x W^T, dx = dy W, dW = dy^T x. Where x has few
+// rows, packing W would cost as much as the product: y^T = W x^T takes its place, with the same sums.
 #pragma once
 
 #include "generic/attention.h"
@@ -10,6 +11,48 @@
 namespace fused_mha::FMHA_ISA {
 namespace {
 
+// The rows of a tensor (outer, inner, columns), one after the other.
+class Rows {
+public:
+    int64_t dtype;
+
+    explicit Rows(const fused_mha_tensor& t)
+        : dtype(t.dtype), data(static_cast<char*>(t.data)), inner(t.size[1]), outer_stride(t.stride[0] * item_size(dtype)),
+          inner_stride(t.stride[1] * item_size(dtype)) {
+        if (t.size[0] == 1 || outer_stride == inner * inner_stride) inner = INT64_MAX;  // rows of one stride: no division
+    }
+
+    FMHA_INLINE void* operator()(int64_t i, int64_t column = 0) const {
+        return data + (i < inner ? i * inner_stride : i / inner * outer_stride + i % inner * inner_stride) +
+               column * item_size(dtype);
+    }
+
+    // Bytes from row to row; 0 where that differs.
+    int64_t stride() const { return inner == INT64_MAX ? inner_stride : 0; }
+
+private:
+    char* data;
+    int64_t inner, outer_stride, inner_stride;  // strides in bytes
+};
+
+// What is multiplied: A (M, K), or (K, M) where it lies transposed, with B (K, N), or (N, K), to C (M, N).
+struct Matrices {
+    Rows left, right, output;
+    const void* bias;  // (N), of C's type, or null
+    int64_t M, N, K;
+    bool left_is_transposed, right_is_transposed;
+    int64_t threads;
+    bool output_is_transposed = false;  // C lies as (N, M), and the bias belongs to its columns there, (M)
+
+    static constexpr int64_t FEW_ROWS = 128;
+
+    // C^T = B^T A^T where that is less to pack.
+    Matrices with_fewer_to_pack() const {
+        if (M > FEW_ROWS || M >= N || left_is_transposed || !right_is_transposed) return *this;
+        return {right, left, output, bias, N, M, K, false, true, threads, true};
+    }
+};
+
 template <class P>
 class Product {
 public:
@@ -17,70 +60,82 @@ public:
     static constexpr int COLUMNS = NR<T>, W = LANES<T>;
     static constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
 
-    explicit Product(const fused_mha_product_arguments& call)
-        : call(call),
-          M(call.output.size[0]),
-          N(call.output.size[1]),
-          K(call.left.size[call.left_is_transposed ? 0 : 1]),
-          column_panels(ceil_div(N, COLUMNS)),
-          row_panels(call.left_is_transposed ? ceil_div(M, COLUMNS) : 0),
-          panel_size(Panels<P>::steps(K) * COLUMNS),
-          row_tiles(call.left_is_transposed ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
-                                            : Parts{M, ceil_div(M, MR)}) {
+    explicit Product(const Matrices& matrices)
+        : of(matrices),
+          column_panels(ceil_div(of.N, COLUMNS)),
+          row_panels(of.left_is_transposed ? ceil_div(of.M, COLUMNS) : 0),
+          panel_size(Panels<P>::steps(of.K) * COLUMNS),
+          reads_left_in_place(of.output_is_transposed && of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 &&
+                              of.left.stride() % CRITICAL_STRIDE != 0),
+          reads_right_in_place(of.M <= Matrices::FEW_ROWS && !of.right_is_transposed && !of.left_is_transposed &&
+                               of.right.dtype == P::OPERAND && P::KSTEP == 1 && of.N % COLUMNS == 0 && of.right.stride()),
+          row_tiles(of.left_is_transposed ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
+                                          : Parts{of.M, ceil_div(of.M, MR)}) {
         // Tasks of some row tiles by some panels of columns: enough for the threads, as long as packing A stays cheap.
+        const int64_t wanted = TASKS_OF_THREAD * of.threads;
         row_chunks = {row_tiles.parts, ceil_div(row_tiles.parts, TILES_OF_TASK)};
-        const int64_t wanted = ceil_div(4 * call.threads, max(row_chunks.parts, 1));
-        column_chunks = {column_panels, max(min(wanted, column_panels / FEWEST_PANELS), 1)};
+        if (of.output_is_transposed) row_chunks.parts = max(row_chunks.parts, min(wanted, row_tiles.parts));
+        const int64_t columns = ceil_div(wanted, max(row_chunks.parts, 1));
+        column_chunks = {column_panels, max(min(columns, column_panels / FEWEST_PANELS), 1)};
         Arena measure{0};
         Worker(*this, measure);
-        worker_bytes = measure.used;
+        worker_size = measure.used;
     }
 
-    int64_t workspace() const { return workspace_bytes(packed_bytes(), worker_bytes, call.threads); }
-
-    void run() {
-        Arena shared{aligned(call.workspace.data)};
-        right = shared.take<T>(column_panels * panel_size);
-        left = shared.take<T>(row_panels * panel_size);
-        const uintptr_t base = shared.base + uintptr_t(shared.used);
-        const int64_t blocks = max(ceil_div(K, PACKED_ROWS), 1);
-        const int64_t of_right = call.right_is_transposed ? column_panels : blocks;
-        auto pack = [&](int64_t index, int64_t) {
-            if (index >= of_right)
-                pack_rows(call.left, index - of_right, M, left);
-            else if (call.right_is_transposed)
-                pack_panel(index);
-            else
-                pack_rows(call.right, index, N, right);
-        };
-        fused_mha::run(of_right + (call.left_is_transposed ? blocks : 0), call.threads, pack);
-        auto multiply = [&](int64_t index, int64_t worker) {
-            Arena arena{base + uintptr_t(worker * worker_bytes)};
-            Worker(*this, arena).run(index / column_chunks.parts, index % column_chunks.parts);
-        };
-        fused_mha::run(row_chunks.parts * column_chunks.parts, call.threads, multiply);
-    }
-
-private:
-    static constexpr int64_t TILES_OF_TASK = 8, FEWEST_PANELS = 8, PACKED_ROWS = 128;
-    static constexpr int64_t TILES_OF_PANEL = (COLUMNS + MR - 1) / MR;
-    const fused_mha_product_arguments& call;
-    const int64_t M, N, K;
-    const int64_t column_panels, row_panels, panel_size;
-    const Parts row_tiles;
-    Parts row_chunks, column_chunks;
-    int64_t worker_bytes;
-    T *right, *left;  // packed: [panel of N or M][step along K][COLUMNS]
-
+    // Bytes of what is packed for all tasks, and of what each thread needs beside it.
     int64_t packed_bytes() const {
         Arena shared{0};
-        shared.take<T>(column_panels * panel_size);
+        shared.take<T>(right_size());
         shared.take<T>(row_panels * panel_size);
         return shared.used;
     }
+    int64_t worker_bytes() const { return worker_size; }
+    // Whether that is the right operand, as given, and may be packed before the left one is there.
+    bool packs_right_alone() const { return !of.left_is_transposed && !of.output_is_transposed; }
 
-    static const void* row(const fused_mha_tensor& t, int64_t i, int64_t first = 0) {
-        return static_cast<const char*>(t.data) + (i * t.stride[0] + first) * item_size(t.dtype);
+    // Makes `packed` of B, and of A where it lies transposed.
+    void pack(uintptr_t packed) {
+        place(packed);
+        const int64_t blocks = max(ceil_div(of.K, PACKED_ROWS), 1);
+        const int64_t of_right = reads_right_in_place ? 0 : of.right_is_transposed ? column_panels : blocks;
+        auto pack = [&](int64_t index, int64_t) {
+            if (index >= of_right)
+                pack_rows(of.left, index - of_right, of.M, left);
+            else if (of.right_is_transposed)
+                pack_panel(index);
+            else
+                pack_rows(of.right, index, of.N, right);
+        };
+        fused_mha::run(of_right + (of.left_is_transposed ? blocks : 0), of.threads, pack);
+    }
+
+    void multiply(uintptr_t packed, uintptr_t workers) {
+        place(packed);
+        auto multiply = [&](int64_t index, int64_t worker) {
+            Arena arena{workers + uintptr_t(worker * worker_size)};
+            Worker(*this, arena).run(index / column_chunks.parts, index % column_chunks.parts);
+        };
+        fused_mha::run(row_chunks.parts * column_chunks.parts, of.threads, multiply);
+    }
+
+private:
+    static constexpr int64_t TILES_OF_TASK = 12, TASKS_OF_THREAD = 8, FEWEST_PANELS = 2, PACKED_ROWS = 128;
+    static constexpr int64_t TILES_OF_PANEL = (COLUMNS + MR - 1) / MR;
+    static constexpr int64_t CRITICAL_STRIDE = 4096;  // bytes; rows so far apart fall into one set of the cache
+    const Matrices of;
+    const int64_t column_panels, row_panels, panel_size;
+    const bool reads_left_in_place, reads_right_in_place;  // the few rows of the other operand do not pay for packing
+    const Parts row_tiles;
+    Parts row_chunks, column_chunks;
+    int64_t worker_size;
+    T *right, *left;  // packed: [panel of N or M][step along K][COLUMNS]
+
+    int64_t right_size() const { return reads_right_in_place ? 0 : column_panels * panel_size; }
+
+    void place(uintptr_t packed) {
+        Arena shared{packed};
+        right = shared.take<T>(right_size());
+        left = shared.take<T>(row_panels * panel_size);
     }
 
     // One panel of B^T as it lies.
@@ -88,16 +143,16 @@ private:
         const void* rows[COLUMNS];
         for (int64_t c = 0; c < COLUMNS; ++c) {
             const int64_t j = panel * COLUMNS + c;
-            rows[c] = j < N ? row(call.right, j) : nullptr;
+            rows[c] = j < of.N ? of.right(j) : nullptr;
         }
-        Panels<P>::pack_b_transposed(call.right.dtype, rows, K, right + panel * panel_size);
+        Panels<P>::pack_b_transposed(of.right.dtype, rows, of.K, right + panel * panel_size);
     }
 
     // One block of the rows of a matrix that lies along K.
-    void pack_rows(const fused_mha_tensor& matrix, int64_t block, int64_t columns, T* to) const {
-        const int64_t first = block * PACKED_ROWS, count = min(PACKED_ROWS, K - first);
+    void pack_rows(const Rows& matrix, int64_t block, int64_t columns, T* to) const {
+        const int64_t first = block * PACKED_ROWS, count = min(PACKED_ROWS, of.K - first);
         const void* rows[PACKED_ROWS];
-        for (int64_t r = 0; r < count; ++r) rows[r] = row(matrix, first + r);
+        for (int64_t r = 0; r < count; ++r) rows[r] = matrix(first + r);
         Panels<P>::pack_b(matrix.dtype, rows, count, columns, to + first / P::KSTEP * COLUMNS, panel_size);
     }
 
@@ -105,13 +160,14 @@ private:
     public:
         Worker(const Product& product, Arena& arena)
             : product(product),
-              tile_size(product.call.left_is_transposed ? 0 : MR * A_WIDTH * Panels<P>::panels(product.K)),
+              of(product.of),
+              tile_size(of.left_is_transposed || product.reads_left_in_place ? 0 : MR * A_WIDTH * Panels<P>::panels(of.K)),
               tiles(arena.take<T>(TILES_OF_TASK * tile_size)),
               result(arena.take<T>(MR * COLUMNS)) {}
 
         void run(int64_t row_chunk, int64_t column_chunk) {
             const int64_t begin = product.row_chunks.begin(row_chunk), end = product.row_chunks.begin(row_chunk + 1);
-            if (!product.call.left_is_transposed)
+            if (tile_size > 0)
                 for (int64_t t = begin; t < end; ++t) pack_tile(t, tiles + (t - begin) * tile_size);
             const Parts& columns = product.column_chunks;
             for (int64_t p = columns.begin(column_chunk); p < columns.begin(column_chunk + 1); ++p)
@@ -120,52 +176,91 @@ private:
 
     private:
         const Product& product;
+        const Matrices& of;
         const int64_t tile_size;
         T *const tiles, *const result;
 
         void pack_tile(int64_t t, T* to) const {
             const Parts& parts = product.row_tiles;
             const void* rows[MR];
-            for (int64_t r = 0; r < parts.size(t); ++r) rows[r] = row(product.call.left, parts.begin(t) + r);
-            Panels<P>::pack_a(product.call.left.dtype, rows, parts.size(t), product.K, to);
+            for (int64_t r = 0; r < parts.size(t); ++r) rows[r] = of.left(parts.begin(t) + r);
+            Panels<P>::pack_a(of.left.dtype, rows, parts.size(t), of.K, to);
         }
 
         void multiply(int64_t t, const T* tile, int64_t panel) const {
-            const int64_t K = product.K, steps = Panels<P>::steps(K);
-            const T* const b = product.right + panel * product.panel_size;
-            const int64_t columns = min(product.N - panel * COLUMNS, COLUMNS);
+            const int64_t steps = Panels<P>::steps(of.K);
+            const bool in_place = product.reads_right_in_place;
+            const void* const b = in_place ? of.right(0, panel * COLUMNS) : product.right + panel * product.panel_size;
+            const int64_t b_row_stride = in_place ? of.right.stride() / int64_t(sizeof(T)) : COLUMNS;
+            const int64_t columns = min(of.N - panel * COLUMNS, COLUMNS);
             int64_t first, rows;
-            if (product.call.left_is_transposed) {
+            if (of.left_is_transposed) {
                 const Parts of_panel{COLUMNS, TILES_OF_PANEL};
                 const int64_t m = t / TILES_OF_PANEL, part = t % TILES_OF_PANEL;
                 first = m * COLUMNS + of_panel.begin(part);
-                rows = min(of_panel.size(part), product.M - first);
+                rows = min(of_panel.size(part), of.M - first);
                 if (rows <= 0) return;
-                gemm_in_blocks<P, true>(int(rows), columns,
+                gemm_in_blocks<P, Layout::TRANSPOSED>(int(rows), columns,
                                         {product.left + m * product.panel_size + of_panel.begin(part), COLUMNS,
-                                         COLUMNS * COLUMNS, b, COLUMNS, result, steps, false});
+                                         COLUMNS * COLUMNS, b, b_row_stride, result, steps, false});
             } else {
                 first = product.row_tiles.begin(t);
                 rows = product.row_tiles.size(t);
-                gemm_in_blocks<P>(int(rows), columns,
-                                  {tile, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, false});
+                if (!of.output_is_transposed) prefetch_output(first, rows, panel * COLUMNS);
+                if (product.reads_left_in_place)
+                    gemm_in_blocks<P, Layout::ROWS>(
+                        int(rows), columns,
+                        {of.left(first), A_WIDTH, A_WIDTH, b, b_row_stride, result, steps, false, of.left.stride()});
+                else
+                    gemm_in_blocks<P>(int(rows), columns,
+                                      {tile, A_WIDTH, rows * A_WIDTH, b, b_row_stride, result, steps, false});
             }
-            write(first, rows, panel * COLUMNS, columns);
+            if (of.output_is_transposed)
+                write_transposed(first, rows, panel * COLUMNS, columns);
+            else
+                write(first, rows, panel * COLUMNS, columns);
+        }
+
+        // The rows of a tile of C are far from each other: each would miss its page and its cache lines at `write`.
+        void prefetch_output(int64_t first, int64_t rows, int64_t first_column) const {
+            const int64_t bytes = COLUMNS * item_size(of.output.dtype);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t at = 0; at < bytes; at += CACHE_LINE)
+                    __builtin_prefetch(static_cast<const char*>(of.output(first + r, first_column)) + at, 1);
         }
 
         void write(int64_t first, int64_t rows, int64_t first_column, int64_t columns) const {
-            const fused_mha_tensor &output = product.call.output, &bias = product.call.bias;
-            with_data<T>(output.dtype, [&](auto data) {
+            with_data<T>(of.output.dtype, [&](auto data) {
                 using Data = decltype(data);
                 using Stored = typename Data::Stored;
                 for (int64_t v = 0; v < columns; v += W) {
                     Vec<T> added{};
-                    if (bias.data)
-                        added = load_some<T, Data>(static_cast<const Stored*>(row(bias, 0, first_column + v)), columns - v);
+                    if (of.bias)
+                        added = load_some<T, Data>(static_cast<const Stored*>(of.bias) + first_column + v, columns - v);
                     for (int64_t r = 0; r < rows; ++r)
-                        store_some<T, Data>(
-                            static_cast<Stored*>(const_cast<void*>(row(output, first + r, first_column + v))),
-                            load(result + r * COLUMNS + v) + added, columns - v);
+                        store_some<T, Data>(static_cast<Stored*>(of.output(first + r, first_column + v)),
+                                            load(result + r * COLUMNS + v) + added, columns - v);
+                }
+            });
+        }
+
+        void write_transposed(int64_t first, int64_t rows, int64_t first_column, int64_t columns) const {
+            with_data<T>(of.output.dtype, [&](auto data) {
+                using Data = decltype(data);
+                using Stored = typename Data::Stored;
+                for (int64_t r = 0; r < rows; r += W) {
+                    Vec<T> added{};
+                    if (of.bias) added = load_some<T, Data>(static_cast<const Stored*>(of.bias) + first + r, rows - r);
+                    for (int64_t v = 0; v < columns; v += W) {
+                        Vec<T> block[W];
+#pragma GCC unroll 16
+                        for (int i = 0; i < W; ++i)
+                            block[i] = load(result + min(r + i, rows - 1) * COLUMNS + v);
+                        transpose_steps<Vec<T>, W, W / 2>(block);
+                        for (int64_t i = 0; i < min(columns - v, W); ++i)
+                            store_some<T, Data>(static_cast<Stored*>(of.output(first_column + v + i, first + r)),
+                                                block[i] + added, rows - r);
+                    }
                 }
             });
         }

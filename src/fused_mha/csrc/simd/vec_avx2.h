@@ -10,6 +10,8 @@ namespace {
 
 FMHA_INLINE vfloat max(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
 FMHA_INLINE vdouble max(vdouble a, vdouble b) { return _mm256_max_pd(a, b); }
+FMHA_INLINE void copy_some_bytes(void* to, const void* from, int64_t bytes) { memcpy(to, from, size_t(bytes)); }
+
 FMHA_INLINE vfloat select(uint32_t bits, vfloat v, vfloat other) { return portable_select<float>(bits, v, other); }
 FMHA_INLINE vdouble select(uint32_t bits, vdouble v, vdouble other) { return portable_select<double>(bits, v, other); }
 

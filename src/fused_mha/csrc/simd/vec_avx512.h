@@ -11,6 +11,12 @@ namespace {
 FMHA_INLINE vfloat max(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
 FMHA_INLINE vdouble max(vdouble a, vdouble b) { return _mm512_max_pd(a, b); }
 
+// Fewer bytes than a vector has; nothing behind them is read or written.
+FMHA_INLINE void copy_some_bytes(void* to, const void* from, int64_t bytes) {
+    const __mmask64 these = (__mmask64(1) << bytes) - 1;
+    _mm512_mask_storeu_epi8(to, these, _mm512_maskz_loadu_epi8(these, from));
+}
+
 FMHA_INLINE vfloat select(uint32_t bits, vfloat v, vfloat other) {
     return _mm512_mask_mov_ps(v, __mmask16(bits), other);
 }

@@ -8,6 +8,8 @@ namespace {
 
 FMHA_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 FMHA_INLINE vdouble max(vdouble a, vdouble b) { return a > b ? a : b; }
+FMHA_INLINE void copy_some_bytes(void* to, const void* from, int64_t bytes) { memcpy(to, from, size_t(bytes)); }
+
 FMHA_INLINE vfloat select(uint32_t bits, vfloat v, vfloat other) { return portable_select<float>(bits, v, other); }
 FMHA_INLINE vdouble select(uint32_t bits, vdouble v, vdouble other) { return portable_select<double>(bits, v, other); }
 FMHA_INLINE float reduce_max(vfloat v) { return portable_reduce_max<float>(v); }

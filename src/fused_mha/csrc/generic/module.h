@@ -1,0 +1,196 @@
+// The forward of a whole multi-head attention module: project, attend, project back (torch.nn.MultiheadAttention).
+//
+// The weights are packed once. Then some batch elements at a time go through all three steps, so that what one step
+// writes is still in the cache for the next. In training the projections and the heads are kept for the backward.
+#pragma once
+
+#include "generic/attention_forward.h"
+#include "generic/product.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+// A tensor's part for `count` batch elements; one that broadcasts over them, or is absent, stays.
+FMHA_INLINE fused_mha_tensor of_batch(fused_mha_tensor t, int64_t first, int64_t count, int dim = 0) {
+    if (!t.data || t.size[dim] == 1) return t;
+    t.data = static_cast<char*>(t.data) + first * t.stride[dim] * item_size(t.dtype);
+    t.size[dim] = count;
+    return t;
+}
+
+// y = x W^T + b of one of query, key and value, or of neighbours that are joined; y is (N, L, columns).
+struct Projection {
+    fused_mha_tensor x, weight, bias, y;
+
+    bool shares_input(const Projection& other) const {
+        return x.data == other.x.data && x.size[1] == other.x.size[1] && x.size[2] == other.x.size[2] &&
+               x.stride[0] == other.x.stride[0] && x.stride[1] == other.x.stride[1];
+    }
+
+    // Takes in the next projection where all of it lies behind this one.
+    bool join(const Projection& next) {
+        const int64_t columns = weight.size[0];
+        const bool fits = shares_input(next) && next.weight.stride[0] == weight.stride[0] &&
+                          next.weight.data == element_at(weight, columns * weight.stride[0]) &&
+                          next.bias.data == (bias.data ? element_at(bias, columns) : nullptr) &&
+                          next.y.stride[0] == y.stride[0] && next.y.stride[1] == y.stride[1] &&
+                          next.y.data == element_at(y, columns);
+        if (fits) weight.size[0] += next.weight.size[0];
+        return fits;
+    }
+
+    Matrices matrices(int64_t threads) const {
+        return {Rows(x), Rows(as_sequence(weight)), Rows(y), bias.data, x.size[0] * x.size[1], weight.size[0],
+                weight.size[1], false, true, threads};
+    }
+
+private:
+    static void* element_at(const fused_mha_tensor& t, int64_t index) {
+        return static_cast<char*>(t.data) + index * item_size(t.dtype);
+    }
+    // A matrix as the sequence of a single batch element.
+    static fused_mha_tensor as_sequence(fused_mha_tensor t) {
+        for (int d = 3; d > 0; --d) {
+            t.size[d] = t.size[d - 1];
+            t.stride[d] = t.stride[d - 1];
+        }
+        t.size[0] = 1;
+        return t;
+    }
+};
+
+// Some batch elements: the core's call, and the projections before and behind it.
+struct Group {
+    fused_mha_forward_arguments core;
+    Projection in[3], out;
+    int64_t in_count;
+};
+
+template <class P>
+class Module {
+public:
+    explicit Module(const fused_mha_module_arguments& call)
+        : call(call),
+          N(call.query.size[0]),
+          threads(work() < SERIAL_WORK ? 1 : call.core.attention.threads),
+          group_size(max(min(max(FEWEST_ROWS, ROWS_OF_THREAD * threads) / max(call.query.size[1], call.key.size[1]), N), 1)) {
+        void* const workspace = call.core.attention.workspace.data;
+        Arena arena{workspace ? aligned(workspace) : CACHE_LINE};
+        if (!call.core.attention.query.data) place_projections(arena);
+        const Group first = group(0), last = group(max(N - 1, 0) / group_size * group_size);
+        for (int64_t i = 0; i <= first.in_count; ++i)
+            packed[i] = uintptr_t(arena.take<char>(product(first, i).packed_bytes()));
+        stage = arena.base + uintptr_t(arena.used);
+        // The last group may be smaller, and divide its work otherwise.
+        bytes = workspace_bytes(arena.used, max(stage_bytes(first), stage_bytes(last)), 1);
+    }
+
+    int64_t workspace() const { return bytes; }
+
+    void run() {
+        const Group first = group(0);
+        for (int64_t i = 0; i <= first.in_count; ++i)
+            if (Product<P> projection = product(first, i); projection.packs_right_alone()) projection.pack(packed[i]);
+        for (int64_t n = 0; n < N; n += group_size) {
+            const Group g = group(n);
+            for (int64_t i = 0; i < g.in_count; ++i) project(g, i);
+            Forward<P>(g.core, n).run();
+            project(g, g.in_count);
+        }
+    }
+
+private:
+    static constexpr int64_t FEWEST_ROWS = 512, ROWS_OF_THREAD = 256;  // of a group
+    static constexpr double SERIAL_WORK = 1 << 20;  // multiply-adds that are not worth waking another thread for
+    const fused_mha_module_arguments& call;
+    const int64_t N, threads, group_size;
+    fused_mha_tensor projections[3], heads;  // of a group, where the caller does not keep them
+    uintptr_t packed[4], stage;              // the weights in, joined, and out; the workspace of one step at a time
+    int64_t bytes;
+
+    double work() const {
+        const auto of = [](const fused_mha_tensor& x, const fused_mha_tensor& weight) {
+            return double(x.size[0]) * double(x.size[1]) * double(weight.size[0]) * double(weight.size[1]);
+        };
+        const fused_mha_attention& a = call.core.attention;
+        return of(call.query, call.query_weight) + of(call.key, call.key_weight) + of(call.value, call.value_weight) +
+               of(call.query, call.out_weight) +
+               double(N * call.query.size[1]) * double(call.key.size[1]) * double(a.query.size[2] * 2 * a.query.size[3]);
+    }
+
+    Product<P> product(const Group& g, int64_t i) const {
+        const Matrices matrices = (i < g.in_count ? g.in[i] : g.out).matrices(threads);
+        return Product<P>(group_size < N ? matrices : matrices.with_fewer_to_pack());
+    }
+
+    void project(const Group& g, int64_t i) const {
+        Product<P> projection = product(g, i);
+        if (!projection.packs_right_alone()) projection.pack(packed[i]);
+        projection.multiply(packed[i], stage);
+    }
+
+    int64_t stage_bytes(const Group& g) const {
+        int64_t most = Forward<P>(g.core).workspace();
+        for (int64_t i = 0; i <= g.in_count; ++i) most = max(most, workspace_bytes(0, product(g, i).worker_bytes(), threads));
+        return most;
+    }
+
+    // Those of one input lie side by side, so that one product makes them.
+    void place_projections(Arena& arena) {
+        const fused_mha_attention& a = call.core.attention;
+        const fused_mha_tensor* const inputs[] = {&call.query, &call.key, &call.value};
+        const fused_mha_tensor* const results[] = {&a.query, &a.key, &a.value};
+        for (int i = 0; i < 3;) {
+            int end = i;
+            int64_t width = 0;
+            do width += results[end]->size[2] * results[end]->size[3];
+            while (++end < 3 && inputs[end]->data == inputs[i]->data && inputs[end]->size[1] == inputs[i]->size[1]);
+            const int64_t rows = inputs[i]->size[1];
+            char* at = arena.take<char>(group_size * rows * width * item_size(a.query.dtype));
+            for (; i < end; ++i) {
+                projections[i] = sequences(at, *results[i], rows, width);
+                at += results[i]->size[2] * results[i]->size[3] * item_size(a.query.dtype);
+            }
+        }
+        const int64_t L = call.query.size[1], width = call.core.output.size[2] * call.core.output.size[3];
+        heads = sequences(arena.take<char>(group_size * L * width * item_size(a.query.dtype)), call.core.output, L, width);
+    }
+
+    // A tensor (group, rows, H, D) like `of`, in rows of `width`.
+    fused_mha_tensor sequences(char* data, const fused_mha_tensor& of, int64_t rows, int64_t width) const {
+        const int64_t D = of.size[3];
+        return {data, of.dtype, 0, {group_size, rows, of.size[2], D}, {rows * width, width, D, 1}};
+    }
+
+    Group group(int64_t first) const {
+        const int64_t count = min(group_size, N - first);
+        const auto part = [&](const fused_mha_tensor& t, int dim = 0) { return of_batch(t, first, count, dim); };
+        // The caller's tensor, or the one of every group in its place.
+        const auto kept = [&](const fused_mha_tensor& t, fused_mha_tensor own) {
+            own.size[0] = count;
+            return t.data ? part(t) : own;
+        };
+        Group g{call.core, {}, {{}, call.out_weight, call.out_bias, part(call.output)}, 0};
+        fused_mha_attention& a = g.core.attention;
+        a.query = kept(a.query, projections[0]);
+        a.key = kept(a.key, projections[1]);
+        a.value = kept(a.value, projections[2]);
+        g.core.output = g.out.x = kept(g.core.output, heads);
+        a.attn_mask = part(a.attn_mask);
+        a.key_padding_mask = part(a.key_padding_mask);
+        a.stats = part(a.stats, 1);
+        g.core.weights = part(g.core.weights);
+        g.core.lse = part(g.core.lse);
+        a.workspace.data = reinterpret_cast<void*>(stage);
+        a.threads = threads;
+        const Projection all[] = {{part(call.query), call.query_weight, call.query_bias, a.query},
+                                  {part(call.key), call.key_weight, call.key_bias, a.key},
+                                  {part(call.value), call.value_weight, call.value_bias, a.value}};
+        for (const Projection& projection : all)
+            if (g.in_count == 0 || !g.in[g.in_count - 1].join(projection)) g.in[g.in_count++] = projection;
+        return g;
+    }
+};
+
+}  // namespace
+}  // namespace fused_mha::FMHA_ISA
