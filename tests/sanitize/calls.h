@@ -205,6 +205,12 @@ private:
                 L = S = random.integer(1, 20);
                 D = random.integer(200, 600);
             }
+        } else if (index % 16 == 5) {  // more than one group of batch elements of a module
+            N = random.integer(15, 40);
+            H = H_kv = random.integer(1, 2);
+            L = random.integer(1, 50);
+            S = random.chance(0.5) ? L : random.integer(20, 60);
+            D = D_v = random.integer(1, 24);
         } else if (index % 16 == 7) {  // long tasks that add to one mask's gradient
             N = H_kv = 2;
             H = 4;

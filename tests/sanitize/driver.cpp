@@ -2,7 +2,6 @@
 //
 // Each call must give what the fp64 reference gives, the same bits with one thread and with several, nothing between the
 // rows of its results, and an error for any tensor that is a byte too short. `run` in this folder builds and runs it.
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -13,30 +12,12 @@
 #include <vector>
 
 #include "calls.h"
+#include "machine.h"
+#include "module.h"
+#include "product.h"
 #include "reference.h"
 
 namespace {
-
-[[noreturn]] void fail(const std::string& text) {
-    fprintf(stderr, "FAILED %s\n", text.c_str());
-    exit(1);
-}
-
-std::atomic<int64_t> ranges_per_thread{1};
-
-// As torch's: some ranges may share a thread, and then run one after the other. All threads start at once.
-int32_t parallel_for(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, int64_t, void*), void* context) {
-    const int64_t step = ranges_per_thread;
-    std::atomic<int64_t> awaited{(end - begin + step - 1) / step};
-    const auto work = [&](int64_t i) {
-        for (--awaited; awaited > 0;) std::this_thread::yield();
-        f(i, i + step < end ? i + step : end, context);
-    };
-    std::vector<std::thread> threads;
-    for (int64_t i = begin; i < end; i += step) threads.emplace_back(work, i);
-    for (std::thread& thread : threads) thread.join();
-    return 0;
-}
 
 // One call's results, by the names of the fields in c_api.h.
 class Results {
@@ -167,13 +148,6 @@ void check_same_bits(const std::string& where, const Results& one, const Results
     }
 }
 
-double rounding_of(int64_t dtype) {
-    return dtype == FUSED_MHA_FLOAT64    ? 0x1p-53
-           : dtype == FUSED_MHA_FLOAT32  ? 0x1p-24
-           : dtype == FUSED_MHA_BFLOAT16 ? 0x1p-9
-                                         : 0x1p-11;
-}
-
 // Coarse: tests/native/ judges accuracy, here a wrong element has to stand out. The backward starts from the rounded
 // output: its error grows with the terms of rowsum(dO * O) and of the sums over queries and heads.
 double tolerance(const Call& call, bool is_gradient) {
@@ -195,16 +169,6 @@ void check_values(const std::string& where, const Call& call, const Results& res
                 fail(where + name + "[" + std::to_string(i) + "] is " + std::to_string(values[i]) + ", not " +
                      std::to_string((*expected)[i]));
     }
-}
-
-struct Options {
-    uint64_t first = 0, count = 200;
-    bool compares = true;  // with the reference
-    std::vector<const char*> isas;
-};
-
-void use(const char* isa) {
-    if (fused_mha_set_isa(isa) != 0) fail(fused_mha_last_error());
 }
 
 std::vector<double> kept_of(const Results& results) {
@@ -244,59 +208,6 @@ void run_call_twice(const Options& options, uint64_t index) {
     first.join();
     second.join();
     check_same_bits("two at once, --first " + std::to_string(index) + ": ", results[0], results[1]);
-}
-
-// A product of whole matrices, against a plain loop.
-void run_product(const Options& options, uint64_t index) {
-    Random random(~index);
-    const int64_t dtype = random.pick<int64_t>({FUSED_MHA_FLOAT32, FUSED_MHA_FLOAT64, FUSED_MHA_BFLOAT16, FUSED_MHA_FLOAT16});
-    const int64_t M = random.integer(0, 150), N = random.integer(0, 150), K = random.integer(0, 300);
-    const bool of_left = random.chance(0.5), of_right = random.chance(0.5), has_bias = random.chance(0.5);
-    Tensor left, right, bias;
-    const auto number = [&] { return random.number(); };
-    using Sizes = std::vector<int64_t>;
-    left.allocate(random, dtype, of_left ? Sizes{K, M} : Sizes{M, K}, Layout::PERMUTED);
-    right.allocate(random, dtype, of_right ? Sizes{N, K} : Sizes{K, N}, Layout::PERMUTED);
-    if (has_bias) bias.allocate(random, dtype, {N}, Layout::ROWS);
-    for (Tensor* tensor : {&left, &right, &bias}) tensor->fill(number);
-    const std::vector<double> a = left.values(), b = right.values(), added = bias.values();
-    for (const char* isa : options.isas) {
-        use(isa);
-        const std::string where = std::string("product, --isa ") + isa + " --first " + std::to_string(index) + ": ";
-        std::vector<char> bits;
-        for (const int64_t threads : {1, 3}) {
-            Tensor output;
-            output.allocate(random, dtype, {M, N}, Layout::ROWS);
-            fused_mha_product_arguments call{left.c, right.c, bias.c, output.c, {}, of_left, of_right, threads};
-            const int64_t needed = fused_mha_product_workspace(&call);
-            if (needed < 0) fail(where + fused_mha_last_error());
-            const std::unique_ptr<char[]> workspace(new char[size_t(needed)]);
-            call.workspace = {workspace.get(), FUSED_MHA_UINT8, needed, {needed, 1, 1, 1}, {1, 0, 0, 0}};
-            for (fused_mha_tensor* tensor = &call.left; tensor <= &call.workspace; ++tensor) {
-                if (!tensor->data || !tensor->bytes) continue;
-                --tensor->bytes;
-                if (fused_mha_product(&call) == 0) fail(where + "takes a tensor that is a byte too short");
-                ++tensor->bytes;
-            }
-            if (fused_mha_product(&call) != 0) fail(where + fused_mha_last_error());
-            const std::vector<char> written(output.storage.get(), output.storage.get() + output.c.bytes);
-            if (threads > 1 && written != bits) fail(where + "depends on the threads");
-            bits = written;
-            if (!options.compares || !output) continue;
-            const std::vector<double> result = output.values();
-            for (int64_t i = 0; i < M; ++i)
-                for (int64_t j = 0; j < N; ++j) {
-                    double exact = has_bias ? added[size_t(j)] : 0, size = std::fabs(exact);
-                    for (int64_t k = 0; k < K; ++k) {
-                        const double term = a[size_t(of_left ? k * M + i : i * K + k)] * b[size_t(of_right ? j * K + k : k * N + j)];
-                        exact += term;
-                        size += std::fabs(term);
-                    }
-                    if (!(std::fabs(result[size_t(i * N + j)] - exact) <= size * rounding_of(dtype) * 4))
-                        fail(where + "[" + std::to_string(i) + ", " + std::to_string(j) + "] is wrong");
-                }
-        }
-    }
 }
 
 template <class T>
@@ -340,7 +251,8 @@ int main(int count, char** words) {
     for (uint64_t index = options.first; index < options.first + options.count; ++index) {
         run_call(options, index);
         if (index % 8 == 0) run_call_twice(options, index);
-        if (index % 8 == 0) run_product(options, index);
+        if (index % 2 == 0) run_product(options, index);
+        run_module(options, index);
     }
     std::string names;
     for (const char* isa : options.isas) {
