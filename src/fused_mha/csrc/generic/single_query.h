@@ -58,7 +58,7 @@ private:
     template <class Data>
     static FMHA_INLINE void prefetch_ahead(const void* const* rows, int64_t known, int64_t j, int64_t columns) {
         if (j + AHEAD >= known) return;
-        prefetch_rows(rows + j + AHEAD, 1, columns * int64_t(sizeof(typename Data::Stored)));
+        prefetch_rows<TO_FIRST_LEVEL>(rows + j + AHEAD, 1, columns * int64_t(sizeof(typename Data::Stored)));
     }
 
     template <class Data, int VECTORS>
