@@ -34,8 +34,8 @@ def test_one_call_where_it_serves(module):
 def test_our_product_apart_from_the_attention_where_a_projection_is_hooked(module):
     module.out_proj.register_forward_hook(lambda *_: None)
     assert projections(module) == (
-        "by fused_mha's product, apart from the attention: a projection is hooked, replaced, reparametrized, sharded or "
-        "incomplete"
+        "by fused_mha's product, apart from the attention: a projection is hooked, replaced, reparametrized, sharded "
+        "or incomplete"
     )
 
 

@@ -32,7 +32,7 @@ ALLOWED = {
         "module_gradients",
         "projections",
     },
-    "module_gradients": {"backends.cpu", "module_call", "ops.schema"},
+    "module_gradients": {"backends.cpu", "backends.native", "module_call", "ops.schema"},
     "module_call": {"inputs", "ops.schema"},
     "functional": {"dispatch", "inputs", "masks", "modes"},
     "nested": set(),

@@ -1,5 +1,7 @@
 """The gradient of a module's forward that was one call of the C++ library."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -367,10 +369,11 @@ def test_a_mode_that_is_on_in_the_backward_alone_sees_its_operators(one_calls):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_compiled_autograd_traces_the_gradient_of_the_composition(one_calls):
+@pytest.mark.parametrize("way", [composed, contextlib.nullcontext], ids=["composition", "one call"])
+def test_compiled_autograd_traces_the_gradient(way, one_calls):
     module = random_module()
     x = torch.randn(2, 5, 8)
-    with composed():
+    with way():
         loss = total(module(x, x, x))
     expected = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
     with compiled_autograd._enable(torch.compile(backend="eager")):

@@ -1,20 +1,54 @@
-"""The gradients of a whole module: by calls of the C++ library, or by the operators, which can be differentiated again.
+"""The gradients of a whole module: by calls of the C++ library or of the operators, or as functions to differentiate.
 
 `one_call` records its calls with these.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from fused_mha.backends import cpu
+from fused_mha.backends import cpu, native
 from fused_mha.module_call import Call, Tensors, ranges, split
 from fused_mha.ops import schema
 from fused_mha.ops.schema import Arguments
 
 
+class Operators:
+    """What `gradients` calls of the library, by the operators: for who transforms or traces the backward alone."""
+
+    @staticmethod
+    def product(
+        left: Tensor, right: Tensor, bias: None, left_is_transposed: bool, right_is_transposed: bool, output: Tensor
+    ) -> Tensor:
+        """As `native.Library.product`."""
+        matrices = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+        result = torch.ops.fused_mha.product(*matrices, bias, left_is_transposed, right_is_transposed)
+        return output.copy_(result.view(output.shape))
+
+    @staticmethod
+    def backward(
+        arguments: Arguments,
+        output: Tensor,
+        stats: Tensor,
+        grad_output: Tensor,
+        grad_weights: Tensor | None,
+        grad_lse: None,
+        grad_attn_mask: None,
+        grad_columns: None,
+        grads: Iterable[Tensor],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As `native.Library.backward`."""
+        found = schema.attention_backward(grad_output, grad_weights, grad_lse, output, stats, False, False, *arguments)
+        for grad, result in zip(grads, found, strict=False):
+            grad.copy_(result)
+        return (None, None) if arguments.bias_k is None else (found[5].unsqueeze(0), found[6].unsqueeze(0))
+
+
 def gradients(
+    library: native.Library | Operators,
     call: Call,
     t: Tensors,
     needs: Tensors,
@@ -25,8 +59,7 @@ def gradients(
     *products: Tensor,
 ) -> dict[str, Tensor]:
     """The gradients that are needed, by name."""
-    assert cpu.LIBRARY is not None
-    multiply, layout, grads = cpu.LIBRARY.product, call.layout, dict[str, Tensor]()
+    multiply, layout, grads = library.product, call.layout, dict[str, Tensor]()
     N, L, H, _ = heads.shape
     E = t.out_weight.shape[0]
     merged = heads.view(N, L, E)
@@ -45,7 +78,7 @@ def gradients(
         grad_weights = grad_weights.contiguous()
     grad_products = [torch.empty_like(x) for x in products]
     arguments = Arguments.of(split(products, E, H), t.settings(call))
-    of_biases = cpu.LIBRARY.backward(
+    of_biases = library.backward(
         arguments,
         heads,
         stats,
@@ -78,24 +111,22 @@ def gradients(
     return grads
 
 
-def gradients_by_operators(
+def differentiable_gradients(
     call: Call, t: Tensors, needs: Tensors, grad_output: Tensor | None, grad_weights: Tensor | None
 ) -> dict[str, Tensor]:
-    """The same by the operators, for a second derivative and for who transforms or traces the backward."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        t = Tensors.of(x.view_as(x) if x is not None and x.requires_grad else x for x in t)
-        results = zip(_forward_by_operators(call, t), (grad_output, grad_weights), strict=True)
-        wanted = [(y, g) for y, g in results if g is not None]
-        repeated = {t._fields[i] for first, end in ranges(call, t) for i in range(first + 1, end)}
-        names = [name for name, needed in zip(t._fields, needs, strict=True) if needed and name not in repeated]
-        found = torch.autograd.grad(
-            [y for y, _ in wanted],
-            [getattr(t, name) for name in names],
-            [g for _, g in wanted],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
+    """The same as functions of everything, for a second derivative."""
+    t = Tensors.of(x.view_as(x) if x is not None and x.requires_grad else x for x in t)
+    results = zip(_forward_by_operators(call, t), (grad_output, grad_weights), strict=True)
+    wanted = [(y, g) for y, g in results if g is not None]
+    repeated = {t._fields[i] for first, end in ranges(call, t) for i in range(first + 1, end)}
+    names = [name for name, needed in zip(t._fields, needs, strict=True) if needed and name not in repeated]
+    found = torch.autograd.grad(
+        [y for y, _ in wanted],
+        [getattr(t, name) for name in names],
+        [g for _, g in wanted],
+        allow_unused=True,
+        create_graph=True,
+    )
     return {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
 
 

@@ -193,8 +193,9 @@ class _Module(torch.autograd.Function):
         needs = Tensors.of(ctx.needs_input_grad[1:])
         if grad_output is grad_weights is None:
             return (None,) * (1 + len(t))
-        if torch.is_grad_enabled() or not is_eager():
-            found = module_gradients.gradients_by_operators(ctx.call, t, needs, grad_output, grad_weights)
+        if torch.is_grad_enabled():
+            found = module_gradients.differentiable_gradients(ctx.call, t, needs, grad_output, grad_weights)
         else:
-            found = module_gradients.gradients(ctx.call, t, needs, grad_output, grad_weights, *kept)
+            library = cpu.LIBRARY if cpu.LIBRARY is not None and is_eager() else module_gradients.Operators()
+            found = module_gradients.gradients(library, ctx.call, t, needs, grad_output, grad_weights, *kept)
         return None, *(found.get(name) for name in t._fields)
