@@ -16,24 +16,20 @@ from fused_mha import dispatch
 from fused_mha.backends import cpu
 from fused_mha.modes import autocast_is_on, onnx_export_is_active, transform_is_active
 
-_TYPES = (Tensor, torch.nn.Parameter)
-
-
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 RULE = "torch's own product is the faster one for this dtype, processor and instruction set"
 _FP16 = (torch.float16,)
 _ALL_BUT_BF16 = (*_FP16, torch.float32, torch.float64)
-_ALL = (*_ALL_BUT_BF16, torch.bfloat16)
+_BY_ISA = {"avx512": _ALL_BUT_BF16, "avx512_bf16": (*_ALL_BUT_BF16, torch.bfloat16)}
 
 
 def dtypes() -> tuple[torch.dtype, ...]:
     """Those whose products are faster than torch's."""
     if cpu.LIBRARY is None:
         return ()
-    if cpu.LIBRARY.isa == "avx512_bf16" and cpu.LIBRARY.cpu_vendor != "GenuineIntel":
-        return _ALL
-    if cpu.LIBRARY.isa == "avx512" and cpu.LIBRARY.cpu_vendor != "GenuineIntel":
-        return _ALL_BUT_BF16
-    return _FP16
+    if cpu.LIBRARY.cpu_vendor == "GenuineIntel":
+        return _FP16
+    return _BY_ISA.get(cpu.LIBRARY.isa, _FP16)
 
 
 def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -51,7 +47,7 @@ def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     return (
         dispatch.allows(cpu.BACKEND)
-        and all(t is None or (type(t) in _TYPES and t.dtype == x.dtype and t.is_cpu) for t in (x, weight, bias))
+        and all(t is None or (type(t) in PLAIN_TYPES and t.dtype == x.dtype and t.is_cpu) for t in (x, weight, bias))
         and not transform_is_active()
         and not autocast_is_on("cpu")
         and not torch.jit.is_tracing()

@@ -92,8 +92,6 @@ def gradients(
     for name, grad in zip(("bias_k", "bias_v"), of_biases, strict=True):
         if getattr(needs, name) and grad is not None:
             grads[name] = cpu.sum_over_batch(grad).to(heads.dtype).view(1, 1, E)
-    if needs.in_weight and t.in_weight is not None:
-        grads["in_weight"] = torch.empty_like(t.in_weight)
     for (first, end), grad in zip(ranges(call, t), grad_products, strict=True):
         name, x = t._fields[first], layout.sequences(t.inputs[first])
         weight_name = f"{name}_weight" if t.in_weight is None else "in_weight"

@@ -115,7 +115,7 @@ def tensors_of(
     if dtype not in linear.dtypes():
         return linear.RULE
     for x in (*inputs, *parameters):
-        if x is not None and (x.dtype != dtype or type(x) not in _TYPES or not x.is_cpu or x.is_neg()):
+        if x is not None and (x.dtype != dtype or type(x) not in linear.PLAIN_TYPES or not x.is_cpu or x.is_neg()):
             return "an input or a parameter is of another dtype or device, or a subclass of torch.Tensor"
     for mask in (attn_mask, key_padding_mask):
         if mask is not None and (
@@ -135,8 +135,7 @@ def tensors_of(
     return Tensors.of((*inputs, *parameters, attn_mask, key_padding_mask, None)), shared
 
 
-_TYPES = (Tensor, Parameter)
-_MASK_DTYPES = (torch.bool, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MASK_DTYPES = (torch.bool, *cpu.DTYPES)
 
 
 def _is_finite(x: Tensor) -> bool:

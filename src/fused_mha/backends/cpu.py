@@ -17,6 +17,7 @@ from fused_mha.ops import autograd, schema
 from fused_mha.ops import product as product_operator
 from fused_mha.ops.schema import Arguments
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of inputs, and of masks that are not bool
 LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
 
 if LIBRARY is None:
@@ -233,7 +234,7 @@ BACKEND = Backend(
     summary="the fused core in C++" + (f", instruction set {LIBRARY.isa}" if LIBRARY else ", not in this installation"),
     capability=Capability(
         devices=("cpu",),
-        dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+        dtypes=DTYPES,
         transforms=False,
         onnx_export=False,
         reads_hidden_keys=False,
