@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha.ops.schema import Arguments, Settings
+from fused_mha.ops.schema import Arguments, Settings, count_columns, weights_shape
 
 ABI_VERSION = 3
 ISA_VARIABLE = "FUSED_MHA_ISA"
@@ -192,9 +192,8 @@ class Library:
         query = inputs[0]
         weights = None
         if settings.need_weights:
-            columns = inputs[-1].shape[1] + (settings.bias_k is not None) + settings.add_zero_attn
-            heads = () if settings.average_attn_weights else (num_heads,)
-            weights = query.new_empty((query.shape[0], *heads, query.shape[1], columns))
+            (N, L, _), columns = query.shape, count_columns(settings, inputs[-1].shape[1])
+            weights = query.new_empty(weights_shape(settings, N, L, num_heads, columns))
         *projections, heads, stats = map(_fields, kept) if kept else (_ABSENT,) * 5
         fields = (
             *_fields(query),

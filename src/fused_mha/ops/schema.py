@@ -52,6 +52,16 @@ class Settings(NamedTuple):
     average_attn_weights: bool
 
 
+def count_columns(settings: Settings | Arguments, S: int) -> int:
+    """S', the number of keys with the virtual ones."""
+    return S + (settings.bias_k is not None) + settings.add_zero_attn
+
+
+def weights_shape(settings: Settings | Arguments, N: int, L: int, H: int, columns: int) -> tuple[int, ...]:
+    """(N, L, S') averaged, or (N, H, L, S')."""
+    return (N, L, columns) if settings.average_attn_weights else (N, H, L, columns)
+
+
 class Arguments(NamedTuple):
     """What forward and backward share, in the order of the op's arguments.
 
@@ -83,15 +93,13 @@ class Arguments(NamedTuple):
     @property
     def columns(self) -> int:
         """S', the number of keys with the virtual ones."""
-        return self.key.shape[1] + (self.bias_k is not None) + self.add_zero_attn
+        return count_columns(self, self.key.shape[1])
 
     @property
     def weights_shape(self) -> tuple[int, ...]:
         """Of the weights; without them, of an empty tensor in their place."""
-        N, L, H = self.query.shape[:3]
-        if not self.need_weights:
-            return (0,)
-        return (N, L, self.columns) if self.average_attn_weights else (N, H, L, self.columns)
+        N, L, H, _ = self.query.shape
+        return weights_shape(self, N, L, H, self.columns) if self.need_weights else (0,)
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
