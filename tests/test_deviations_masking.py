@@ -209,7 +209,8 @@ def test_nan_in_a_hidden_key_reaches_no_output_and_no_gradient(
             runs.append(_run(module, *arguments, need_weights=need_weights))
     for clean, poisoned in zip(*runs, strict=True):
         assert poisoned.isfinite().all()
-        torch.testing.assert_close(poisoned, clean, rtol=1e-4, atol=1e-5)
+        rounding = 1e-6 * clean.abs().max().item()  # sums whose terms cancel
+        torch.testing.assert_close(poisoned, clean, rtol=1e-4, atol=1e-5 + rounding)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

@@ -45,7 +45,7 @@ def test_packed_rows_are_query_key_value(sharing, bias):
 def test_separate_weights_have_sizes_of_their_own(bias):
     inputs = (draw(2, 3, E), draw(2, 4, 5, seed=1), draw(2, 4, 8, seed=2))
     weights = (draw(E, E, seed=5), draw(E, 5, seed=6), draw(E, 8, seed=7))
-    results = projections.separate_in_projection(*inputs, *weights, bias, None)
+    results = projections.separate_in_projection(*inputs, *weights, bias)
     for i, (x, weight, result) in enumerate(zip(inputs, weights, results, strict=True)):
         assert_close(result, F.linear(x, weight, None if bias is None else bias[i * E : (i + 1) * E]))
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention, explain, module_call, multi_head_attention
+from fused_mha import MultiHeadAttention, explain, multi_head_attention, one_call
 from fused_mha.inputs import default_scale
 from fused_mha.testing import Case, assert_parity, compare, grid
 from fused_mha.testing.tolerances import FLOOR, tolerance
@@ -43,7 +43,7 @@ class WrongScale(MultiHeadAttention):
             return default_scale(head_dim) * WRONG
 
         with ExitStack() as patches:
-            for module in (module_call, multi_head_attention):
+            for module in (multi_head_attention, one_call):
                 patches.enter_context(patch.object(module, "default_scale", wrong_scale))
             return super().forward(*args, **kwargs)
 

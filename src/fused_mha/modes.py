@@ -37,3 +37,8 @@ def is_eager() -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return not transform_is_active() and _count_dispatch_modes() == 0
+
+
+def is_traced_by_dynamo() -> bool:
+    """Whether `torch.compile` or `torch.export` is tracing Python, and no transform is active."""
+    return torch.compiler.is_dynamo_compiling() and not transform_is_active() and not torch.onnx.is_in_onnx_export()

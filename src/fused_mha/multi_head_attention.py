@@ -335,8 +335,10 @@ class MultiHeadAttention(nn.MultiheadAttention):
         if packed_weight is not None:
             q, k, v = projections.packed_in_projection(query, key, value, packed_weight, self.in_proj_bias, hidden)
         else:
+            if hidden is not None:
+                query, key, value = projections.without_hidden_keys(query, key, value, hidden)
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = projections.separate_in_projection(query, key, value, *weights, self.in_proj_bias, hidden)
+            q, k, v = projections.separate_in_projection(query, key, value, *weights, self.in_proj_bias)
         q, k, v = (projections.split_heads(x, head_dim, self.batch_first) for x in (q, k, v))
 
         if attn_mask is not None:

@@ -32,24 +32,22 @@ def packed_in_projection(
         The three projections, each (..., E), as views of one tensor where one product made them.
     """
     E = weight.shape[1]
+    if hidden is not None:
+        query, key, value = without_hidden_keys(query, key, value, hidden)
     if query is key and key is value:
-        if hidden is None:
-            q, k, v = linear(query, weight, bias).chunk(3, dim=-1)
-            return q, k, v
-        # A hidden row is a query too, whose own output counts: only NaN and inf are taken out of it. The zeros behind
-        # the product serve where finite numbers overflow in it.
-        finite = query.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        packed = linear(torch.where(hidden, finite, query), weight, bias)
-        q, kv = packed.narrow(-1, 0, E), packed.narrow(-1, E, 2 * E).masked_fill(hidden, 0.0)
+        packed = linear(query, weight, bias)
+        q, kv = packed.narrow(-1, 0, E), packed.narrow(-1, E, 2 * E)
+        if hidden is not None:  # finite numbers may overflow in the product
+            kv = kv.masked_fill(hidden, 0.0)
         k, v = kv.chunk(2, dim=-1)
         return q, k, v
     if key is value:
         w_q, w_kv = weight.split([E, 2 * E])
         b_q, b_kv = bias.split([E, 2 * E]) if bias is not None else (None, None)
-        k, v = linear(_without(key, hidden), w_kv, b_kv).chunk(2, dim=-1)
+        k, v = linear(key, w_kv, b_kv).chunk(2, dim=-1)
         return linear(query, w_q, b_q), k, v
     w_q, w_k, w_v = weight.chunk(3)
-    return separate_in_projection(query, key, value, w_q, w_k, w_v, bias, hidden)
+    return separate_in_projection(query, key, value, w_q, w_k, w_v, bias)
 
 
 def separate_in_projection(
@@ -60,7 +58,6 @@ def separate_in_projection(
     w_k: Tensor,
     w_v: Tensor,
     bias: Tensor | None,
-    hidden: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project by three weights.
 
@@ -72,15 +69,32 @@ def separate_in_projection(
         w_k: (E, kdim).
         w_v: (E, vdim).
         bias: (3E), packed in the order query, key, value, or None.
-        hidden: (..., 1), bool, True = never read, or None; of key's and value's shape.
 
     Returns:
         The three projections, each (..., E).
     """
     b_q, b_k, b_v = bias.chunk(3) if bias is not None else (None, None, None)
-    k = linear(_without(key, hidden), w_k, b_k)
-    v = linear(_without(value, hidden), w_v, b_v)
-    return linear(query, w_q, b_q), k, v
+    return linear(query, w_q, b_q), linear(key, w_k, b_k), linear(value, w_v, b_v)
+
+
+def without_hidden_keys(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros, or finite numbers, in the rows of key and value that no query may see; what is one tensor stays one.
+
+    Args:
+        query: (..., E).
+        key: (..., kdim).
+        value: (..., vdim).
+        hidden: (..., 1), bool, True = never read; of key's and value's shape.
+
+    Returns:
+        The three.
+    """
+    if query is key and key is value:
+        # A hidden row is a query too, whose own output counts: only NaN and inf are taken out of it.
+        x = torch.where(hidden, query.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), query)
+        return x, x, x
+    without = key.masked_fill(hidden, 0.0)
+    return query, without, without if value is key else value.masked_fill(hidden, 0.0)
 
 
 def out_projection(x: Tensor, out_proj: nn.Module) -> Tensor:
@@ -118,10 +132,6 @@ def is_stock(out_proj: nn.Linear) -> bool:
 
 
 _LINEAR_TYPES = (nn.Linear, NonDynamicallyQuantizableLinear)
-
-
-def _without(x: Tensor, hidden: Tensor | None) -> Tensor:
-    return x if hidden is None else x.masked_fill(hidden, 0.0)
 
 
 def split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:

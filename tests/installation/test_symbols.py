@@ -46,7 +46,7 @@ def test_library_exports_the_functions_of_its_header_alone(library):
 
 def test_library_needs_neither_torch_nor_openmp_nor_python(library):
     needed = re.findall(r"\(NEEDED\).*\[(.*?)\]", output_of(tool("readelf"), "--dynamic", "--wide", library))
-    own = re.compile(r"(libstdc\+\+|libgcc_s|libm|libc|libpthread|ld-linux-[\w-]+)\.so\.\d+")
+    own = re.compile(r"(libstdc\+\+|libgcc_s|libm|libc|libdl|libpthread|ld-linux-[\w-]+)\.so\.\d+")
     assert needed
     assert not [name for name in needed if not own.fullmatch(name)]
     undefined = {name for _, name in symbols(library, "--dynamic", "--undefined-only")}

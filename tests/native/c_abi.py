@@ -16,7 +16,8 @@ if C is not None:
     C.fused_mha_last_error.restype = ctypes.c_char_p
     for _name in ("forward", "backward", "product", "module"):
         getattr(C, f"fused_mha_{_name}").restype = getattr(C, f"fused_mha_{_name}_workspace").restype = ctypes.c_int64
-    C.fused_mha_dropout_mask.restype = C.fused_mha_exp2.restype = ctypes.c_int64
+    for _name in ("dropout_mask", "exp2", "column_sums"):
+        getattr(C, f"fused_mha_{_name}").restype = ctypes.c_int64
 
 
 class TensorFields(ctypes.Structure):

@@ -92,9 +92,17 @@ class ModuleCall:
 class ProductCall:
     """output (2, 3, 4) = left (2, 3, 5) right (5, 4) + bias, or what another shape gives."""
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor, output: torch.Tensor, transposed: tuple) -> None:
+    def __init__(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        output: torch.Tensor,
+        transposed: tuple,
+        bias: torch.Tensor | None = None,
+    ) -> None:
         self.arguments = Product()
-        self.tensors = {"left": left, "right": right, "output": output, "bias": torch.zeros(output.shape[-1])}
+        self.tensors = {"left": left, "right": right, "output": output}
+        self.tensors["bias"] = output.new_zeros(output.shape[-1]) if bias is None else bias
         self.arguments.left_is_transposed, self.arguments.right_is_transposed = transposed
         self.arguments.threads = 1
         for name, x in self.tensors.items():

@@ -138,7 +138,7 @@ def parallel_for():
         C.fused_mha_set_parallel_for(kept[-1])
 
     yield use
-    C.fused_mha_set_parallel_for(ctypes.c_void_p(native._torch_parallel_for()))
+    C.fused_mha_set_parallel_for(native._torch_parallel_for())
 
 
 LARGE = {"N": 2, "L": 300, "S": 1200, "H": 4, "H_kv": 4, "D": 16, "D_v": 16}

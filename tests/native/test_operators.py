@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_mha
 from attention_oracle import make_arguments
 from fused_mha import MultiHeadAttention
-from fused_mha.ops.schema import Arguments, Settings
+from fused_mha.ops.schema import Arguments
 from native.call_space import DTYPES
 from native.dense_oracle import drawn_seed, native_attention, run
 
@@ -50,10 +50,6 @@ def operands(requires_grad=True, dtype=torch.float32, **case):
         if x is not None and x.is_floating_point() and requires_grad:
             x.requires_grad_()
     return arguments
-
-
-def test_settings_are_what_arguments_have_behind_query_key_and_value():
-    assert Settings._fields == Arguments._fields[3:]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

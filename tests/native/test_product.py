@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fused_mha.backends.cpu import LIBRARY, product
 from fused_mha.ops.product import product as operator
 from native.call_space import DTYPES
+from native.module_call import ProductCall
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TRANSPOSED = list(itertools.product([False, True], repeat=2))
@@ -131,16 +132,17 @@ def test_rows_of_sequences_are_those_of_a_matrix(isa, left, right, layout, sizes
             continue
         output = sequences(torch.full_like(expected, float("nan")), batch_c, layout)
         operand_a, operand_b = sequences(a, batch_a, layout), sequences(b, batch_b, layout)
-        LIBRARY.product(operand_a, operand_b, bias, left, right, output)
+        assert ProductCall(operand_a, operand_b, output, (left, right), bias).error() is None
         assert torch.equal(output.reshape(expected.shape), expected)
 
 
 def test_a_sequence_of_no_rows_is_a_matrix_of_none(isa):
-    b, bias = torch.randn(4, 5), torch.randn(4)
+    b = torch.randn(4, 5)
     for shape in ((0, 3, 5), (3, 0, 5)):
-        output = torch.empty(*shape[:2], 4)
-        assert LIBRARY.product(torch.empty(shape), b, bias, False, True, output) is output
-        result = LIBRARY.product(torch.empty(shape), torch.empty(*shape[:2], 4), None, True, False, torch.empty(5, 4))
+        x = torch.empty(shape)
+        assert ProductCall(x, b, torch.empty(*shape[:2], 4), (False, True)).error() is None
+        result = torch.full((5, 4), float("nan"))
+        assert ProductCall(x, torch.empty(*shape[:2], 4), result, (True, False)).error() is None
         assert not result.any()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from fused_mha.backends import native
 from fused_mha.backends.capability import Backend, Capability
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import is_eager
-from fused_mha.ops import autograd, schema
+from fused_mha.ops import autograd, module_autograd, schema
+from fused_mha.ops import module as module_operator
 from fused_mha.ops import product as product_operator
 from fused_mha.ops.schema import Arguments
 
@@ -27,6 +30,21 @@ if LIBRARY is None:
         "again by `pip install --force-reinstall --no-deps --no-cache-dir` (pip's cache may hold one without it).",
         stacklevel=2,
     )
+
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def _kernel(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """The library's kernel of an operator, for eager calls: without autograd and what else the dispatcher would ask."""
+    return functools.partial(operator.redispatch, _CPU)
+
+
+_forward = _kernel(schema.attention)
+_attention_gradients = _kernel(schema.attention_gradients)
+_product = _kernel(product_operator.product)
+_module = _kernel(module_operator.multi_head_attention)
+_module_backward = _kernel(module_operator.multi_head_attention_backward)
 
 
 def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
@@ -73,31 +91,8 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     elif is_recorded(*arguments[:7]):
         output, weights, lse, _ = _Attention.apply(*arguments)
     else:
-        assert LIBRARY is not None
-        output, weights, lse, _ = LIBRARY.forward(_contiguous(arguments), inputs.return_lse, return_stats=False)
+        output, weights, lse, _ = _forward(*arguments)
     return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
-
-
-def _contiguous(arguments: Arguments) -> Arguments:
-    return Arguments.of((None if x is None else last_contiguous(x) for x in arguments[:7]), arguments[7:])
-
-
-def _operands(*inputs: Any) -> Arguments:
-    """The operators' arguments, which anyone may call them with; what else is wrong the library finds."""
-    for name, x in zip(Arguments._fields, inputs[:8], strict=False):
-        if x is not None and (x.dim() > 4 or (x.dim() < 4 and name in ("query", "key", "value", "attn_mask"))):
-            raise RuntimeError(f"{name} has a wrong number of dimensions; got shape {tuple(x.shape)}")
-    return _contiguous(Arguments(*inputs))
-
-
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert LIBRARY is not None
-    return LIBRARY.forward(_operands(*inputs), return_lse=True, return_stats=True)
-
-
-def sum_over_batch(x: Tensor) -> Tensor:
-    """The sum over the first dimension, the same for any number of threads."""
-    return _sum(x, 0)[0]
 
 
 def _sum(x: Tensor, dim: int) -> Tensor:
@@ -120,43 +115,36 @@ def _backward(
     padding_grad: bool,
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
-    assert LIBRARY is not None
-    arguments = _operands(*inputs)
+    arguments = Arguments(*inputs)
     query, mask, padding = arguments.query, arguments.attn_mask, arguments.key_padding_mask
     for name, mask_of_grad, wanted in (("attn_mask", mask, mask_grad), ("key_padding_mask", padding, padding_grad)):
         if wanted and mask_of_grad is not None and not mask_of_grad.is_floating_point():
             raise RuntimeError(f"{name} must be floating for a gradient; got {mask_of_grad.dtype}")
-    N, _, H, _ = query.shape
-    dtype = arguments.accumulator_dtype
-    sums_queries = padding_grad or (mask_grad and mask is not None and mask.shape[2] == 1)
-    grad_columns = query.new_zeros((N, H, arguments.key.shape[1]), dtype=dtype) if sums_queries else None
-    grad_mask = None
-    if mask_grad and mask is not None and mask.shape[2] != 1:
-        grad_mask = query.new_zeros(mask.shape, dtype=dtype)
-    grads = [x.new_empty(x.shape) for x in (query, arguments.key, arguments.value)]
-    biases = LIBRARY.backward(
-        arguments,
+    mask_grad, padding_grad = mask_grad and mask is not None, padding_grad and padding is not None
+    has_rows = mask is not None and mask.shape[2] != 1
+    *grads, grad_mask, grad_columns, grad_bias_k, grad_bias_v = _attention_gradients(
+        torch.zeros_like(output) if grad_output is None else grad_output,
+        grad_weights,
+        grad_lse,
         output,
         stats,
-        torch.zeros_like(output) if grad_output is None else last_contiguous(grad_output),
-        None if grad_weights is None else grad_weights.contiguous(),
-        None if grad_lse is None else grad_lse.contiguous(),
-        grad_mask,
-        grad_columns,
-        grads,
+        mask_grad and has_rows,
+        padding_grad or (mask_grad and not has_rows),
+        *inputs,
     )
     grad_attn_mask, grad_padding = query.new_empty((0,)), query.new_empty((0,))
     if mask_grad and mask is not None:
-        if grad_mask is None:
-            assert grad_columns is not None
+        if not has_rows:
             grad_mask = grad_columns.unsqueeze(2)  # [N, H, 1, S]
             for dim in (0, 1):
                 grad_mask = _sum(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
         grad_attn_mask = grad_mask.to(mask.dtype)
     if padding_grad and padding is not None:
-        assert grad_columns is not None
         grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype)
-    grad_biases = [query.new_empty((0,)) if grad is None else sum_over_batch(grad).to(query.dtype) for grad in biases]
+    grad_biases = [
+        query.new_empty((0,)) if bias is None else _sum(grad, 0)[0].to(query.dtype)
+        for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))
+    ]
     return *grads, grad_attn_mask, grad_padding, *grad_biases
 
 
@@ -190,6 +178,21 @@ class _Product(torch.autograd.Function):
         return product_operator.backward(ctx, *grads, multiply=multiply)
 
 
+class _Module(torch.autograd.Function):
+    """The operator `multi_head_attention` and its gradient without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        results = _module(*inputs)
+        module_autograd.setup(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        kernel = _module_backward if is_eager() else module_operator.multi_head_attention_backward
+        return module_autograd.backward(ctx, *grads, kernel=kernel)
+
+
 def is_recorded(*tensors: Tensor | None) -> bool:
     """Whether autograd records a call with these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
@@ -205,23 +208,16 @@ def product(
     return multiply(left, right, bias, left_is_transposed, right_is_transposed)
 
 
-def _product(
-    left: Tensor, right: Tensor, bias: Tensor | None, left_is_transposed: bool, right_is_transposed: bool
-) -> Tensor:
-    assert LIBRARY is not None
-    for name, x in (("left", left), ("right", right)):
-        if x.dim() != 2:
-            raise RuntimeError(f"{name} must be a matrix; got shape {tuple(x.shape)}")
-    left, right = last_contiguous(left), last_contiguous(right)
-    bias = None if bias is None else bias.contiguous()
-    return LIBRARY.product(left, right, bias, left_is_transposed, right_is_transposed)
+def multi_head_attention(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """The operator of that name, of plain tensors and parameters in eager mode without the dispatcher."""
+    keep = is_recorded(*tensors)
+    call: Any = module_operator.multi_head_attention if not is_eager() else _Module.apply if keep else _module
+    return call(*tensors, *numbers, keep)
 
 
 if LIBRARY is not None:
-    schema.LIBRARY.impl("product", _product, "CPU")
-    schema.LIBRARY.impl("attention", _forward, "CPU")
+    LIBRARY.register_operators()
     schema.LIBRARY.impl("attention_backward", _backward, "CPU")
-    schema.LIBRARY.impl("dropout_mask", LIBRARY.dropout_mask, "CPU")
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:

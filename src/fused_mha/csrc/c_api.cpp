@@ -434,6 +434,20 @@ int64_t fused_mha_module(fused_mha_module_arguments* call) {
     return !checker.ok ? -1 : run(MODULE, *call, {&call->output, &call->core.weights});
 }
 
+int64_t fused_mha_column_sums(const fused_mha_tensor* matrix, const fused_mha_tensor* sums, int64_t threads) {
+    Checker checker;
+    checker.check_floating("matrix", *matrix);
+    checker.check_floating("sums", *sums);
+    if (!checker.ok) return -1;
+    if (sums->dtype != matrix->dtype) checker.check_sizes("matrix", *matrix, accumulator_dtype(sums->dtype), {-1, -1, -1, 1});
+    checker.check("matrix", *matrix, matrix->dtype, 3, {-1, -1, -1, 1});
+    checker.check("sums", *sums, sums->dtype, 1, {matrix->size[2], 1, 1, 1});
+    check_threads(checker, threads);
+    if (!checker.ok) return -1;
+    current_kernels().column_sums(*matrix, *sums, threads);
+    return 0;
+}
+
 int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask, double dropout_p,
                                int64_t threads) {
     Checker checker;

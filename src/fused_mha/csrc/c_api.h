@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FUSED_MHA_ABI_VERSION 3
+#define FUSED_MHA_ABI_VERSION 4
 #define FUSED_MHA_EXPORT __attribute__((visibility("default")))
 
 enum fused_mha_dtype {
@@ -134,12 +134,18 @@ FUSED_MHA_EXPORT int64_t fused_mha_product(const fused_mha_product_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_module_workspace(fused_mha_module_arguments*);
 FUSED_MHA_EXPORT int64_t fused_mha_module(fused_mha_module_arguments*);
 
+// sums (C) = the sums over the rows of matrix (N, L, C), of its dtype, or of a half type where it is float32.
+FUSED_MHA_EXPORT int64_t fused_mha_column_sums(const fused_mha_tensor* matrix, const fused_mha_tensor* sums, int64_t threads);
+
 // mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed (2).
 FUSED_MHA_EXPORT int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask,
                                                 double dropout_p, int64_t threads);
 
 // The kernels' exp2 of `count` numbers, for its test; float32 or float64 by `dtype`.
 FUSED_MHA_EXPORT int64_t fused_mha_exp2(const void* x, void* result, int64_t count, int64_t dtype);
+
+// Registers the CPU's kernels of torch.ops.fused_mha with torch, whose library dlopen gave; once in a process.
+FUSED_MHA_EXPORT int64_t fused_mha_register_operators(void* torch_library);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,8 @@
 
 `attention` returns the output (N, L, H, D_v), the weights or an empty tensor, the log-sum-exp (N, H, L) and `stats`
 (2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. A gradient that is not asked for is an
-empty tensor.
+empty tensor. `attention_gradients` is what the library computes of it: the gradients of query, key and value, of the
+mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), and of the biases for each batch element.
 """
 
 from __future__ import annotations
@@ -20,46 +21,25 @@ _INPUTS = (
     "Tensor? bias_v, Tensor? seed, SymInt? first_visible, SymInt? last_visible, bool add_zero_attn, float dropout_p, "
     "float scale, bool need_weights, bool average_attn_weights"
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-LIBRARY.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=TAGS)
 LIBRARY.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_weights, Tensor? grad_lse, Tensor output, Tensor stats, "
     f"bool mask_grad, bool padding_grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor", tags=_TAGS)
+LIBRARY.define(
+    "attention_gradients(Tensor grad_output, Tensor? grad_weights, Tensor? grad_lse, Tensor output, Tensor stats, "
+    f"bool mask_grad, bool columns_grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=TAGS,
+)
+LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor", tags=TAGS)
 
 attention = torch.ops.fused_mha.attention.default
 attention_backward = torch.ops.fused_mha.attention_backward.default
+attention_gradients = torch.ops.fused_mha.attention_gradients.default
 dropout_mask = torch.ops.fused_mha.dropout_mask.default
-
-
-class Settings(NamedTuple):
-    """What goes into attention beside query, key and value: the other fields of `Arguments`, in their order."""
-
-    attn_mask: Tensor | None
-    key_padding_mask: Tensor | None
-    bias_k: Tensor | None
-    bias_v: Tensor | None
-    seed: Tensor | None
-    first_visible: int | None
-    last_visible: int | None
-    add_zero_attn: bool
-    dropout_p: float
-    scale: float
-    need_weights: bool
-    average_attn_weights: bool
-
-
-def count_columns(settings: Settings | Arguments, S: int) -> int:
-    """S', the number of keys with the virtual ones."""
-    return S + (settings.bias_k is not None) + settings.add_zero_attn
-
-
-def weights_shape(settings: Settings | Arguments, N: int, L: int, H: int, columns: int) -> tuple[int, ...]:
-    """(N, L, S') averaged, or (N, H, L, S')."""
-    return (N, L, columns) if settings.average_attn_weights else (N, H, L, columns)
 
 
 class Arguments(NamedTuple):
@@ -93,13 +73,15 @@ class Arguments(NamedTuple):
     @property
     def columns(self) -> int:
         """S', the number of keys with the virtual ones."""
-        return count_columns(self, self.key.shape[1])
+        return self.key.shape[1] + (self.bias_k is not None) + self.add_zero_attn
 
     @property
     def weights_shape(self) -> tuple[int, ...]:
         """Of the weights; without them, of an empty tensor in their place."""
         N, L, H, _ = self.query.shape
-        return weights_shape(self, N, L, H, self.columns) if self.need_weights else (0,)
+        if not self.need_weights:
+            return (0,)
+        return (N, L, self.columns) if self.average_attn_weights else (N, H, L, self.columns)
 
     @property
     def accumulator_dtype(self) -> torch.dtype:

@@ -3,6 +3,7 @@
 
 #include "generic/attention_backward.h"
 #include "generic/attention_forward.h"
+#include "generic/column_sums.h"
 #include "generic/kernels.h"
 #include "generic/module.h"
 
@@ -66,6 +67,12 @@ void module(const fused_mha_module_arguments& call) {
     with_policy(call.query.dtype, [&](auto policy) { Module<decltype(policy)>(call).run(); });
 }
 
+void column_sums(const fused_mha_tensor& matrix, const fused_mha_tensor& sums, int64_t threads) {
+    with_policy(matrix.dtype, [&](auto policy) {
+        ColumnSums<typename decltype(policy)::Accumulator>(matrix, sums).run(threads);
+    });
+}
+
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
     const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), dropout_p);
     const int64_t H = mask.size[1], L = mask.size[2], S = mask.size[3];
@@ -93,6 +100,6 @@ void exp2_of(const T* x, T* result, int64_t count) {
 
 extern const KernelTable kernels;
 const KernelTable kernels = {FMHA_ISA_NAME, forward_workspace, forward,      backward_workspace, backward,
-                             product_workspace, product, module_workspace, module, dropout_mask, exp2_of<float>, exp2_of<double>};
+                             product_workspace, product, module_workspace, module, column_sums, dropout_mask, exp2_of<float>, exp2_of<double>};
 
 }  // namespace fused_mha::FMHA_ISA
