@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t TILE_BUDGET = 512 * 64;  // keys of a tile * head size; scores of a row tile stay in the first-level cache
 constexpr int64_t FEWEST_TILE_KEYS = 128;
+constexpr int64_t SCORES_BUDGET = 16 * 1024;  // heads * keys of a tile, for single queries
 // Rows of a task: packing K and V costs as much as attending from about 5 rows, and the rows' queries and outputs share
 // the second-level cache with a tile of keys and values.
 constexpr int64_t ROW_BUDGET = 512 * 64;      // rows * head size
@@ -35,10 +36,11 @@ public:
           with_weights(call.weights.data != nullptr),
           averages(with_weights && call.attention.average_weights),
           all_panels(ceil_div(attention.masking.keys, COLUMNS)),
-          tile_panels(max(1, min(all_panels, tile_keys(max(attention.D, attention.D_v)) / COLUMNS))),
+          takes_heads(attention.reads_in_place && !with_weights),
+          tile_panels(max(1, min(all_panels, tile_keys() / COLUMNS))),
           key_tiles(ceil_div(all_panels, tile_panels)),
-          lanes(with_weights ? attention.N : attention.N * attention.H_kv) {
-        const int64_t tiles = attention.row_tiles * (with_weights ? 1 : attention.group);
+          lanes(with_weights || takes_heads ? attention.N : attention.N * attention.H_kv) {
+        const int64_t tiles = attention.row_tiles * (with_weights ? 1 : takes_heads ? attention.H : attention.group);
         int64_t most = ROW_BUDGET / max(max(attention.D, attention.D_v), 64);
         if (with_weights) most = min(most, STRIP_BUDGET / max(all_panels * COLUMNS, 1));
         // Few lanes, many threads: smaller tasks, as long as packing stays cheap. No result depends on it.
@@ -46,7 +48,8 @@ public:
         const int64_t fewest =
             with_weights ? min(max(MOST_STRIP / max(MR * all_panels * COLUMNS, 1), 1), FEWEST_TILES) : FEWEST_TILES;
         const int64_t tiles_of_task = max(min(ceil_div(most, MR), ceil_div(tiles, tasks_of_lane)), fewest);
-        chunks = {tiles, ceil_div(tiles, tiles_of_task)};
+        chunks = {tiles, takes_heads ? min(ceil_div(call.attention.threads, max(attention.N, 1)), tiles)
+                                     : ceil_div(tiles, tiles_of_task)};
         packs_first = with_weights && chunks.parts > 1;
         Arena measure{0};
         Worker(*this, measure);
@@ -78,7 +81,9 @@ private:
     const fused_mha_forward_arguments& call;
     const Attention<P> attention;
     const bool with_weights, averages;
-    const int64_t all_panels, tile_panels, key_tiles;
+    const int64_t all_panels;
+    const bool takes_heads;  // a task has single queries of many heads, whose keys lie side by side
+    const int64_t tile_panels, key_tiles;
     const int64_t lanes;  // heads of keys in the batch, or batch elements: tasks share no row between them
     Parts chunks;         // of the row tiles of a lane, one for each task
     bool packs_first;     // all keys and values, since many tasks will read them
@@ -89,8 +94,9 @@ private:
         return packs_first ? attention.N * attention.H_kv * key_tiles * tile : 0;
     }
 
-    static int64_t tile_keys(int64_t widest) {
-        return max(min(TILE_BUDGET / max(widest, 1), MOST_TILE_KEYS), FEWEST_TILE_KEYS);
+    int64_t tile_keys() const {
+        if (attention.reads_in_place) return max(min(SCORES_BUDGET / max(attention.H, 1), MOST_TILE_KEYS), COLUMNS);
+        return max(min(TILE_BUDGET / max(max(attention.D, attention.D_v), 1), MOST_TILE_KEYS), FEWEST_TILE_KEYS);
     }
 
     class Worker {
@@ -100,17 +106,21 @@ private:
               attention(forward.attention),
               attender(forward.attention, forward.with_weights),
               keys(forward.attention, forward.tile_panels),
+              heads(arena, forward.takes_heads ? attention.H : 0),
               storage(forward.packs_first ? packed : arena.take<T>(keys.size())),
               panels(arena.take<KeyPanel>(forward.all_panels)),
               most_tiles(ceil_div(forward.chunks.count, max(forward.chunks.parts, 1))),
               rows(arena.take<RowTile<P>>(most_tiles)),
-              query_size(MR * Panels<P>::A_WIDTH * Panels<P>::panels(attention.D)),
-              output_size(MR * COLUMNS * Panels<P>::panels(attention.D_v)),
+              most_rows(max(min(attention.L, MR), 1)),
+              query_size(most_rows * (attention.reads_in_place ? COLUMNS : Panels<P>::A_WIDTH) * Panels<P>::panels(attention.D)),
+              output_size(most_rows * COLUMNS * Panels<P>::panels(attention.D_v)),
               queries(arena.take<T>(most_tiles * query_size)),
               outputs(arena.take<T>(most_tiles * output_size)),
               statistics(arena.take<T>(most_tiles * 2 * MR)),
-              strip_count(forward.with_weights ? most_tiles * forward.key_tiles : 1),
-              strip_size(forward.tile_panels * MR * COLUMNS),
+              strip_count(forward.with_weights  ? most_tiles * forward.key_tiles
+                          : forward.takes_heads ? most_tiles
+                                                : 1),
+              strip_size(forward.tile_panels * most_rows * COLUMNS),
               strips(arena.take<Strip<P>>(strip_count)),
               scores(arena.take<T>(strip_count * strip_size)),
               rounded(arena.take<T>(P::KSTEP == 1 ? 0 : strip_size / P::KSTEP)),
@@ -135,10 +145,14 @@ private:
                 T* const s = scores + i * strip_size;
                 strips[i] = {s, P::KSTEP == 1 ? s : rounded, kept, maxima + i * MR, active + i * forward.tile_panels, 0};
             }
-            const int64_t n = forward.with_weights ? lane : lane / attention.H_kv, first_tile = forward.chunks.begin(chunk);
+            const int64_t n = forward.lanes == attention.N ? lane : lane / attention.H_kv;
+            const int64_t first_tile = forward.chunks.begin(chunk);
             const int64_t count = attention.masking.visible_panels(n, panels, 0, forward.all_panels);
             if (forward.with_weights) {
                 attend_with_weights(n, first_tile, count);
+            } else if (forward.takes_heads) {
+                place_rows(n, 0, first_tile);
+                attend_heads(n, count);
             } else {
                 place_rows(n, lane % attention.H_kv * attention.group, first_tile);
                 attend(n, lane % attention.H_kv, count);
@@ -150,14 +164,15 @@ private:
         const Attention<P>& attention;
         const Attender<P> attender;
         KeyTile<P> keys;
+        HeadGroup<P> heads;
         T* const storage;  // of packed keys and values: one tile, or [n][head][tile]
         KeyPanel* const panels;
         const int64_t most_tiles;
         RowTile<P>* const rows;
-        const int64_t query_size, output_size;
+        const int64_t most_rows, query_size, output_size;  // of a row tile
         T *const queries, *const outputs, *const statistics;
         const int64_t strip_count, strip_size;
-        Strip<P>* const strips;  // with weights [row tile][tile of keys], else one for all
+        Strip<P>* const strips;  // with weights [row tile][tile of keys], else [head], or one for all
         T *const scores, *const rounded;
         uint32_t* const kept;
         T* const maxima;
@@ -197,6 +212,17 @@ private:
                     if (!forward.packs_first && !attention.reads_in_place) keys.prefetch_next(tiles, t);
                     attender.attend(rows[t], keys, strip);
                 }
+            }
+            for (int64_t t = 0; t < tiles; ++t) attender.finish(rows[t], forward.call);
+        }
+
+        void attend_heads(int64_t n, int64_t count) {
+            for (int64_t t = 0; t < tiles; ++t) attender.start(rows[t]);
+            attender.gather(heads, rows, tiles, strips);
+            for (int64_t k = 0; k * forward.tile_panels < count; ++k) {
+                place_keys(n, 0, k, count);
+                keys.pack();  // the padding's values
+                attender.attend(heads, keys);
             }
             for (int64_t t = 0; t < tiles; ++t) attender.finish(rows[t], forward.call);
         }

@@ -31,6 +31,24 @@ struct Strip {
     int64_t active_count;
 };
 
+// Single queries of neighbouring heads, which take their keys together, in the order in which these lie in memory.
+template <class P>
+struct HeadGroup {
+    using T = typename P::Accumulator;
+    const RowTile<P>* tiles;  // one for each head
+    int64_t count;
+    Strip<P>* strips;
+    const T **queries, **weights;  // by heads, here and below
+    T **scores, **outputs;
+    int64_t* offsets[4];  // of their rows from those of the first head, in keys, values and the biases of both
+
+    HeadGroup(Arena& arena, int64_t most)
+        : queries(arena.take<const T*>(most)), weights(arena.take<const T*>(most)), scores(arena.take<T*>(most)),
+          outputs(arena.take<T*>(most)) {
+        for (int64_t*& of_tensor : offsets) of_tensor = arena.take<int64_t>(most);
+    }
+};
+
 // The steps of attending from a row tile to a tile of keys.
 template <class P>
 class Attender {
@@ -58,9 +76,57 @@ public:
     void attend(const RowTile<P>& tile, const KeyTile<P>& keys, Strip<P>& strip) const {
         score(tile, keys, strip);
         const bool accumulate = raise_maxima(tile, strip);
-        for (int64_t r = 0; r < tile.rows; ++r)
-            tile.row_sum[r] += attention.drops() ? exponentials<true>(tile, strip, r) : exponentials<false>(tile, strip, r);
+        add_exponentials(tile, strip);
         multiply_values(tile, keys, strip, accumulate);
+    }
+
+    // Makes a group of row tiles that have been started.
+    void gather(HeadGroup<P>& group, const RowTile<P>* tiles, int64_t count, Strip<P>* strips) const {
+        group.tiles = tiles;
+        group.count = count;
+        group.strips = strips;
+        const fused_mha_attention& a = attention.a;
+        const int64_t steps[] = {a.key.stride[2], a.value.stride[2], a.bias_k.stride[0], a.bias_v.stride[0]};
+        for (int64_t t = 0; t < count; ++t) {
+            group.queries[t] = tiles[t].query;
+            group.outputs[t] = tiles[t].output;
+            const int64_t head = tiles[t].h / attention.group - tiles[0].h / attention.group;
+            for (int i = 0; i < 4; ++i) group.offsets[i][t] = head * steps[i] * item_size(a.key.dtype);
+            for (int64_t c = 0; c < attention.D_v; c += COLUMNS)
+                for (int v = 0; v < 2; ++v) store(tiles[t].output + c + v * W, Vec<T>{});
+        }
+    }
+
+    // What `attend` does, for a group.
+    void attend(const HeadGroup<P>& group, const KeyTile<P>& keys) const {
+        const fused_mha_attention& a = attention.a;
+        HeadRow rows[MOST_TILE_KEYS];
+        rows_of_heads(a.key, a.bias_k, group, group.offsets[0], group.offsets[2], keys, rows);
+        for (int64_t p = 0; p < keys.count; ++p) {
+            for (int64_t t = 0; t < group.count; ++t) group.scores[t] = group.strips[t].scores + p * COLUMNS;
+            SingleQuery<P>::score_heads(a.key.dtype, group.count, group.queries, rows + p * COLUMNS,
+                                        (keys.count - p) * COLUMNS, attention.D, group.scores);
+        }
+        for (int64_t t = 0; t < group.count; ++t) {
+            Strip<P>& strip = group.strips[t];
+            const RowTile<P>& tile = group.tiles[t];
+            strip.active_count = 0;
+            for (int64_t p = 0; p < keys.count; ++p) {
+                const TileMask<T> mask = masking.look(tile.n, tile.h, tile.first, tile.rows, keys.panels[p]);
+                if (mask.kind == mask.HIDDEN)
+                    for (int v = 0; v < 2; ++v)
+                        store(strip.scores + p * COLUMNS + v * W, splat(Masking<T>::NEGATIVE_INFINITY));
+                take_scores(mask, tile, keys, p, strip);
+            }
+            raise_maxima(tile, strip);
+            add_exponentials(tile, strip);
+        }
+        rows_of_heads(a.value, a.bias_v, group, group.offsets[1], group.offsets[3], keys, rows);
+        for (int64_t p = 0; p < keys.count; ++p) {
+            for (int64_t t = 0; t < group.count; ++t) group.weights[t] = group.strips[t].scores + p * COLUMNS;
+            SingleQuery<P>::add_values_heads(a.value.dtype, group.count, group.weights, rows + p * COLUMNS,
+                                             (keys.count - p) * COLUMNS, attention.D_v, group.outputs);
+        }
     }
 
     // What makes weights of row r of a strip.
@@ -114,12 +180,34 @@ private:
                 gemm_in_blocks<P>(
                     int(tile.rows), COLUMNS,
                     {tile.query, A_WIDTH, tile.rows * A_WIDTH, keys.keys + p * steps * COLUMNS, COLUMNS, at, steps, false});
-            if (mask.kind == mask.MASKED)
-                masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS, at);
-            if (attention.drops())
-                attention.draw(seed, tile.n, tile.h, tile.first, tile.rows, panel, strip.kept + p * MR);
-            strip.active[strip.active_count++] = p;
+            take_scores(mask, tile, keys, p, strip);
         }
+    }
+
+    // Masks the scores of one panel, draws what dropout keeps of them, and counts them in.
+    void take_scores(const TileMask<T>& mask, const RowTile<P>& tile, const KeyTile<P>& keys, int64_t p, Strip<P>& strip) const {
+        const KeyPanel& panel = keys.panels[p];
+        if (mask.kind == mask.MASKED)
+            masking.apply(mask, tile.n, tile.h, tile.first, tile.rows, panel, keys.padding + p * COLUMNS,
+                          strip.scores + p * tile.rows * COLUMNS);
+        if (attention.drops())
+            attention.draw(seed, tile.n, tile.h, tile.first, tile.rows, panel, strip.kept + p * MR);
+        strip.active[strip.active_count++] = p;
+    }
+
+    void rows_of_heads(const fused_mha_tensor& tensor, const fused_mha_tensor& bias, const HeadGroup<P>& group,
+                       const int64_t* offsets, const int64_t* bias_offsets, const KeyTile<P>& keys, HeadRow* rows) const {
+        const void* first[MOST_TILE_KEYS];
+        rows_of_tile(tensor, bias, group.tiles[0], keys, first);
+        for (int64_t c = 0; c < keys.count * COLUMNS; ++c) {
+            const bool is_real = keys.panels[c / COLUMNS].first + c % COLUMNS < tensor.size[1];
+            rows[c] = {static_cast<const char*>(first[c]), is_real ? offsets : bias_offsets};
+        }
+    }
+
+    void add_exponentials(const RowTile<P>& tile, const Strip<P>& strip) const {
+        for (int64_t r = 0; r < tile.rows; ++r)
+            tile.row_sum[r] += attention.drops() ? exponentials<true>(tile, strip, r) : exponentials<false>(tile, strip, r);
     }
 
     // Takes the strip into row_max, and rescales what was summed up before; false if that was nothing: then `output` is
