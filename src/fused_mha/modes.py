@@ -42,3 +42,16 @@ def is_eager() -> bool:
 def is_traced_by_dynamo() -> bool:
     """Whether `torch.compile` or `torch.export` is tracing Python, and no transform is active."""
     return torch.compiler.is_dynamo_compiling() and not transform_is_active() and not torch.onnx.is_in_onnx_export()
+
+
+def has_plain_memory(x: Tensor) -> bool:
+    """Whether ``x`` is on the CPU, and its memory holds its values: it is no sparse, fake, batched or negated tensor,
+    nor one that a class of its own dispatches.
+    """
+    return torch._C._dispatch_keys(x).raw_repr() in _PLAIN_KEYS
+
+
+_plain = torch.empty(0, device="cpu")
+with torch.inference_mode():
+    _of_inference = torch.empty(0, device="cpu")
+_PLAIN_KEYS = {torch._C._dispatch_keys(_x).raw_repr() for _x in (_plain, _of_inference)}

@@ -66,12 +66,10 @@ def forward(
     found = tensors_of(module, query, key, value, key_padding_mask, attn_mask)
     if isinstance(found, str):
         return None
-    tensors, shared_inputs = found
     output, weights, *_ = cpu.multi_head_attention(
-        (*tensors, cpu.draw_seed(dropout_p, query.device)),
+        (*found, cpu.draw_seed(dropout_p, query.device)),
         (
             module.batch_first,
-            shared_inputs,
             module.num_heads,
             is_causal,
             module.add_zero_attn,
@@ -91,8 +89,8 @@ def tensors_of(
     value: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
-) -> tuple[tuple[Tensor | None, ...], int] | str:
-    """The tensors of `ops.module.Call` but for the seed, cast under autocast, and its `shared_inputs`; or why not."""
+) -> tuple[Tensor | None, ...] | str:
+    """The tensors of `ops.module.Call` but for the seed, cast under autocast; or why one call cannot serve."""
     if not dispatch.allows(cpu.BACKEND) or cpu.LIBRARY is None:
         return "the back end is not cpu"
     eager = is_eager()
@@ -103,49 +101,53 @@ def tensors_of(
         return "a projection is hooked, replaced, reparametrized, sharded or incomplete"
     if module.embed_dim % module.num_heads or 0 in (query.numel(), key.numel(), value.numel()):
         return "an input is empty, or num_heads does not divide embed_dim"
-    shared = 1 if value is not key else 3 if key is query else 2
     if autocast_is_on("cpu"):
         if any(x is not None and x.dtype == torch.float64 for x in (query, key, value, *parameters)):
             return "autocast leaves float64 as it is"
         dtype = torch.get_autocast_dtype("cpu")
-        query = query.to(dtype)
-        key = query if shared == 3 else key.to(dtype)
-        value = value.to(dtype) if shared == 1 else key
+        cast_query = query.to(dtype)
+        cast_key = cast_query if key is query else key.to(dtype)
+        query, key, value = cast_query, cast_key, cast_key if value is key else value.to(dtype)
         parameters = tuple(None if x is None else x.to(dtype) for x in parameters)
-    is_neg = Tensor.is_neg if eager else _never  # the dispatcher sees to that, and tracers cannot ask
-    dtype = query.dtype
+    if key_padding_mask is not None and not eager:
+        hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
+        if query.dim() == 3 and not module.batch_first:
+            hidden = hidden.transpose(0, 1)
+        query, key, value = projections.without_hidden_keys(query, key, value, hidden)
+    inputs = (query, key, value)
+    if value is key and parameters[0] is not None:  # one packed weight, and so one product
+        inputs = (query, None if key is query else key, None)
+    is_plain = _is_plain if eager else _is_on_cpu
+    dtype = inputs[0].dtype
     if dtype not in linear.dtypes():
         return linear.RULE
-    for x in (query, key, value, *parameters):
-        if x is not None and (x.dtype != dtype or type(x) not in linear.PLAIN_TYPES or not x.is_cpu or is_neg(x)):
+    for x in (*inputs, *parameters):
+        if x is not None and (x.dtype != dtype or type(x) not in linear.PLAIN_TYPES or not is_plain(x)):
             return "an input or a parameter is of another dtype or device, or a subclass of torch.Tensor"
     for mask in (attn_mask, key_padding_mask):
         if mask is not None and (
-            type(mask) is not Tensor or mask.requires_grad or is_neg(mask) or mask.dtype not in _MASK_DTYPES
+            type(mask) is not Tensor or mask.requires_grad or not is_plain(mask) or mask.dtype not in _MASK_DTYPES
         ):
             return (
                 "a mask needs a gradient, or is a subclass of torch.Tensor or of a dtype that the back end cannot read"
             )
-    if key_padding_mask is not None:
-        if eager:
-            if not all(map(_is_finite, (key, value) if shared == 1 else (key,))):
-                return "a key that key_padding_mask hides may be NaN or infinite"
-        else:
-            hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
-            if query.dim() == 3 and not module.batch_first:
-                hidden = hidden.transpose(0, 1)
-            query, key, value = projections.without_hidden_keys(query, key, value, hidden)
+    if key_padding_mask is not None and eager and not (_is_finite(key) and (value is key or _is_finite(value))):
+        return "a key that key_padding_mask hides may be NaN or infinite"
     if attn_mask is not None:
         N = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
         attn_mask = masks.per_head(attn_mask, N, module.num_heads)
-    return (query, key, value, *parameters, attn_mask, key_padding_mask), shared
+    return *inputs, *parameters, attn_mask, key_padding_mask
 
 
 _MASK_DTYPES = (torch.bool, *cpu.DTYPES)
 
 
-def _never(x: Tensor) -> bool:
-    return False
+def _is_on_cpu(x: Tensor) -> bool:
+    return x.is_cpu
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.is_cpu and not x.is_neg()  # which tracers cannot ask; there the dispatcher sees to it
 
 
 def _is_finite(x: Tensor) -> bool:

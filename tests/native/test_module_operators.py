@@ -13,12 +13,12 @@ OPS = torch.ops.fused_mha
 KEEP = (True,)
 CASES = {
     "self": {},
-    "key is value": {"shared_inputs": 2, "S": 6},
-    "three inputs, sequence first": {"shared_inputs": 1, "S": 6, "batch_first": False},
-    "sizes of their own": {"shared_inputs": 1, "S": 6, "kdim": 5, "vdim": 7},
-    "one size of their own": {"shared_inputs": 2, "S": 6, "kdim": 5, "vdim": 5},
+    "key is value": {"shared": 2, "S": 6},
+    "three inputs, sequence first": {"shared": 1, "S": 6, "batch_first": False},
+    "sizes of their own": {"shared": 1, "S": 6, "kdim": 5, "vdim": 7},
+    "one size of their own": {"shared": 2, "S": 6, "kdim": 5, "vdim": 5},
     "unbatched, weights per head": {"batched": False, "padding": torch.bool, "average_attn_weights": False},
-    "unbatched, averaged weights": {"batched": False, "padding": torch.float32, "shared_inputs": 1, "S": 3},
+    "unbatched, averaged weights": {"batched": False, "padding": torch.float32, "shared": 1, "S": 3},
     "everything": {
         "batch_first": False,
         "padding": torch.bool,
@@ -46,7 +46,7 @@ def make_call(
     vdim=None,
     batched=True,
     batch_first=True,
-    shared_inputs=3,
+    shared=3,
     bias=True,
     bias_kv=False,
     padding=None,
@@ -69,9 +69,9 @@ def make_call(
         return draw(N, length, size) if batch_first else draw(length, N, size)
 
     query = sequence(L, E)
-    key = query if shared_inputs == 3 else sequence(S, kdim or E)
-    value = key if shared_inputs > 1 else sequence(S, vdim or E)
     is_packed = (kdim or E) == (vdim or E) == E
+    key = None if shared == 3 else sequence(S, kdim or E)
+    value = sequence(S, vdim or E) if shared == 1 else None if is_packed else key
     rows = (N, S) if batched else (S,)
     mask = None
     if padding is not None:
@@ -92,7 +92,6 @@ def make_call(
         mask,
         torch.tensor([5, 6]) if dropout_p else None,
         batch_first,
-        shared_inputs,
         H,
         is_causal,
         add_zero_attn,
@@ -104,10 +103,8 @@ def make_call(
 
 
 def every_gradient(call):
-    """The flags of all that may get a gradient, where `ops.module_autograd` would ask for it."""
-    wanted = [first for first, _ in call.ranges()]
-    wanted += [i for i in range(3, GRADIENTS) if call[i] is not None]
-    return sum(1 << i for i in wanted)
+    """The flags of all that may get a gradient."""
+    return sum(1 << i for i in range(GRADIENTS) if call[i] is not None)
 
 
 def backward_arguments(call):
@@ -178,7 +175,7 @@ def test_each_gradient_is_the_same_alone(isa, case):
 
 
 def test_strided_operands_are_read_right(isa):
-    call = make_call(shared_inputs=1, S=6, bias_kv=True, padding=torch.float32, attn_mask=True)
+    call = make_call(shared=1, S=6, bias_kv=True, padding=torch.float32, attn_mask=True)
 
     def strided(x):
         wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
@@ -210,7 +207,7 @@ def test_no_reference_to_a_tensor_is_left_behind(case):
 
 def test_flops_are_those_of_the_products(isa):
     N, L, S, E, kdim, vdim = 2, 4, 6, 8, 5, 7
-    call = make_call(shared_inputs=1, S=S, kdim=kdim, vdim=vdim, requires_grad=True)
+    call = make_call(shared=1, S=S, kdim=kdim, vdim=vdim, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         output = OPS.multi_head_attention(*call, True)[0]
     projections = 2 * N * E * (2 * L * E + S * (kdim + vdim))
@@ -227,8 +224,8 @@ class TestWrongCalls:
             ({"num_heads": 3}, "num_heads"),
             ({"num_heads": 0}, "num_heads"),
             ({"num_heads": -2}, "num_heads"),
-            ({"shared_inputs": 0}, "shared_inputs"),
-            ({"shared_inputs": 4}, "shared_inputs"),
+            ({"key": None}, "key may be absent"),
+            ({"in_weight": None, "value": None}, "value may be absent"),
             ({"in_weight": None}, "in_weight"),
             ({"query": torch.zeros(2, 4, 10)}, "bias_k"),
             ({"query": torch.zeros(4, 8)}, "2-D or 3-D alike"),
@@ -259,7 +256,7 @@ class TestWrongCalls:
         ids=lambda x: str(x)[:40],
     )
     def test_they_are_refused_by_name(self, change, message):
-        call = make_call(shared_inputs=1, S=6, bias_kv=True)._replace(**change)
+        call = make_call(shared=1, S=6, bias_kv=True)._replace(**change)
         with pytest.raises(RuntimeError, match=message):
             OPS.multi_head_attention(*call, True)
 

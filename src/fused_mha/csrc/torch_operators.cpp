@@ -16,6 +16,16 @@ void check(int64_t status) {
     if (status < 0) fail("%s", fused_mha_last_error());
 }
 
+// Copies where they must; every argument of an operator is taken before, so that none is lost where a copy fails.
+template <class... Tensors>
+void make_contiguous(Tensors&... tensors) {
+    ((tensors = std::move(tensors).contiguous()), ...);
+}
+template <class... Tensors>
+void make_last_contiguous(Tensors&... tensors) {
+    ((tensors = std::move(tensors).last_contiguous()), ...);
+}
+
 // Measures, allocates a workspace and runs.
 template <class Call, class Pointer>
 void compute(Call& call, fused_mha_tensor& workspace, int64_t (*measure)(Pointer), int64_t (*run)(Pointer)) {
@@ -50,9 +60,10 @@ void multiply(const fused_mha_tensor& left, const fused_mha_tensor& right, const
 
 void product(Value* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    Tensor left = arguments.tensor().last_contiguous(), right = arguments.tensor().last_contiguous();
-    Tensor bias = arguments.optional_tensor().contiguous();
+    Tensor left = arguments.tensor(), right = arguments.tensor(), bias = arguments.optional_tensor();
     const bool left_is_transposed = arguments.boolean(), right_is_transposed = arguments.boolean();
+    make_last_contiguous(left, right);
+    make_contiguous(bias);
     const fused_mha_tensor a = left.fields(), b = right.fields();
     for (const auto& [name, operand] : {std::pair("left", &left), std::pair("right", &right)})
         if (operand->sizes().count != 2) fail("%s must be a matrix; got %d dimensions", name, int(operand->sizes().count));
@@ -122,12 +133,13 @@ void attention(Value* stack, uint64_t, uint64_t) {
 // Sums over the batch and over queries that share an element of a mask are left to the caller.
 void attention_gradients(Value* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    Tensor grad_output = arguments.tensor().last_contiguous();
-    Tensor grad_weights = arguments.optional_tensor().contiguous(), grad_lse = arguments.optional_tensor().contiguous();
-    Tensor output = arguments.tensor().last_contiguous(), stats = arguments.tensor().contiguous();
+    Tensor grad_output = arguments.tensor(), grad_weights = arguments.optional_tensor(), grad_lse = arguments.optional_tensor();
+    Tensor output = arguments.tensor(), stats = arguments.tensor();
     const bool wants_mask = arguments.boolean(), wants_columns = arguments.boolean();
     AttentionCall given(arguments);
     given.take_fields();
+    make_last_contiguous(grad_output, output);
+    make_contiguous(grad_weights, grad_lse, stats);
     const fused_mha_attention& a = given.fields;
     const int64_t dtype = given.dtype(), accumulator = given.accumulator(), N = a.query.size[0];
     const auto like = [&](const fused_mha_tensor& t) {
@@ -166,9 +178,10 @@ void attention_gradients(Value* stack, uint64_t, uint64_t) {
 
 void dropout_mask(Value* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
-    Tensor seed = arguments.tensor().contiguous();
+    Tensor seed = arguments.tensor();
     const Sizes shape = arguments.sizes();
     const double dropout_p = arguments.number();
+    make_contiguous(seed);
     if (shape.count != 4) fail("shape must be (N, H, L, S)");
     Tensor mask = Tensor::empty(shape, FUSED_MHA_BOOL);
     const fused_mha_tensor seed_fields = seed.fields(), mask_fields = mask.fields();
@@ -186,15 +199,14 @@ struct ModuleCall {
     Tensor tensors[TENSORS];
     fused_mha_tensor views[TENSORS];
     bool batch_first, is_causal, adds_zero_attn, needs_weights, averages, is_batched;
-    int64_t shared_inputs, H;
+    int64_t H;
     double dropout_p, scale;
     int64_t dtype, N, L, S, E, D;
 
     explicit ModuleCall(Arguments& arguments) {
         for (int i = 0; i < TENSORS; ++i)
-            tensors[i] = i <= VALUE || i == OUT_WEIGHT ? arguments.tensor() : arguments.optional_tensor();
+            tensors[i] = i == QUERY || i == OUT_WEIGHT ? arguments.tensor() : arguments.optional_tensor();
         batch_first = arguments.boolean();
-        shared_inputs = arguments.integer();
         H = arguments.integer();
         is_causal = arguments.boolean();
         adds_zero_attn = arguments.boolean();
@@ -206,20 +218,26 @@ struct ModuleCall {
 
     void prepare() {
         for (int i = 0; i < TENSORS; ++i) {
-            tensors[i] = i <= VALUE || i == ATTN_MASK ? std::move(tensors[i]).last_contiguous() : std::move(tensors[i]).contiguous();
+            if (i <= VALUE || i == ATTN_MASK)
+                make_last_contiguous(tensors[i]);
+            else
+                make_contiguous(tensors[i]);
             views[i] = tensors[i].fields();
         }
+        if (!tensors[VALUE] && !tensors[IN_WEIGHT]) fail("value may be absent with a packed in_weight alone");
+        if (!tensors[KEY] && tensors[VALUE]) fail("key may be absent with value alone");
         const int64_t rank = tensors[QUERY].sizes().count;
         is_batched = rank == 3;
         for (int i = QUERY; i <= VALUE; ++i) {
+            if (!tensors[i]) {
+                views[i] = views[i - 1];
+                continue;
+            }
             if (tensors[i].sizes().count != rank || rank < 2 || rank > 3) fail("query, key and value must be 2-D or 3-D alike");
             views[i] = sequences(views[i]);
             for (const int64_t size : views[i].size)
                 if (size == 0) fail("query, key and value must not be empty");
         }
-        if (shared_inputs < 1 || shared_inputs > 3) fail("shared_inputs must be 1, 2 or 3");
-        if (shared_inputs == 3) views[KEY] = views[QUERY];
-        if (shared_inputs >= 2) views[VALUE] = views[KEY];
         dtype = views[QUERY].dtype;
         N = views[QUERY].size[0], L = views[QUERY].size[1], S = views[KEY].size[1], E = views[QUERY].size[2];
         if (H < 1 || E < H || E % H) fail("num_heads must divide the embedding size");
@@ -273,9 +291,8 @@ struct ModuleCall {
     };
     Ranges ranges() const {
         const int64_t of_query = N * L * E, of_key = N * S * E;
-        if (!views[IN_WEIGHT].data || shared_inputs == 1)
-            return {{{0, 1, 0, L}, {1, 2, of_query, S}, {2, 3, of_query + of_key, S}}, 3};
-        if (shared_inputs == 3) return {{{0, 3, 0, L}}, 1};
+        if (tensors[VALUE]) return {{{0, 1, 0, L}, {1, 2, of_query, S}, {2, 3, of_query + of_key, S}}, 3};
+        if (!tensors[KEY]) return {{{0, 3, 0, L}}, 1};
         return {{{0, 1, 0, L}, {1, 3, of_query, S}}, 2};
     }
     int64_t projections_size() const { return N * E * (L + 2 * S); }
@@ -332,8 +349,8 @@ void multi_head_attention(Value* stack, uint64_t, uint64_t) {
     Tensor stats = keeps ? Tensor::empty({2, N, given.H, L}, accumulator_of(dtype)) : Tensor::nothing(accumulator_of(dtype));
     fused_mha_module_arguments call = {};
     call.query = given.views[M::QUERY];
-    if (given.shared_inputs < 3) call.key = given.views[M::KEY];
-    if (given.shared_inputs < 2) call.value = given.views[M::VALUE];
+    if (given.tensors[M::KEY]) call.key = given.views[M::KEY];
+    if (given.tensors[M::VALUE]) call.value = given.views[M::VALUE];
     if (given.views[M::IN_WEIGHT].data) {
         call.query_weight = given.views[M::IN_WEIGHT];
     } else {
@@ -356,23 +373,29 @@ void multi_head_attention(Value* stack, uint64_t, uint64_t) {
     give(stack, output, weights, projections, heads, stats);
 }
 
-// The steps of the forward, backwards. `wanted` has a bit for each of the first tensors of the call; what inputs share
-// belongs to the first of them.
+// The steps of the forward, backwards. `wanted` has a bit for each of the first tensors of the call; the gradient of
+// an input that stands for others is that of all of them.
 void multi_head_attention_backward(Value* stack, uint64_t, uint64_t) {
     using M = ModuleCall;
     Arguments arguments(stack);
-    Tensor grad_output = arguments.optional_tensor().last_contiguous(), grad_weights = arguments.optional_tensor().contiguous();
+    Tensor grad_output = arguments.optional_tensor(), grad_weights = arguments.optional_tensor();
     Tensor projections = arguments.tensor(), heads = arguments.tensor(), stats = arguments.tensor();
     M given(arguments);
     const int64_t wanted = arguments.integer();
     given.prepare();
+    make_last_contiguous(grad_output);
+    make_contiguous(grad_weights, projections, heads, stats);
     const int64_t dtype = given.dtype, N = given.N, L = given.L, E = given.E, threads = thread_count();
     if (projections.sizes().count != 1 || projections.sizes().at[0] != given.projections_size())
         fail("the forward has kept nothing for a backward");
     const auto wants = [&](int i) { return (wanted >> i & 1) != 0; };
 
     Tensor grads[M::DIFFERENTIABLE];
-    for (int i = 0; i < M::DIFFERENTIABLE; ++i) grads[i] = wants(i) && given.tensors[i] ? given.like(i) : Tensor::nothing(dtype);
+    for (int i = 0; i < M::DIFFERENTIABLE; ++i) {
+        const bool is_bias = i == M::IN_BIAS || i == M::OUT_BIAS;  // which need not be given
+        const Sizes sizes = is_bias ? Sizes{i == M::IN_BIAS ? 3 * E : E} : given.tensors[i] ? given.tensors[i].sizes() : Sizes{0};
+        grads[i] = Tensor::empty(wants(i) ? sizes : Sizes{0}, dtype);
+    }
     const auto sum_columns = [&](const fused_mha_tensor& matrix, const fused_mha_tensor& sums) {
         check(fused_mha_column_sums(&matrix, &sums, threads));
     };

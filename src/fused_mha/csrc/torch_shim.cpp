@@ -52,12 +52,14 @@ struct Torch {
     FUSED_MHA_TORCH_FUNCTIONS(FUSED_MHA_MEMBER)
 #undef FUSED_MHA_MEMBER
     int32_t cpu, dtypes[7];  // torch's codes, in the order of `enum fused_mha_dtype`
+    const char* (*exception_text)();  // of its last exception; null before torch 2.13
 } torch;
 
 constexpr char TOO_MANY_DIMENSIONS[] = "tensors of more than four dimensions are not supported";
 
 void check(int32_t status, const char* what) {
-    if (status != 0) fail("torch could not %s", what);
+    if (status == 0) return;
+    fail("torch could not %s%s%s", what, torch.exception_text ? ": " : "", torch.exception_text ? torch.exception_text() : "");
 }
 
 }  // namespace
@@ -78,6 +80,8 @@ const char* load(void* torch_library) {
     if (!found.name) return #name;
     FUSED_MHA_TORCH_FUNCTIONS(FUSED_MHA_LOOK_UP)
 #undef FUSED_MHA_LOOK_UP
+    found.exception_text =
+        reinterpret_cast<const char* (*)()>(dlsym(torch_library, "torch_exception_get_what_without_backtrace"));
     found.cpu = found.aoti_torch_device_type_cpu();
     int32_t (*const codes[])() = {found.aoti_torch_dtype_float32,  found.aoti_torch_dtype_float64,
                                   found.aoti_torch_dtype_bfloat16, found.aoti_torch_dtype_float16,
@@ -158,6 +162,9 @@ fused_mha_tensor Tensor::fields() const {
             t.dtype = i;
             t.bytes = bytes - offset * ITEM_SIZES[i];
         }
+    int64_t elements = 1;
+    for (int64_t d = 0; d < sizes.count; ++d) elements *= sizes.at[d];
+    if (!t.data && elements > 0) fail("a tensor of %lld elements has no memory", (long long)elements);
     for (int64_t d = 0; d < 4; ++d) {
         t.size[d] = d < sizes.count ? sizes.at[d] : 1;
         t.stride[d] = d < sizes.count ? strides[d] : 0;

@@ -16,9 +16,9 @@ from torch.utils.flop_counter import register_flop_formula
 from fused_mha.ops import schema
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? in_weight, Tensor? query_weight, Tensor? key_weight, "
+    "Tensor query, Tensor? key, Tensor? value, Tensor? in_weight, Tensor? query_weight, Tensor? key_weight, "
     "Tensor? value_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? bias_k, Tensor? bias_v, "
-    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? seed, bool batch_first, int shared_inputs, int num_heads, "
+    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? seed, bool batch_first, int num_heads, "
     "bool is_causal, bool add_zero_attn, float dropout_p, float scale, bool need_weights, bool average_attn_weights"
 )
 GRADIENTS = 12  # of the first tensors
@@ -39,8 +39,8 @@ class Call(NamedTuple):
     """The arguments of the operators, in their order: tensors, those that may get a gradient first, and numbers."""
 
     query: Tensor  # (N, L, E), (L, N, E) without batch_first, or (L, E)
-    key: Tensor  # of length S, as value
-    value: Tensor
+    key: Tensor | None  # of length S, as value; None where it is query, and value too
+    value: Tensor | None  # None where it is key and in_weight is given
     in_weight: Tensor | None  # (3E, E), or else the next three
     query_weight: Tensor | None  # (E, E)
     key_weight: Tensor | None  # (E, kdim)
@@ -54,7 +54,6 @@ class Call(NamedTuple):
     key_padding_mask: Tensor | None  # (N, S), or (S) unbatched
     seed: Tensor | None  # (2), int64
     batch_first: bool
-    shared_inputs: int  # of query, key and value: 3 are one tensor, the last 2 are, or each stands alone (1)
     num_heads: int
     is_causal: bool
     add_zero_attn: bool
@@ -75,16 +74,15 @@ class Call(NamedTuple):
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """Which of query, key and value (0, 1, 2) one product makes: from and to."""
-        if self.in_weight is None or self.shared_inputs == 1:
-            return [(0, 1), (1, 2), (2, 3)]
-        return [(0, 3)] if self.shared_inputs == 3 else [(0, 1), (1, 3)]
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        key = self.query if self.key is None else self.key
+        return self.query, key, key if self.value is None else self.value
 
     def sizes(self) -> tuple[Any, Any, Any, Any]:
         """N, L, S and E."""
         N, L, E = self.sequences(self.query).shape
-        return N, L, self.sequences(self.key).shape[1], E
+        return N, L, self.sequences(self.inputs()[1]).shape[1], E
 
     def weights_shape(self) -> tuple[Any, ...]:
         """Of the attention weights; without them, of an empty tensor in their place."""
@@ -94,6 +92,13 @@ class Call(NamedTuple):
         shape = (L, S + (self.bias_k is not None) + self.add_zero_attn)
         shape = shape if self.average_attn_weights else (self.num_heads, *shape)
         return shape if self.query.dim() == 2 else (N, *shape)
+
+    def gradient_shapes(self) -> list[tuple[Any, ...]]:
+        """Of the tensors that may get a gradient; that of a linear map's bias need not be given."""
+        shapes: list[tuple[Any, ...]] = [(0,) if x is None else x.shape for x in self[:GRADIENTS]]
+        E = self.query.shape[-1]
+        shapes[self._fields.index("in_bias")], shapes[self._fields.index("out_bias")] = (3 * E,), (E,)
+        return shapes
 
     def new_kept(self, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Uninitialised tensors for the projections, the heads and the statistics; empty ones without ``keep``."""
@@ -127,10 +132,8 @@ def _fake_backward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     *fields, wanted = rest
-    return tuple(
-        projections.new_empty(x.shape if wanted >> i & 1 and x is not None else (0,))
-        for i, x in enumerate(fields[:GRADIENTS])
-    )
+    shapes = Call.of(fields).gradient_shapes()
+    return tuple(projections.new_empty(shape if wanted >> i & 1 else (0,)) for i, shape in enumerate(shapes))
 
 
 @register_flop_formula(torch.ops.fused_mha.multi_head_attention, get_raw=True)
@@ -138,7 +141,7 @@ def _flops(query: Tensor, *others: Any, **_: Any) -> int:
     """The products of the projections and two of the attention; hidden keys count too."""
     call = Call.of((query, *others[: len(Call._fields) - 1]))
     N, L, S, E = call.sizes()
-    of_keys = sum(x.shape[-1] for x in (call.key, call.value))
+    of_keys = sum(x.shape[-1] for x in call.inputs()[1:])
     return 2 * N * E * (2 * L * E + S * of_keys + 2 * L * S)
 
 
@@ -147,5 +150,5 @@ def _backward_flops(*arguments: Any, **_: Any) -> int:
     """Two products for each one of the projections, five of the attention."""
     call = Call.of(arguments[5 : 5 + len(Call._fields)])
     N, L, S, E = call.sizes()
-    of_keys = sum(x.shape[-1] for x in (call.key, call.value))
+    of_keys = sum(x.shape[-1] for x in call.inputs()[1:])
     return 2 * N * E * (4 * L * E + 2 * S * of_keys + 5 * L * S)

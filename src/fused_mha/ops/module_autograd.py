@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,17 +15,37 @@ from fused_mha.ops import schema
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call, multi_head_attention, multi_head_attention_backward
 from fused_mha.ops.product import product
 
-_OF_OUTPUT = (Call._fields.index("out_weight"), Call._fields.index("out_bias"))
+_NAMES = Call._fields[:GRADIENTS]
+_PADDING = Call._fields.index("key_padding_mask")
+# By which gradients the values of a tensor are read; those of the biases of linear maps by none.
+_BIASES = ("in_bias", "out_bias")
+_INPUTS, _WEIGHTS = ("query", "key", "value"), ("query_weight", "key_weight", "value_weight")
+_READ_FOR = {
+    **{x: ("in_weight", weight) for x, weight in zip(_INPUTS, _WEIGHTS, strict=True)},
+    **{weight: (x,) for x, weight in zip(_INPUTS, _WEIGHTS, strict=True)},
+    "in_weight": _INPUTS,
+    **dict.fromkeys(_BIASES, ()),
+}
+_OF_OUTPUT = {"out_weight", "out_bias"}  # nothing before them needs their gradients, and the attention weights none
+_OF_VALUES = {"value", "value_weight", "bias_v"}  # which the attention weights do not depend on either
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save what `backward` needs."""
+    """Save what `backward` reads."""
     _, weights, *kept = output
-    reaches_weights = any(ctx.needs_input_grad[i] for i in range(GRADIENTS) if i not in _OF_OUTPUT)
-    ctx.mark_non_differentiable(*kept, *(() if reaches_weights else (weights,)))
+    needed = {name for name, is_needed in zip(_NAMES, ctx.needs_input_grad, strict=False) if is_needed}
+    before_heads = needed - _OF_OUTPUT
+    ctx.mark_non_differentiable(*kept, *(() if before_heads - _OF_VALUES else (weights,)))
     ctx.set_materialize_grads(False)  # no gradient of the weights: no work for it
-    ctx.save_for_backward(*inputs[:TENSORS], *kept)
-    ctx.numbers = inputs[TENSORS:-1]
+    saved, ctx.unread = list(inputs[:TENSORS]), []
+    for i, (name, x) in enumerate(zip(Call._fields, saved, strict=False)):
+        if x is not None and before_heads.isdisjoint(_READ_FOR.get(name, before_heads)):
+            saved[i] = None if name in _BIASES else x.new_empty(1).expand(x.shape)  # of which the shape alone is read
+            ctx.unread.append((i, x, None if x.is_inference() else x._version))
+    if saved[_PADDING] is not None:  # which callers fill anew for the next batch
+        saved[_PADDING] = saved[_PADDING].clone()
+    ctx.save_for_backward(*saved, *kept)
+    *ctx.numbers, ctx.keeps = inputs[TENSORS:]
 
 
 def backward(
@@ -38,24 +58,33 @@ def backward(
     """The gradients of the operator's arguments; differentiable again if autograd asks for that."""
     none = (None,) * (len(Call._fields) + 1 - GRADIENTS)
     saved = ctx.saved_tensors  # which may be unpacked once only
-    call = Call.of((*saved[:TENSORS], *ctx.numbers))
     if grad_output is grad_weights is None:
         return (None,) * (GRADIENTS + len(none))
-    wanted = [i for i in _wanted(call, ctx.needs_input_grad) if i not in _OF_OUTPUT or grad_output is not None]
-    if torch.is_grad_enabled():
-        return *_gradients(call, wanted, grad_output, grad_weights, create_graph=True), *none
+    skipped = _OF_OUTPUT | _OF_VALUES if grad_output is None else ()
+    wanted = [i for i, name in enumerate(_NAMES) if ctx.needs_input_grad[i] and name not in skipped]
+    if torch.is_grad_enabled() or not ctx.keeps:  # `keep` may be of an export where no gradient was wanted
+        tensors = _with_unread(ctx, saved[:TENSORS])
+        call = Call.of((*tensors, *ctx.numbers))
+        return *_gradients(call, wanted, grad_output, grad_weights, torch.is_grad_enabled()), *none
     flags = sum(1 << i for i in wanted)
-    found = kernel(grad_output, grad_weights, *saved[TENSORS:], *call, flags)
+    found = kernel(grad_output, grad_weights, *saved[TENSORS:], *saved[:TENSORS], *ctx.numbers, flags)
     return *(x if i in wanted else None for i, x in enumerate(found)), *none
 
 
 torch.library.register_autograd(multi_head_attention, backward, setup_context=setup)
 
 
-def _wanted(call: Call, needs: tuple[bool, ...]) -> list[int]:
-    """Indices of the tensors that get a gradient: of inputs that are one tensor, the first gets all of it."""
-    wanted = [i for i in range(3, GRADIENTS) if needs[i]]
-    return [first for first, end in call.ranges() if any(needs[first:end])] + wanted
+def _with_unread(ctx: Any, saved: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """All tensors, for what reads more values than the kernel; autograd's own check holds for those not saved too."""
+    tensors = [*saved]
+    for i, x, version in ctx.unread:
+        if version is not None and x._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{Call._fields[i]}, of shape {tuple(x.shape)}, is at version {x._version}; expected version {version}"
+            )
+        tensors[i] = x
+    return tensors
 
 
 def _composed(call: Call) -> tuple[Tensor, Tensor]:
@@ -63,10 +92,8 @@ def _composed(call: Call) -> tuple[Tensor, Tensor]:
     E, H = call.out_weight.shape[0], call.num_heads
     in_weights = call[4:7] if call.in_weight is None else call.in_weight.chunk(3)
     biases = (None,) * 3 if call.in_bias is None else call.in_bias.chunk(3)
-    given = (call.query, call.key, call.value)
-    inputs = [call.sequences(given[first]) for first, end in call.ranges() for _ in range(first, end)]
     projected = []
-    for x, weight, bias in zip(inputs, in_weights, biases, strict=True):
+    for x, weight, bias in zip(map(call.sequences, call.inputs()), in_weights, biases, strict=True):
         rows = product(x.reshape(-1, x.shape[2]), weight, bias, False, True)
         projected.append(rows.view(*x.shape[:2], H, E // H))
     padding = call.key_padding_mask
@@ -141,6 +168,6 @@ def _fallback_backward(
     wanted = [i for i in range(GRADIENTS) if flags >> i & 1]
     found = _gradients(call, wanted, grad_output, grad_weights, create_graph=False)
     return tuple(
-        projections.new_empty((0,)) if i not in wanted else torch.zeros_like(given) if x is None else x.contiguous()
-        for i, (x, given) in enumerate(zip(found, fields[:GRADIENTS], strict=True))
+        projections.new_zeros(shape if i in wanted else (0,)) if x is None else x.contiguous()
+        for i, (x, shape) in enumerate(zip(found, call.gradient_shapes(), strict=True))
     )
