@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import attention_cells
+import fused_mha
 from module_cells import (
     QUICK_SELF_ATTENTION,
     SELF_ATTENTION,
     SMALL,
     Cell,
     Mode,
+    Run,
     assert_close,
     inference,
     modules,
@@ -49,25 +53,81 @@ def fma_share(options: argparse.Namespace) -> Report:
 
 
 def compiled(options: argparse.Namespace) -> Report:
-    """Our module under `torch.compile` beside the same module without."""
+    """`torch.compile` beside eager: the example's model with our module, and the module alone, ours and torch's.
+
+    The bar is that of the model: what a compiled call costs by itself, some 15 us for one linear layer too, is for a
+    module alone a large part of a small call.
+    """
     backend = "aot_eager" if options.quick else "inductor"  # which compiles C++, for many seconds
+    contenders: list[tuple[str, Callable[[Callable[[nn.Module], nn.Module]], Run]]] = []
+    for name, training in (("inference", False), ("training step", True)):
+        contenders.append((f"{MODEL}, {name}", functools.partial(_model_call, training)))
+        for cell in QUICK_SELF_ATTENTION if options.quick else COMPILED_CELLS:
+            for whose in ("ours", "torch's"):
+                make = functools.partial(_module_call, cell, whose == "ours", training)
+                contenders.append((f"{whose} alone, {cell}, {name}", make))
     lines, rows = [], []
-    for cell in QUICK_SELF_ATTENTION if options.quick else COMPILED_CELLS:
-        for name, call in (("inference", inference), ("training step", training_step)):
-            mode = Mode(training=call is training_step)
-            torch.compiler.reset()  # or a second size would be compiled for any size
-            ours = modules(cell, mode).ours
-            ours_compiled: Any = torch.compile(ours, backend=backend)
-            runs = {"eager": call(ours, cell, mode), "compiled": call(ours_compiled, cell, mode)}
-            assert_close(runs["compiled"](), runs["eager"]())
-            rounds = interleave(runs, options.seconds)
-            ms = {contender: statistics.median(turn[contender] for turn in rounds) for contender in runs}
-            ratio = statistics.median(turn["eager"] / turn["compiled"] for turn in rounds)
-            times = "  ".join(f"{contender} {time:.3f}" for contender, time in ms.items())
-            lines.append(f"{name}, {cell}: {ratio:.2f}x (bar {COMPILED:.2f})  ms: {times}")
-            rows.append({"name": f"{name}, {cell}", "ms": ms, "ratio": ratio})
-    passes = all(row["ratio"] >= COMPILED for row in rows)
+    for name, make in contenders:
+        torch.compiler.reset()  # or a second size would be compiled for any size
+        runs = {"eager": make(lambda module: module), "compiled": make(lambda module: _compile(module, backend))}
+        assert_close(runs["compiled"](), runs["eager"]())
+        rounds = interleave(runs, options.seconds)
+        ms = {contender: statistics.median(turn[contender] for turn in rounds) for contender in runs}
+        ratio = statistics.median(turn["eager"] / turn["compiled"] for turn in rounds)
+        times = "  ".join(f"{contender} {time:.3f}" for contender, time in ms.items())
+        bar = f" (bar {COMPILED:.2f})" if name.startswith(MODEL) else ""
+        lines.append(f"{name}: {ratio:.2f}x{bar}  ms: {times}")
+        rows.append({"name": name, "ms": ms, "ratio": ratio, "has_bar": bool(bar)})
+    passes = all(row["ratio"] >= COMPILED for row in rows if row["has_bar"])
     return Report(lines, {"backend": backend, "cells": rows, "bar": COMPILED}, passes)
+
+
+MODEL = "the example's model"
+
+
+def _compile(module: nn.Module, backend: str) -> nn.Module:
+    compiled: Any = torch.compile(module, backend=backend)
+    return compiled
+
+
+def _module_call(cell: Cell, is_ours: bool, training: bool, wrap: Callable[[nn.Module], nn.Module]) -> Run:
+    mode = Mode(training=training)
+    pair = modules(cell, mode)
+    return (training_step if training else inference)(wrap(pair.ours if is_ours else pair.theirs), cell, mode)
+
+
+def _model_call(training: bool, wrap: Callable[[nn.Module], nn.Module]) -> Run:
+    """The model of examples/train_text_model.py in its default sizes, but for the embedding of the characters."""
+    torch.manual_seed(0)
+    N, L, E, heads, layers, characters = 16, 64, 192, 6, 2, 90
+    layer = nn.TransformerEncoderLayer(E, heads, 4 * E, 0.0, "gelu", batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(E), enable_nested_tensor=False)
+    model = fused_mha.convert(nn.Sequential(encoder, nn.Linear(E, characters)).train(training))
+    x, mask = torch.randn(N, L, E), nn.Transformer.generate_square_subsequent_mask(L)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            encoder, last = self.model
+            return last(encoder(x, mask=mask, is_causal=True))
+
+    forward = wrap(Model())
+    targets = torch.randint(characters, (N * L,))
+
+    def call() -> tuple[Tensor, ...]:
+        if not training:
+            with torch.no_grad():
+                return (forward(x),)
+        nn.functional.cross_entropy(forward(x).flatten(0, 1), targets).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        for parameter in model.parameters():
+            parameter.grad = None
+        return tuple(gradients)
+
+    return call
 
 
 def decoding(options: argparse.Namespace) -> Report:

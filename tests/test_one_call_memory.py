@@ -1,5 +1,7 @@
 """What a module's forward allocates that is one call of the C++ library."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -53,3 +55,41 @@ def test_no_projection_is_kept_in_inference(one_calls):
         sizes = allocations(lambda: module(x, x, x, need_weights=False))
     assert sorted(sizes)[-1] == x.nbytes  # the output alone is of the inputs' size
     assert sum(sizes) < 2 * x.nbytes
+
+
+class TestALargeWorkspace:
+    """It is kept for the next call, since memory from the system must be cleared first."""
+
+    @staticmethod
+    def call(E):
+        module, x = MultiHeadAttention(E, 4, batch_first=True).eval(), torch.randn(1, 600, E)
+
+        def run():
+            with torch.no_grad():
+                return module(x, x, x, need_weights=False)[0]
+
+        return run, 4 * E * E * 4 + 4 * x.nbytes  # at least the packed weights and the projections
+
+    def test_is_allocated_once(self, one_calls):
+        run, least = self.call(512)
+        run()
+        assert all(size < least // 2 for size in allocations(run))
+        larger, _ = self.call(768)
+        larger()
+        assert all(size < least // 2 for size in allocations(run))
+        assert all(one_calls)
+
+    def test_beyond_some_size_is_given_back(self, one_calls):
+        run, least = self.call(2816)
+        assert least > 128 * 2**20
+        for _ in range(2):
+            assert max(allocations(run)) > least
+        assert all(one_calls)
+
+    def test_serves_one_of_several_threads(self, one_calls):
+        run, _ = self.call(512)
+        expected = run()
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: run(), range(12)))
+        assert all(torch.equal(x, expected) for x in found)
+        assert all(one_calls)

@@ -1,5 +1,6 @@
 // The operators of ops/schema.py and ops/module.py on the CPU: their tensors as the C ABI takes them. Python registers
 // them by fused_mha_register_operators.
+#include <atomic>
 #include <cstring>
 #include <iterator>
 #include <utility>
@@ -26,12 +27,40 @@ void make_last_contiguous(Tensors&... tensors) {
     ((tensors = std::move(tensors).last_contiguous()), ...);
 }
 
+// Memory for one call. What malloc would return to the system, which would have to clear it for the next call, is kept for
+// that: one piece in a process.
+class Workspace {
+public:
+    explicit Workspace(int64_t bytes) : piece(bytes >= FEWEST_KEPT ? kept.exchange(nullptr) : nullptr) {
+        if (piece && piece->bytes >= bytes) return;
+        delete piece;
+        piece = nullptr;
+        piece = new Piece{Tensor::empty({bytes}, FUSED_MHA_UINT8), bytes};
+    }
+    Workspace(const Workspace&) = delete;
+    ~Workspace() {
+        const bool is_kept = piece->bytes >= FEWEST_KEPT && piece->bytes <= MOST_KEPT;
+        delete (is_kept ? kept.exchange(piece) : piece);
+    }
+    fused_mha_tensor fields() const { return piece->tensor.fields(); }
+
+private:
+    static constexpr int64_t FEWEST_KEPT = 8 << 20, MOST_KEPT = 128 << 20;  // bytes
+    struct Piece {
+        Tensor tensor;
+        int64_t bytes;
+    };
+    static std::atomic<Piece*> kept;
+    Piece* piece;
+};
+std::atomic<Workspace::Piece*> Workspace::kept{nullptr};
+
 // Measures, allocates a workspace and runs.
 template <class Call, class Pointer>
 void compute(Call& call, fused_mha_tensor& workspace, int64_t (*measure)(Pointer), int64_t (*run)(Pointer)) {
     const int64_t bytes = measure(&call);
     check(bytes);
-    const Tensor memory = Tensor::empty({bytes}, FUSED_MHA_UINT8);
+    const Workspace memory(bytes);
     workspace = memory.fields();
     check(run(&call));
 }

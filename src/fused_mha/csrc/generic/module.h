@@ -73,7 +73,7 @@ public:
         : call(call),
           N(call.query.size[0]),
           threads(work() < SERIAL_WORK ? 1 : call.core.attention.threads),
-          group_size(max(min(max(FEWEST_ROWS, ROWS_OF_THREAD * threads) / max(call.query.size[1], call.key.size[1]), N), 1)) {
+          group_size(ceil_div(N, ceil_div(N, most_of_group()))) {
         void* const workspace = call.core.attention.workspace.data;
         Arena arena{workspace ? aligned(workspace) : CACHE_LINE};
         if (!call.core.attention.query.data) place_projections(arena);
@@ -107,6 +107,11 @@ private:
     fused_mha_tensor projections[3], heads;  // of a group, where the caller does not keep them
     uintptr_t packed[4], stage;              // the weights in, joined, and out; the workspace of one step at a time
     int64_t bytes;
+
+    int64_t most_of_group() const {
+        const int64_t rows = max(FEWEST_ROWS, ROWS_OF_THREAD * threads);
+        return max(min(rows / max(call.query.size[1], call.key.size[1]), N), 1);
+    }
 
     double work() const {
         const auto of = [](const fused_mha_tensor& x, const fused_mha_tensor& weight) {
