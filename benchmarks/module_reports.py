@@ -102,17 +102,17 @@ def _model_call(training: bool, wrap: Callable[[nn.Module], nn.Module]) -> Run:
     N, L, E, heads, layers, characters = 16, 64, 192, 6, 2, 90
     layer = nn.TransformerEncoderLayer(E, heads, 4 * E, 0.0, "gelu", batch_first=True, norm_first=True)
     encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(E), enable_nested_tensor=False)
-    model = fused_mha.convert(nn.Sequential(encoder, nn.Linear(E, characters)).train(training))
+    model = nn.ModuleDict({"encoder": encoder, "next_character": nn.Linear(E, characters)}).train(training)
+    fused_mha.convert(model)
     x, mask = torch.randn(N, L, E), nn.Transformer.generate_square_subsequent_mask(L)
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.parts = model
 
         def forward(self, x: Tensor) -> Tensor:
-            encoder, last = self.model
-            return last(encoder(x, mask=mask, is_causal=True))
+            return self.parts["next_character"](self.parts["encoder"](x, mask=mask, is_causal=True))
 
     forward = wrap(Model())
     targets = torch.randint(characters, (N * L,))
