@@ -22,6 +22,20 @@ enum fused_mha_dtype {
     FUSED_MHA_UINT8 = 6,
 };
 
+// Bytes of an element; 0 for an unknown dtype.
+static inline int64_t fused_mha_item_size(int64_t dtype) {
+    switch (dtype) {
+        case FUSED_MHA_FLOAT64:
+        case FUSED_MHA_INT64: return 8;
+        case FUSED_MHA_FLOAT32: return 4;
+        case FUSED_MHA_BFLOAT16:
+        case FUSED_MHA_FLOAT16: return 2;
+        case FUSED_MHA_BOOL:
+        case FUSED_MHA_UINT8: return 1;
+        default: return 0;
+    }
+}
+
 // A tensor of up to four dimensions; absent if `data` is null. Dimensions that it lacks have size 1.
 typedef struct {
     void* data;

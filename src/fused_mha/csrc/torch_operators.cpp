@@ -74,8 +74,7 @@ fused_mha_tensor as_sequence(fused_mha_tensor t) {
 
 // Contiguous, of these sizes, `offset` elements behind the start of `t`.
 fused_mha_tensor part(const fused_mha_tensor& t, int64_t offset, const int64_t (&size)[3]) {
-    constexpr int64_t ITEM_SIZES[] = {4, 8, 2, 2};
-    const int64_t bytes = offset * ITEM_SIZES[t.dtype];
+    const int64_t bytes = offset * fused_mha_item_size(t.dtype);
     return {static_cast<char*>(t.data) + bytes, t.dtype, t.bytes - bytes, {size[0], size[1], size[2], 1},
             {size[1] * size[2], size[2], 1, 0}};
 }

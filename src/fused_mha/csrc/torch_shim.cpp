@@ -155,12 +155,11 @@ fused_mha_tensor Tensor::fields() const {
     check(torch.aoti_torch_get_storage_offset(handle, &offset), "tell where a tensor lies");
     check(torch.aoti_torch_get_storage_size(handle, &bytes), "tell a storage's size");
     check(torch.aoti_torch_get_dtype(handle, &dtype), "tell a tensor's dtype");
-    constexpr int64_t ITEM_SIZES[] = {4, 8, 2, 2, 1, 8, 1};
     t.dtype = -1;
     for (int i = 0; i < 7; ++i)
         if (torch.dtypes[i] == dtype) {
             t.dtype = i;
-            t.bytes = bytes - offset * ITEM_SIZES[i];
+            t.bytes = bytes - offset * fused_mha_item_size(i);
         }
     int64_t elements = 1;
     for (int64_t d = 0; d < sizes.count; ++d) elements *= sizes.at[d];
