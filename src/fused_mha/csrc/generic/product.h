@@ -65,7 +65,7 @@ public:
           column_panels(ceil_div(of.N, COLUMNS)),
           row_panels(of.left_is_transposed ? ceil_div(of.M, COLUMNS) : 0),
           panel_size(Panels<P>::steps(of.K) * COLUMNS),
-          reads_left_in_place(of.output_is_transposed && of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 &&
+          reads_left_in_place((of.output_is_transposed || (P::KSTEP == 1 && !of.left_is_transposed)) && of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 &&
                               of.left.stride() % CRITICAL_STRIDE != 0),
           reads_right_in_place(of.M <= Matrices::FEW_ROWS && !of.right_is_transposed && !of.left_is_transposed &&
                                of.right.dtype == P::OPERAND && P::KSTEP == 1 && of.N % COLUMNS == 0 && of.right.stride()),
@@ -194,19 +194,25 @@ private:
             const int64_t b_row_stride = in_place ? of.right.stride() / int64_t(sizeof(T)) : COLUMNS;
             const int64_t columns = min(of.N - panel * COLUMNS, COLUMNS);
             int64_t first, rows;
+            void* to[MR];
+            const auto place_output = [&] {
+                for (int64_t r = 0; r < rows && !of.output_is_transposed; ++r) to[r] = of.output(first + r, panel * COLUMNS);
+                if (!of.output_is_transposed) prefetch_output(to, rows, columns * item_size(of.output.dtype));
+            };
             if (of.left_is_transposed) {
                 const Parts of_panel{COLUMNS, TILES_OF_PANEL};
                 const int64_t m = t / TILES_OF_PANEL, part = t % TILES_OF_PANEL;
                 first = m * COLUMNS + of_panel.begin(part);
                 rows = min(of_panel.size(part), of.M - first);
                 if (rows <= 0) return;
+                place_output();
                 gemm_in_blocks<P, Layout::TRANSPOSED>(int(rows), columns,
                                         {product.left + m * product.panel_size + of_panel.begin(part), COLUMNS,
                                          COLUMNS * COLUMNS, b, b_row_stride, result, steps, false});
             } else {
                 first = product.row_tiles.begin(t);
                 rows = product.row_tiles.size(t);
-                if (!of.output_is_transposed) prefetch_output(first, rows, panel * COLUMNS);
+                place_output();
                 if (product.reads_left_in_place)
                     gemm_in_blocks<P, Layout::ROWS>(
                         int(rows), columns,
@@ -218,29 +224,26 @@ private:
             if (of.output_is_transposed)
                 write_transposed(first, rows, panel * COLUMNS, columns);
             else
-                write(first, rows, panel * COLUMNS, columns);
+                write(to, rows, panel * COLUMNS, columns);
         }
 
         // The rows of a tile of C are far from each other: each would miss its page and its cache lines at `write`.
-        void prefetch_output(int64_t first, int64_t rows, int64_t first_column) const {
-            const int64_t bytes = COLUMNS * item_size(of.output.dtype);
+        static void prefetch_output(void* const* to, int64_t rows, int64_t bytes) {
             for (int64_t r = 0; r < rows; ++r)
-                for (int64_t at = 0; at < bytes; at += CACHE_LINE)
-                    __builtin_prefetch(static_cast<const char*>(of.output(first + r, first_column)) + at, 1);
+                for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(static_cast<const char*>(to[r]) + at, 1);
         }
 
-        void write(int64_t first, int64_t rows, int64_t first_column, int64_t columns) const {
+        void write(void* const* to, int64_t rows, int64_t first_column, int64_t columns) const {
             with_data<T>(of.output.dtype, [&](auto data) {
                 using Data = decltype(data);
                 using Stored = typename Data::Stored;
-                for (int64_t v = 0; v < columns; v += W) {
-                    Vec<T> added{};
-                    if (of.bias)
-                        added = load_some<T, Data>(static_cast<const Stored*>(of.bias) + first_column + v, columns - v);
-                    for (int64_t r = 0; r < rows; ++r)
-                        store_some<T, Data>(static_cast<Stored*>(of.output(first + r, first_column + v)),
-                                            load(result + r * COLUMNS + v) + added, columns - v);
-                }
+                Vec<T> added[COLUMNS / W] = {};
+                for (int64_t v = 0; of.bias && v < columns; v += W)
+                    added[v / W] = load_some<T, Data>(static_cast<const Stored*>(of.bias) + first_column + v, columns - v);
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t v = 0; v < columns; v += W)
+                        store_some<T, Data>(static_cast<Stored*>(to[r]) + v, load(result + r * COLUMNS + v) + added[v / W],
+                                            columns - v);
             });
         }
 
