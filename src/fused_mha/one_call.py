@@ -117,16 +117,16 @@ def tensors_of(
     inputs = (query, key, value)
     if value is key and parameters[0] is not None:  # one packed weight, and so one product
         inputs = (query, None if key is query else key, None)
-    is_plain = _is_plain if eager else _is_on_cpu
+    is_readable = _is_readable if eager else _is_on_cpu
     dtype = inputs[0].dtype
     if dtype not in linear.dtypes():
         return linear.RULE
     for x in (*inputs, *parameters):
-        if x is not None and (x.dtype != dtype or type(x) not in linear.PLAIN_TYPES or not is_plain(x)):
+        if x is not None and (x.dtype != dtype or type(x) not in linear.PLAIN_TYPES or not is_readable(x)):
             return "an input or a parameter is of another dtype or device, or a subclass of torch.Tensor"
     for mask in (attn_mask, key_padding_mask):
         if mask is not None and (
-            type(mask) is not Tensor or mask.requires_grad or not is_plain(mask) or mask.dtype not in _MASK_DTYPES
+            type(mask) is not Tensor or mask.requires_grad or not is_readable(mask) or mask.dtype not in _MASK_DTYPES
         ):
             return (
                 "a mask needs a gradient, or is a subclass of torch.Tensor or of a dtype that the back end cannot read"
@@ -146,7 +146,7 @@ def _is_on_cpu(x: Tensor) -> bool:
     return x.is_cpu
 
 
-def _is_plain(x: Tensor) -> bool:
+def _is_readable(x: Tensor) -> bool:
     return x.is_cpu and not x.is_neg()  # which tracers cannot ask; there the dispatcher sees to it
 
 

@@ -96,6 +96,13 @@ def test_another_abi_version_gives_an_error_that_names_both(monkeypatch):
         native.Library(LIBRARY.path)
 
 
+def test_a_torch_without_a_function_that_is_needed_is_refused_by_its_name():
+    register = C.fused_mha_register_operators
+    register.restype = ctypes.c_int64
+    assert register(ctypes.c_void_p(C._handle)) == -1  # a library that is not torch's
+    assert re.fullmatch(r"this torch has no function (aoti_)?torch_\w+", C.fused_mha_last_error().decode())
+
+
 def test_a_library_without_a_version_gives_the_same_error(tmp_path):
     other = Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so"
     if not other.exists():

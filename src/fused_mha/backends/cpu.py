@@ -56,11 +56,6 @@ def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
     return None if left is None else diagonal - left, None if right is None else diagonal + right
 
 
-def last_contiguous(x: Tensor) -> Tensor:
-    """The tensor with its last dimension contiguous, as the library takes it; a copy only where it must be."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     """The seed of a call's dropout, from torch's generator; None where nothing is dropped."""
     if not dropout_p:

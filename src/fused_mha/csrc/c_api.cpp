@@ -1,7 +1,6 @@
 // The entry points of the library: a call is checked, measured and run.
 #include "c_api.h"
 
-#include <cstdarg>
 #include <initializer_list>
 
 #include "checks.h"
@@ -13,15 +12,6 @@
 namespace {
 
 using namespace fused_mha;
-
-int64_t fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-int64_t fail(const char* format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    set_error(format, arguments);
-    va_end(arguments);
-    return -1;
-}
 
 void check_workspace(Checker& checker, const fused_mha_tensor& workspace, int64_t needed) {
     checker.check("workspace", workspace, FUSED_MHA_UINT8, 1, {-1, 1, 1, 1});
@@ -103,7 +93,7 @@ const char* fused_mha_cpu_vendor(void) { return fused_mha::cpu_vendor(); }
 const char* fused_mha_isa(void) { return current_kernels().name; }
 
 int64_t fused_mha_set_isa(const char* name) {
-    return name && fused_mha::choose_kernels(name) ? 0 : fail("no instruction set %s", name ? name : "(null)");
+    return name && fused_mha::choose_kernels(name) ? 0 : refuse("no instruction set %s", name ? name : "(null)");
 }
 
 int64_t fused_mha_forward_workspace(const fused_mha_forward_arguments* call) { return workspace_bytes(FORWARD, *call); }
@@ -157,7 +147,7 @@ int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_ten
 }
 
 int64_t fused_mha_exp2(const void* x, void* result, int64_t count, int64_t dtype) {
-    if (dtype != FUSED_MHA_FLOAT32 && dtype != FUSED_MHA_FLOAT64) return fail("exp2 takes float32 or float64");
+    if (dtype != FUSED_MHA_FLOAT32 && dtype != FUSED_MHA_FLOAT64) return refuse("exp2 takes float32 or float64");
     if (dtype == FUSED_MHA_FLOAT32)
         current_kernels().exp2_float(static_cast<const float*>(x), static_cast<float*>(result), count);
     else

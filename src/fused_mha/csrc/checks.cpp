@@ -12,6 +12,14 @@ const char* last_error() { return error_text; }
 
 void set_error(const char* format, va_list arguments) { vsnprintf(error_text, sizeof error_text, format, arguments); }
 
+int64_t refuse(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    set_error(format, arguments);
+    va_end(arguments);
+    return -1;
+}
+
 const char* dtype_name(int64_t dtype) {
     constexpr const char* NAMES[] = {"float32", "float64", "bfloat16", "float16", "bool", "int64", "uint8"};
     return dtype >= 0 && dtype <= FUSED_MHA_UINT8 ? NAMES[dtype] : "an unknown dtype";

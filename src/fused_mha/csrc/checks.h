@@ -1,5 +1,5 @@
 // What is wrong with the arguments of a call: every tensor is checked against the call before a kernel sees its pointer.
-// c_api.cpp calls these.
+// c_api.cpp calls these, and torch_operators.cpp `refuse`.
 #pragma once
 
 #include <cstdarg>
@@ -11,6 +11,8 @@ namespace fused_mha {
 // The text of the last error of this thread, and what sets it.
 const char* last_error();
 void set_error(const char* format, va_list arguments);
+// Sets it, and gives what a function of the C ABI returns then.
+int64_t refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 const char* dtype_name(int64_t dtype);
 // The dtype of sums over elements of a dtype.

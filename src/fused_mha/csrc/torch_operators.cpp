@@ -5,6 +5,7 @@
 #include <iterator>
 #include <utility>
 
+#include "checks.h"
 #include "torch_shim.h"
 
 namespace {
@@ -330,8 +331,7 @@ struct ModuleCall {
         for (const Range& range : ranges())
             if (which < range.end) {
                 const int64_t width = range.columns(E);
-                fused_mha_tensor t = part(projections, range.offset + (which - range.first) * E, {N, range.length, width});
-                t.bytes = projections.bytes - (static_cast<char*>(t.data) - static_cast<char*>(projections.data));
+                const fused_mha_tensor t = part(projections, range.offset + (which - range.first) * E, {N, range.length, width});
                 return {t.data, t.dtype, t.bytes, {N, range.length, H, D}, {range.length * width, width, D, 1}};
             }
         return {};
@@ -491,12 +491,13 @@ void multi_head_attention_backward(Value* stack, uint64_t, uint64_t) {
 }  // namespace
 
 extern "C" int64_t fused_mha_register_operators(void* torch_library) {
-    if (load(torch_library)) return -1;
+    if (const char* missing = load(torch_library)) return fused_mha::refuse("this torch has no function %s", missing);
     constexpr NamedKernel KERNELS[] = {{"product", product},
                                        {"attention", attention},
                                        {"attention_gradients", attention_gradients},
                                        {"dropout_mask", dropout_mask},
                                        {"multi_head_attention", multi_head_attention},
                                        {"multi_head_attention_backward", multi_head_attention_backward}};
-    return register_cpu_kernels(KERNELS, std::size(KERNELS)) ? 0 : -1;
+    if (!register_cpu_kernels(KERNELS, std::size(KERNELS))) return fused_mha::refuse("torch did not take the operators' kernels");
+    return 0;
 }

@@ -196,8 +196,9 @@ private:
             int64_t first, rows;
             void* to[MR];
             const auto place_output = [&] {
-                for (int64_t r = 0; r < rows && !of.output_is_transposed; ++r) to[r] = of.output(first + r, panel * COLUMNS);
-                if (!of.output_is_transposed) prefetch_output(to, rows, columns * item_size(of.output.dtype));
+                if (of.output_is_transposed) return;
+                for (int64_t r = 0; r < rows; ++r) to[r] = of.output(first + r, panel * COLUMNS);
+                prefetch_output(to, rows, columns * item_size(of.output.dtype));
             };
             if (of.left_is_transposed) {
                 const Parts of_panel{COLUMNS, TILES_OF_PANEL};

@@ -82,9 +82,7 @@ struct SingleQuery {
                     const void* rows[ROWS_AT_ONCE];
                     for (int i = 0; i < ROWS_AT_ONCE; ++i) {
                         rows[i] = values[j + i].of(h);
-                        if (j + i + ahead < known)
-                            if (const void* next = values[j + i + ahead].of(h); next)
-                                prefetch_rows<TO_FIRST_LEVEL>(&next, 1, columns * int64_t(sizeof(typename Data::Stored)));
+                        if (j + i + ahead < known) prefetch<Data>(values[j + i + ahead].of(h), columns);
                     }
                     add_rows<Data, ROWS_AT_ONCE>(weights[h] + j, rows, columns, outputs[h], true);
                 }
@@ -100,19 +98,22 @@ private:
         return max(BYTES_AHEAD / max(heads * columns * item_size(dtype), 1), 1);
     }
     template <class Data>
+    static FMHA_INLINE void prefetch(const void* row, int64_t columns) {
+        prefetch_rows<TO_FIRST_LEVEL>(&row, 1, columns * int64_t(sizeof(typename Data::Stored)));
+    }
+    template <class Data>
     static FMHA_INLINE void prefetch_heads(const HeadRow& row, int64_t heads, int64_t columns) {
         const void* before = nullptr;
         for (int64_t h = 0; h < heads; ++h)
             if (const void* at = row.of(h); at != before) {
-                prefetch_rows<TO_FIRST_LEVEL>(&at, 1, columns * int64_t(sizeof(typename Data::Stored)));
+                prefetch<Data>(at, columns);
                 before = at;
             }
     }
 
     template <class Data>
     static FMHA_INLINE void prefetch_ahead(const void* const* rows, int64_t known, int64_t j, int64_t columns) {
-        if (j + AHEAD >= known) return;
-        prefetch_rows<TO_FIRST_LEVEL>(rows + j + AHEAD, 1, columns * int64_t(sizeof(typename Data::Stored)));
+        if (j + AHEAD < known) prefetch<Data>(rows[j + AHEAD], columns);
     }
 
     // W dot products; 0 where there is no key.
