@@ -1,4 +1,4 @@
-// Tensors and operators of torch, by its stable C API; torch_operators.cpp writes its kernels with these.
+// Tensors and operators of torch, by its stable C API; torch_operators.cpp and torch_module.cpp write their kernels with these.
 //
 // The library is built and linked without torch: `load` looks the functions up in torch's own library. Their sources are
 // torch/csrc/inductor/aoti_torch/c/shim.h and torch/csrc/stable of torch 2.10 and newer.
