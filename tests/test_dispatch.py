@@ -40,6 +40,7 @@ MASKS = [
     {"is_causal": True, "causal_alignment": "bottom_right"},
 ]
 NOTE_OF_SDPA = "the masks of the call are merged into one additive tensor, (N|1, H|1, L|1, S)"
+TRITON = "  triton: cannot: it runs on cuda alone (query is on cpu)\n"
 NOTE_OF_REFERENCE = "the scores are built as an (N, H, L, S) tensor"
 
 
@@ -49,6 +50,13 @@ def checked(**arguments):
 
 def explain_attention(**arguments):
     return dispatch.explain_inputs(checked(**arguments))
+
+
+def reasons_on_the_cpu(explanation):
+    """Without those of `triton`, which are tested once."""
+    reasons = dict(explanation.reasons)
+    assert reasons.pop("triton")[0].startswith("it runs on cuda alone (query is on ")
+    return reasons
 
 
 def note_of_cpu():
@@ -90,7 +98,7 @@ def served_by(monkeypatch):
 
 class TestOrder:
     def test_the_fused_core_comes_first_and_the_reference_last(self):
-        assert BACKENDS == ["cpu", "sdpa", "reference"]
+        assert [candidate.name for candidate in dispatch.BACKENDS] == ["cpu", "triton", "sdpa", "reference"]
 
     def call_in_four_ways(self, module, x):
         module(x, x, x, need_weights=False)
@@ -121,7 +129,11 @@ class TestReasons:
     @pytest.mark.parametrize(("reason", "arguments"), REASONS_AGAINST_SDPA.items(), ids=REASONS_AGAINST_SDPA)
     def test_against_sdpa(self, reason, arguments, without_the_library):
         explanation = explain_attention(**make_arguments(**arguments))
-        assert explanation.reasons == {"cpu": ["it is not in this installation"], "sdpa": [reason], "reference": []}
+        assert reasons_on_the_cpu(explanation) == {
+            "cpu": ["it is not in this installation"],
+            "sdpa": [reason],
+            "reference": [],
+        }
         assert explanation.chosen == "reference"
 
     @pytest.mark.parametrize(("reason", "changes"), REASONS_AGAINST_CPU.items(), ids=REASONS_AGAINST_CPU)
@@ -131,7 +143,7 @@ class TestReasons:
             arguments = {name: arguments[name] for name in changes}
         arguments |= {name: arguments[name].to(change) for name, change in changes.items()}
         explanation = explain_attention(**arguments)
-        assert explanation.reasons == {"cpu": [reason], "sdpa": [], "reference": []}
+        assert reasons_on_the_cpu(explanation) == {"cpu": [reason], "sdpa": [], "reference": []}
         assert explanation.chosen == "sdpa"
 
     def test_a_mask_that_cpu_does_not_know_is_served_by_the_next(self, served_by):
@@ -172,7 +184,7 @@ class TestReasons:
         assert served_by == ["sdpa", "reference"]
         monkeypatch.setattr(capability, "onnx_export_is_active", lambda: True)
         reason = "the model is exported to ONNX, which has no operator for it"
-        reasons = fused_mha.explain(module, x, need_weights=False).reasons
+        reasons = reasons_on_the_cpu(fused_mha.explain(module, x, need_weights=False))
         assert reasons == {"cpu": [reason], "sdpa": [], "reference": []}
 
     @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -190,7 +202,7 @@ class TestReasons:
         else:
             with torch.autograd.forward_ad.dual_level():
                 function(x)
-                reasons = fused_mha.explain(module, x, need_weights=False).reasons
+                reasons = reasons_on_the_cpu(fused_mha.explain(module, x, need_weights=False))
                 reason = "a torch.func transform or forward-mode AD is active"
                 assert reasons == {"cpu": [reason], "sdpa": [reason], "reference": []}
         assert served_by == ["reference"]
@@ -241,7 +253,9 @@ class TestOverride:
 
     @pytest.mark.parametrize("name", ["flash", "", "Reference"])
     def test_unknown_name_is_an_error_that_lists_the_known_ones(self, name):
-        with pytest.raises(ValueError, match=rf"^backend must be one of \['cpu', 'sdpa', 'reference'\]; got '{name}'$"):
+        with pytest.raises(
+            ValueError, match=rf"^backend must be one of \['cpu', 'triton', 'sdpa', 'reference'\]; got '{name}'$"
+        ):
             fused_mha.backend(name).__enter__()
 
     def test_unknown_name_leaves_the_override_as_it_was(self, module, x, served_by):
@@ -256,6 +270,7 @@ class TestOverride:
             "no back end can serve this call.\n"
             "back end: none (by fused_mha.backend('sdpa'))\n"
             "  cpu: could serve\n"
+            f"{TRITON}"
             "  sdpa: cannot: it returns no attention weights (need_weights=True)\n"
             "  reference: could serve"
         )
@@ -265,7 +280,7 @@ class TestOverride:
         assert served_by == []
 
     def test_choice_that_is_not_installed_is_never_replaced(self, module, x, without_the_library):
-        text = r"by fused_mha.backend\('cpu'\)\)\n  cpu: cannot: it is not in this installation\n  sdpa: could serve"
+        text = r"by fused_mha.backend\('cpu'\)\)\n  cpu: cannot: it is not in this installation\n  triton: "
         with fused_mha.backend("cpu"), pytest.raises(RuntimeError, match=text):
             module(x, x, x, need_weights=False)
 
@@ -313,7 +328,12 @@ class TestAgreement:
 
 class TestExplain:
     def test_names_the_choice_and_the_reasons(self, module, x):
-        reasons = {"cpu": [], "sdpa": ["it returns no attention weights (need_weights=True)"], "reference": []}
+        reasons = {
+            "cpu": [],
+            "triton": ["it runs on cuda alone (query is on cpu)"],
+            "sdpa": ["it returns no attention weights (need_weights=True)"],
+            "reference": [],
+        }
         explanation = fused_mha.explain(module, x)._replace(projections=None)
         assert explanation == fused_mha.Explanation("cpu", reasons, [note_of_cpu()], override=None)
         with fused_mha.backend("reference"):
@@ -325,6 +345,7 @@ class TestExplain:
             "back end: cpu (the first that can serve)\n"
             f"  note: {note_of_cpu()}\n"
             "  projections: by hand\n"
+            f"{TRITON}"
             "  sdpa: cannot: it returns no attention weights (need_weights=True)\n"
             "  reference: could serve"
         )
@@ -343,12 +364,14 @@ class TestExplain:
             f"  note: {NOTE_OF_REFERENCE}\n"
             f"{projections}"
             "  cpu: cannot: it is not in this installation\n"
+            f"{TRITON}"
             "  sdpa: cannot: it returns no attention weights (need_weights=True)"
         )
         assert str(fused_mha.explain(module, x, need_weights=False)) == (
             "back end: sdpa (the first that can serve)\n"
             f"{projections}"
             "  cpu: cannot: it is not in this installation\n"
+            f"{TRITON}"
             "  reference: could serve"
         )
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fused_mha import reference
-from fused_mha.backends import cpu, sdpa
+from fused_mha.backends import cpu, sdpa, triton
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import autocast_is_on
@@ -41,7 +41,7 @@ REFERENCE = Backend(
 )
 
 # In order of preference: the first that can serve a call does.
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, sdpa.BACKEND, REFERENCE)
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, sdpa.BACKEND, REFERENCE)
 
 
 class _Override(threading.local):
@@ -85,7 +85,7 @@ def backend(name: str) -> Iterator[None]:
     forward that is recomputed in the backward pass (activation checkpointing) needs the context there too.
 
     Args:
-        name: ``"cpu"``, ``"sdpa"`` or ``"reference"``; `python -m fused_mha.info` lists them.
+        name: ``"cpu"``, ``"triton"``, ``"sdpa"`` or ``"reference"``; `python -m fused_mha.info` lists them.
 
     Yields:
         None.
@@ -113,11 +113,16 @@ def allows(candidate: Backend) -> bool:
     return _override.name in (None, candidate.name) and any(known is candidate for known in BACKENDS)
 
 
+def _may_serve(candidate: Backend, inputs: AttentionInputs) -> bool:
+    """Whether a call that a back end can serve is given to it."""
+    return _override.name == candidate.name or (_override.name is None and not candidate.leaves_to_next(inputs))
+
+
 def explain_inputs(inputs: AttentionInputs) -> Explanation:
     """The choice for these inputs with the reasons of every back end; computes nothing."""
     reasons = {candidate.name: not_supported_reasons(candidate.capability, inputs) for candidate in BACKENDS}
     for candidate in BACKENDS:
-        if _override.name in (None, candidate.name) and not reasons[candidate.name]:
+        if not reasons[candidate.name] and _may_serve(candidate, inputs):
             return Explanation(candidate.name, reasons, candidate.notes(inputs), _override.name)
     return Explanation(None, reasons, [], _override.name)
 
@@ -125,7 +130,7 @@ def explain_inputs(inputs: AttentionInputs) -> Explanation:
 def choose(inputs: AttentionInputs) -> Backend:
     """The first back end that can serve these inputs; RuntimeError, with every reason, if none can."""
     for candidate in BACKENDS:
-        if _override.name in (None, candidate.name) and not not_supported_reasons(candidate.capability, inputs):
+        if not not_supported_reasons(candidate.capability, inputs) and _may_serve(candidate, inputs):
             return candidate
     raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
 

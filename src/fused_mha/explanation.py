@@ -41,6 +41,7 @@ def explain(
         back end: cpu (the first that can serve)
           note: instruction set avx512_bf16
           projections: in one call with the attention
+          triton: cannot: it runs on cuda alone (query is on cpu)
           sdpa: cannot: it returns no attention weights (need_weights=True)
           reference: could serve
     """

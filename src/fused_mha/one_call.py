@@ -16,6 +16,7 @@ from torch.nn.parameter import Parameter
 
 from fused_mha import dispatch, linear, masks, projections
 from fused_mha.backends import cpu
+from fused_mha.backends.arguments import draw_seed
 from fused_mha.inputs import default_scale
 from fused_mha.modes import autocast_is_on, is_eager, is_traced_by_dynamo
 
@@ -67,7 +68,7 @@ def forward(
     if isinstance(found, str):
         return None
     output, weights, *_ = cpu.multi_head_attention(
-        (*found, cpu.draw_seed(dropout_p, query.device)),
+        (*found, draw_seed(dropout_p, query.device)),
         (
             module.batch_first,
             module.num_heads,

@@ -168,13 +168,13 @@ def assert_rule(ours, theirs, exact, dtype, scores=1):
         assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed, torch {torch_error:.3e}"
 
 
-def assert_matches_dense(arguments, keep=None, through=("output", "weights", "lse")):
-    """Results and gradients of the CPU library against the oracle, by the one rule; returns the former."""
+def assert_matches_dense(arguments, keep=None, through=("output", "weights", "lse"), attention=native_attention):
+    """Results and gradients of the CPU library, or another, against the oracle, by the one rule; returns the former."""
 
     def dense(**a):
         return dense_attention(keep, **a)
 
-    ours = run(native_attention, arguments, through=through)
+    ours = run(attention, arguments, through=through)
     dtype = arguments["query"].dtype
     exact = run(dense, arguments, torch.float64, through)
     theirs = run(dense, arguments, torch.float32 if dtype == torch.float64 else None, through)

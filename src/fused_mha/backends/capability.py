@@ -25,6 +25,7 @@ class Capability(NamedTuple):
     empty_tensors: bool = True
     cpu_dropout: bool = True
     off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU
+    most_head_size: int | None = None  # None is any
 
 
 class Backend(NamedTuple):
@@ -35,20 +36,21 @@ class Backend(NamedTuple):
     capability: Capability
     run: Callable[[AttentionInputs], AttentionResult]
     notes: Callable[[AttentionInputs], list[str]]  # what `explain` says of a call that it serves
+    leaves_to_next: Callable[[AttentionInputs], bool] = lambda _: False  # a call that it could serve, but not faster
 
 
 def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
     """Why a back end cannot serve these inputs; an empty list if it can."""
-    if not capability.is_installed:
-        return ["it is not in this installation"]
     reasons = []
+    device = inputs.query.device.type
+    if capability.devices is not None and device not in capability.devices:
+        reasons.append(f"it runs on {', '.join(capability.devices)} alone (query is on {device})")
+    if not capability.is_installed:
+        return reasons or ["it is not in this installation"]
     if inputs.need_weights and not capability.weights:
         reasons.append("it returns no attention weights (need_weights=True)")
     if inputs.return_lse and not capability.lse:
         reasons.append("it returns no log-sum-exp (return_lse=True)")
-    device = inputs.query.device.type
-    if capability.devices is not None and device not in capability.devices:
-        reasons.append(f"it runs on {', '.join(capability.devices)} alone (query is on {device})")
     if capability.dtypes is not None:
         masks = (inputs.attn_mask, inputs.key_padding_mask)
         dtypes = {inputs.query.dtype, *(mask.dtype for mask in masks if mask is not None)} - {torch.bool}
@@ -59,6 +61,9 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
     if inputs.needs_mask_tensor and not capability.off_cpu_masks and device != "cpu":
         reasons.append(f"its kernels for {device} are not known to be right on rows that a mask hides everywhere")
+    head_size = max(inputs.query.shape[3], inputs.value.shape[3])
+    if capability.most_head_size is not None and head_size > capability.most_head_size:
+        reasons.append(f"its largest head size is {capability.most_head_size} (it is {head_size})")
     if not capability.empty_tensors and 0 in (inputs.query.numel(), inputs.key.numel()):
         reasons.append(f"an input is empty (query {tuple(inputs.query.shape)}, key {tuple(inputs.key.shape)})")
     if not capability.transforms and transform_is_active():

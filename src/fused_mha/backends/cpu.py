@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_mha.backends import native
+from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import has_plain_memory, is_eager
-from fused_mha.ops import autograd, module_autograd, schema
+from fused_mha.ops import autograd, gradients, module_autograd, schema
 from fused_mha.ops import module as module_operator
 from fused_mha.ops import product as product_operator
-from fused_mha.ops.schema import Arguments
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of inputs, and of masks that are not bool
 LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
@@ -41,46 +41,14 @@ def _kernel(operator: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 _forward = _kernel(schema.attention)
-_attention_gradients = _kernel(schema.attention_gradients)
+_backward = functools.partial(gradients.attention_backward, _kernel(schema.attention_gradients))
 _product = _kernel(product_operator.product)
 _module = _kernel(module_operator.multi_head_attention)
 _module_backward = _kernel(module_operator.multi_head_attention_backward)
 
 
-def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
-    """The first and the last key that query i sees, less i; None is no limit. `masks.outside_band` draws the same."""
-    left, right = (None if side is None else min(side, native.FAR) for side in inputs.window or (None, None))
-    if inputs.is_causal:
-        right = 0
-    diagonal = inputs.key.shape[1] - inputs.query.shape[1] if inputs.causal_alignment == "bottom_right" else 0
-    return None if left is None else diagonal - left, None if right is None else diagonal + right
-
-
-def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed of a call's dropout, from torch's generator; None where nothing is dropped."""
-    if not dropout_p:
-        return None
-    whole = torch.iinfo(torch.int64)
-    return torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)
-
-
 def _run(inputs: AttentionInputs) -> AttentionResult:
-    arguments = Arguments(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.attn_mask,
-        inputs.key_padding_mask,
-        inputs.bias_k,
-        inputs.bias_v,
-        draw_seed(inputs.dropout_p, inputs.query.device),
-        *_band(inputs),
-        inputs.add_zero_attn,
-        float(inputs.dropout_p),
-        float(inputs.scale),
-        inputs.need_weights,
-        inputs.average_attn_weights,
-    )
+    arguments = arguments_of(inputs)
     if not is_eager() or any(x is not None and (type(x) is not Tensor or x.is_neg()) for x in arguments[:7]):
         output, weights, lse, _ = schema.attention(*arguments)
     elif is_recorded(*arguments[:7]):
@@ -88,59 +56,6 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     else:
         output, weights, lse, _ = _forward(*arguments)
     return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
-
-
-def _sum(x: Tensor, dim: int) -> Tensor:
-    """The sum over one dimension, which stays with size 1, by pairs: torch's own order depends on the threads."""
-    while (size := x.shape[dim]) > 1:
-        half = (size + 1) // 2
-        first = x.narrow(dim, 0, half).clone()
-        first.narrow(dim, 0, size - half).add_(x.narrow(dim, half, size - half))
-        x = first
-    return x if size else x.sum(dim, keepdim=True)
-
-
-def _backward(
-    grad_output: Tensor | None,
-    grad_weights: Tensor | None,
-    grad_lse: Tensor | None,
-    output: Tensor,
-    stats: Tensor,
-    mask_grad: bool,
-    padding_grad: bool,
-    *inputs: Any,
-) -> tuple[Tensor, ...]:
-    arguments = Arguments(*inputs)
-    query, mask, padding = arguments.query, arguments.attn_mask, arguments.key_padding_mask
-    for name, mask_of_grad, wanted in (("attn_mask", mask, mask_grad), ("key_padding_mask", padding, padding_grad)):
-        if wanted and mask_of_grad is not None and not mask_of_grad.is_floating_point():
-            raise RuntimeError(f"{name} must be floating for a gradient; got {mask_of_grad.dtype}")
-    mask_grad, padding_grad = mask_grad and mask is not None, padding_grad and padding is not None
-    has_rows = mask is not None and mask.shape[2] != 1
-    *grads, grad_mask, grad_columns, grad_bias_k, grad_bias_v = _attention_gradients(
-        torch.zeros_like(output) if grad_output is None else grad_output,
-        grad_weights,
-        grad_lse,
-        output,
-        stats,
-        mask_grad and has_rows,
-        padding_grad or (mask_grad and not has_rows),
-        *inputs,
-    )
-    grad_attn_mask, grad_padding = query.new_empty((0,)), query.new_empty((0,))
-    if mask_grad and mask is not None:
-        if not has_rows:
-            grad_mask = grad_columns.unsqueeze(2)  # [N, H, 1, S]
-            for dim in (0, 1):
-                grad_mask = _sum(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
-        grad_attn_mask = grad_mask.to(mask.dtype)
-    if padding_grad and padding is not None:
-        grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype)
-    grad_biases = [
-        query.new_empty((0,)) if bias is None else _sum(grad, 0)[0].to(query.dtype)
-        for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))
-    ]
-    return *grads, grad_attn_mask, grad_padding, *grad_biases
 
 
 def _may_skip_dispatcher(grads: tuple[Tensor | None, ...]) -> bool:

@@ -19,7 +19,6 @@ ABI_VERSION = 4
 ISA_VARIABLE = "FUSED_MHA_ISA"
 NAMES = ("libfused_mha.so", "libfused_mha.dylib")
 
-FAR = 1 << 60  # a key position that no query has
 _EXP2_DTYPES = {torch.float32: 0, torch.float64: 1}  # as `enum fused_mha_dtype` numbers them
 
 

@@ -1,0 +1,48 @@
+"""From the checked inputs of a call to the arguments of the operator `attention`; back ends with kernels call this."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_mha.inputs import AttentionInputs
+from fused_mha.ops.schema import Arguments
+
+_FAR = 1 << 60  # a key position that no query has
+
+
+def arguments_of(inputs: AttentionInputs) -> Arguments:
+    """The operator's arguments; draws the seed of a call with dropout."""
+    return Arguments(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.attn_mask,
+        inputs.key_padding_mask,
+        inputs.bias_k,
+        inputs.bias_v,
+        draw_seed(inputs.dropout_p, inputs.query.device),
+        *_band(inputs),
+        inputs.add_zero_attn,
+        float(inputs.dropout_p),
+        float(inputs.scale),
+        inputs.need_weights,
+        inputs.average_attn_weights,
+    )
+
+
+def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
+    """The first and the last key that query i sees, less i; None is no limit. `masks.outside_band` draws the same."""
+    left, right = (None if side is None else min(side, _FAR) for side in inputs.window or (None, None))
+    if inputs.is_causal:
+        right = 0
+    diagonal = inputs.key.shape[1] - inputs.query.shape[1] if inputs.causal_alignment == "bottom_right" else 0
+    return None if left is None else diagonal - left, None if right is None else diagonal + right
+
+
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of a call's dropout, from torch's generator; None where nothing is dropped."""
+    if not dropout_p:
+        return None
+    whole = torch.iinfo(torch.int64)
+    return torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)

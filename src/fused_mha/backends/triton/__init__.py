@@ -1,0 +1,82 @@
+"""The fused CUDA core in Triton, which CUDA builds of torch bring along: registers its kernels, and serves `dispatch`.
+
+Where nothing but causality hides a key, torch's own kernels are near the limit of the chip: `sdpa` serves such a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_mha.backends.arguments import arguments_of
+from fused_mha.backends.capability import Backend, Capability
+from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.ops import gradients, schema
+
+MOST_SEQUENCES = 65535  # heads in a batch that every kernel of torch's takes
+
+
+def _kernels() -> Any:
+    from fused_mha.backends.triton import launch  # noqa: PLC0415 - Triton takes a second to import
+
+    return launch
+
+
+def _attention(*inputs: Any) -> tuple[Tensor, ...]:
+    return _kernels().attention(*inputs)
+
+
+def _attention_gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    return _kernels().attention_gradients(*inputs)
+
+
+def _run(inputs: AttentionInputs) -> AttentionResult:
+    output, weights, lse, _ = schema.attention(*arguments_of(inputs))
+    return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
+
+
+def _leaves_to_sdpa(inputs: AttentionInputs) -> bool:
+    """Whether torch's kernels serve a call as fast and as right: cuDNN's give NaN for a single query."""
+    if inputs.need_weights or inputs.return_lse or inputs.needs_mask_tensor or inputs.dropout_p > 0.0:
+        return False
+    if inputs.bias_k is not None or inputs.add_zero_attn:
+        return False
+    N, L, H, _ = inputs.query.shape
+    return L > 1 and N * H <= MOST_SEQUENCES
+
+
+def _notes(inputs: AttentionInputs) -> list[str]:
+    if not inputs.need_weights:
+        return []
+    return ["the weights are computed by a second kernel from the rows' log-sum-exp"]
+
+
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
+if _IS_INSTALLED:
+    schema.LIBRARY.impl("attention", _attention, "CUDA")
+    schema.LIBRARY.impl(
+        "attention_backward", functools.partial(gradients.attention_backward, _attention_gradients), "CUDA"
+    )
+
+BACKEND = Backend(
+    name="triton",
+    summary="the fused core in Triton, for CUDA" + ("" if _IS_INSTALLED else ", not in this installation"),
+    capability=Capability(
+        is_installed=_IS_INSTALLED,
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        transforms=False,
+        onnx_export=False,
+        reads_hidden_keys=False,
+        empty_tensors=False,
+        most_head_size=256,
+    ),
+    run=_run,
+    notes=_notes,
+    leaves_to_next=_leaves_to_sdpa,
+)

@@ -1,0 +1,78 @@
+"""Forward attention by an online softmax over tiles of keys (Dao, arXiv 2307.08691, algorithm 1); `launch` calls it.
+
+A program attends from BLOCK_M queries of one head. Tiles of keys that causality, the window or the padding hides from
+all of them are not visited.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_mha.backends.triton.tiles import (
+    NEGATIVE_INFINITY,
+    edge,
+    edge_count,
+    exponentials,
+    full,
+    head_of,
+    kept_weights,
+    load_keys,
+    load_rows,
+    load_values,
+    masked_scores,
+    store_rows,
+    visible_keys,
+    zeros,
+)
+
+
+@triton.jit
+def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.constexpr, EDGES: tl.constexpr):
+    """Takes a tile of keys into the running maximum and sum, and the output that is not yet divided by the sum."""
+    columns = start + tl.arange(0, TILE.BLOCK_N)
+    key = load_keys(call, head, columns, TILE, EDGES)
+    products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
+    scores = masked_scores(call, head, products, rows[:, None], columns[None, :], TILE, EDGES)
+    later_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = exponentials(scores, later_max[:, None], call, TILE)
+    rescaling = exponentials(row_max, later_max, call, TILE)
+    row_sum = row_sum * rescaling + tl.sum(weights, 1)
+    if call.seed is not None:
+        weights = tl.where(kept_weights(call, head, rows, start, TILE), weights, 0.0)
+    value = load_values(call, head, columns, TILE, EDGES)
+    output = tl.dot(weights.to(value.dtype), value, output * rescaling[:, None], input_precision=TILE.PRECISION)
+    return output, later_max, row_sum
+
+
+@triton.jit
+def forward(call, output, lse, stats, TILE: tl.constexpr):
+    """The output (N, L, H, D_v) of a block of queries, their log-sum-exp (N, H, L), maxima and sums (2, N, H, L)."""
+    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+    sequence = tl.program_id(0) // blocks
+    # The last rows first: causality gives them the most work.
+    first_row = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK_M
+    head = head_of(call, sequence // call.H, sequence % call.H)
+    rows = first_row + tl.arange(0, TILE.BLOCK_M)
+    query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
+    summed = zeros(TILE.BLOCK_M, TILE.BLOCK_DV)
+    row_max = full(NEGATIVE_INFINITY, TILE.BLOCK_M)
+    row_sum = full(0.0, TILE.BLOCK_M)
+    tiles = visible_keys(call, head, first_row, TILE)
+    for start in range(tiles.whole_begin, tiles.whole_end, TILE.BLOCK_N):
+        summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, False)
+    for i in range(edge_count(tiles, call, TILE)):
+        start = edge(i, tiles, call, TILE)
+        summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, True)
+    is_hidden = row_sum == 0.0  # everywhere
+    factor = tl.where(is_hidden, 0.0, call.kept_factor / row_sum)
+    summed = tl.where(is_hidden[:, None], 0.0, summed * factor[:, None])
+    at_output = output + head.n * call.L * call.H * TILE.D_V + head.h * TILE.D_V
+    store_rows(at_output, call.H * TILE.D_V, rows, rows < call.L, summed, TILE.D_V, TILE.BLOCK_DV)
+    at = head.n * call.H * call.L + head.h * call.L + rows
+    all_rows = tl.cast(call.N, tl.int64) * call.H * call.L
+    tl.store(stats + at, row_max, mask=rows < call.L)
+    tl.store(stats + all_rows + at, row_sum, mask=rows < call.L)
+    natural_max = row_max if TILE.NATURAL else row_max * call.scale
+    tl.store(lse + at, tl.where(is_hidden, NEGATIVE_INFINITY, natural_max + tl.log(row_sum)), mask=rows < call.L)

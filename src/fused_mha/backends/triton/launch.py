@@ -1,0 +1,202 @@
+"""From the operators' arguments to the kernels: `attention` and `attention_gradients` of ops/schema.py on CUDA.
+
+`backends.triton` registers them. Every grid has one dimension: the others of a CUDA grid end at 65,535.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_mha.backends.triton import backward as kernels_of_backward
+from fused_mha.backends.triton.backward import Given
+from fused_mha.backends.triton.forward import forward
+from fused_mha.backends.triton.padding import padding_bounds
+from fused_mha.backends.triton.tile_config import Config, Launch, config
+from fused_mha.backends.triton.tiles import Call, Tile
+from fused_mha.backends.triton.weights import weights as weights_kernel
+from fused_mha.ops.schema import Arguments
+
+SMALLEST_BLOCK = 16  # of a side of a product
+PADDING = Launch(BLOCK_M=1, BLOCK_N=1024, num_warps=4, num_stages=1)
+
+
+def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, weights or an empty tensor, log-sum-exp, and the rows' maxima and sums."""
+    arguments = Arguments(*inputs)
+    query, (N, L, H, _) = arguments.query, arguments.query.shape
+    output = query.new_empty((N, L, H, arguments.value.shape[3]))
+    lse, stats = (query.new_empty((*sizes, N, H, L), dtype=torch.float32) for sizes in ((), (2,)))
+    weights = query.new_empty(arguments.weights_shape)
+    with _on_device_of(query):
+        call, launch = prepare(arguments)
+        tiling = launch.forward
+        tile = tile_of(arguments, tiling)
+        _run(forward, N * H * _blocks(L, tiling.BLOCK_M), tiling, call, output, lse, stats, tile)
+        if arguments.need_weights:
+            tiling = launch.weights
+            matrices = N if arguments.average_attn_weights else N * H
+            tiles = _blocks(L, tiling.BLOCK_M) * _blocks(arguments.columns, tiling.BLOCK_N)
+            tile = tile_of(arguments, tiling)
+            _run(weights_kernel, matrices * tiles, tiling, call, stats, weights, tile, arguments.average_attn_weights)
+    return output, weights, lse, stats
+
+
+def attention_gradients(
+    grad_output: Tensor,
+    grad_weights: Tensor | None,
+    grad_lse: Tensor | None,
+    output: Tensor,
+    stats: Tensor,
+    mask_grad: bool,
+    columns_grad: bool,
+    *inputs: Any,
+) -> tuple[Tensor, ...]:
+    """Those of query, key, value, mask, columns of scores, and of the biases for each batch element."""
+    arguments = Arguments(*inputs)
+    query, key, value = arguments[:3]
+    N, L, H, _ = query.shape
+    S, H_kv = key.shape[1:3]
+
+    def empty(is_wanted: bool, *shape: int) -> Tensor:
+        return query.new_empty(shape if is_wanted else (0,), dtype=torch.float32)
+
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    mask = arguments.attn_mask
+    grad_mask = empty(False) if mask is None else empty(mask_grad, *mask.shape[:2], L, S)
+    grad_columns = empty(columns_grad, N, H, S)
+    has_bias = arguments.bias_k is not None
+    grad_bias_k, grad_bias_v = (empty(has_bias, N, H_kv, x.shape[3]) for x in (key, value))
+    given = Given(
+        grad_output.contiguous(),
+        None if grad_weights is None else grad_weights.contiguous(),
+        None if grad_lse is None else grad_lse.contiguous(),
+        output.contiguous(),
+        stats.contiguous(),
+        empty(True, N, H, L),
+    )
+    averaged = arguments.average_attn_weights
+    with _on_device_of(query):
+        call, launch = prepare(arguments)
+        tiling = launch.grad_query
+        tile, programs = tile_of(arguments, tiling), N * H * _blocks(L, tiling.BLOCK_M)
+        by_output = query.dtype != torch.float32  # whose gradients are to be as exact as they can
+        _run(kernels_of_backward.delta, programs, tiling, call, given, tile, averaged, by_output)
+        _run(kernels_of_backward.grad_query, programs, tiling, call, given, grad_query, tile, averaged)
+        if mask_grad and mask is not None:
+            batches, heads = mask.shape[:2]
+            programs = batches * heads * _blocks(L, tiling.BLOCK_M) * _blocks(S, tiling.BLOCK_N)
+            _run(
+                kernels_of_backward.grad_mask, programs, tiling, call, given, grad_mask, batches, heads, tile, averaged
+            )
+        tiling = launch.grad_key_value
+        _run(
+            kernels_of_backward.grad_key_value,
+            N * H_kv * _blocks(arguments.columns, tiling.BLOCK_N),
+            tiling,
+            call,
+            given,
+            grad_key,
+            grad_value,
+            grad_columns if columns_grad else None,
+            grad_bias_k if has_bias else None,
+            grad_bias_v if has_bias else None,
+            tile_of(arguments, tiling),
+            averaged,
+        )
+    return grad_query, grad_key, grad_value, grad_mask, grad_columns, grad_bias_k, grad_bias_v
+
+
+def prepare(arguments: Arguments) -> tuple[Call, Config]:
+    """The arguments as kernels take them, and how these are launched."""
+    query, key, value = (_last_contiguous(x) for x in arguments[:3])
+    mask, padding = (None if x is None else _bytes(_last_contiguous(x)) for x in arguments[3:5])
+    bias_k, bias_v, seed = (None if x is None else x.contiguous() for x in arguments[5:8])
+    N, L, H, D = query.shape
+    S, H_kv = key.shape[1:3]
+    bounds = None
+    if padding is not None:
+        bounds = query.new_empty((N, 2), dtype=torch.int32)
+        _run(padding_bounds, N, PADDING, padding, padding.stride(0), S, bounds, PADDING.BLOCK_N)
+    far = L + S + 1  # beyond every key
+    first, last, p = arguments.first_visible, arguments.last_visible, arguments.dropout_p
+    call = Call(
+        query,
+        key,
+        value,
+        mask,
+        padding,
+        bounds,
+        bias_k,
+        bias_v,
+        seed,
+        *_strides(query),
+        *_strides(key),
+        *_strides(value),
+        *((0, 0, 0) if mask is None else _strides(mask)),
+        0 if padding is None else padding.stride(0),
+        N,
+        L,
+        S,
+        arguments.columns,
+        H,
+        H // H_kv,
+        -far if first is None else max(first, -far),
+        far if last is None else min(last, far),
+        arguments.scale,
+        int(p * 65536 + 0.5),
+        1 / (1 - p) if p < 1 else 0.0,
+    )
+    return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]))
+
+
+def tile_of(arguments: Arguments, launch: Launch) -> Tile:
+    """What a kernel is compiled for."""
+    masks = (x for x in (arguments.attn_mask, arguments.key_padding_mask) if x is not None)
+    is_natural = not arguments.scale > 0 or any(mask.dtype != torch.bool for mask in masks)
+    D, D_v = arguments.query.shape[3], arguments.value.shape[3]
+    block_d, block_dv = (max(1 << (size - 1).bit_length(), SMALLEST_BLOCK) for size in (D, D_v))
+    precision = "tf32" if arguments.query.dtype == torch.float32 and _allows_tf32() else "ieee"
+    return Tile(D, D_v, launch.BLOCK_M, launch.BLOCK_N, block_d, block_dv, is_natural, precision)
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _run(kernel: Any, programs: int, launch: Launch, *arguments: Any) -> None:
+    kernel[(programs,)](*arguments, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; the interpreter of its tests has none."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _allows_tf32() -> bool:
+    """Whether torch's own products of fp32 matrices may round to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of the first dimensions; 0 where there is only one to reach."""
+    n, i, j = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return n, i, j
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask

@@ -1,0 +1,59 @@
+"""How large the tiles of each kernel are, and by how many warps and stages they run; `launch` asks.
+
+A static table by the shared memory of the chip, the dtype and the head size: no tuning at run time, so that results
+and speed are the same in every process.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """Of one kernel."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+class Config(NamedTuple):
+    """Of all kernels for one head size."""
+
+    forward: Launch
+    weights: Launch
+    grad_query: Launch
+    grad_key_value: Launch
+
+
+HEAD_SIZES = (64, 128, 256)  # up to which the rows below hold
+LARGE, MEDIUM = 227 << 10, 163 << 10  # bytes of shared memory of sm_90 and sm_80; others have 99 KiB
+
+_HALF = {
+    LARGE: (
+        Config(Launch(128, 64, 4, 3), Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
+        Config(Launch(128, 128, 8, 2), Launch(128, 128, 8, 2), Launch(128, 64, 8, 2), Launch(32, 128, 8, 2)),
+        Config(Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(32, 32, 8, 1), Launch(64, 32, 8, 1)),
+    ),
+    MEDIUM: (
+        Config(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+        Config(Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)),
+        Config(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
+    ),
+}
+_FLOAT = (
+    Config(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
+    Config(Launch(32, 32, 8, 1), Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)),
+    Config(Launch(16, 32, 8, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
+)
+
+
+def config(shared_memory: int, dtype: torch.dtype, head_size: int) -> Config:
+    """For a chip with so many bytes of shared memory to a block."""
+    size = next(i for i, most in enumerate(HEAD_SIZES) if head_size <= most)
+    if dtype == torch.float32:
+        return _FLOAT[size]
+    return _HALF[LARGE if shared_memory >= LARGE else MEDIUM][size]

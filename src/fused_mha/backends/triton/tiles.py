@@ -1,0 +1,337 @@
+"""What the kernels share: the arguments of a call, tiles of tensors, which keys are visible, how scores become weights.
+
+`forward`, `weights` and `backward` call these. A tile is BLOCK_M queries by BLOCK_N keys of one head. Columns S and
+behind are the virtual keys: the bias, if there is one, and the zero key; `columns` counts them too.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for."""
+
+    D: int
+    D_V: int
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_D: int  # a power of 2, from D on
+    BLOCK_DV: int
+    NATURAL: bool  # scores are scaled before the softmax, since masks are added or the scale is not positive
+    PRECISION: str  # of fp32 products, as `tl.dot` names it
+
+
+class Call(NamedTuple):
+    """What every kernel is given of a call; `launch` makes it. Strides are in elements, 0 where a mask broadcasts."""
+
+    query: Any  # (N, L, H, D), as all of them with contiguous last dimensions
+    key: Any  # (N, S, H_kv, D)
+    value: Any  # (N, S, H_kv, D_v)
+    attn_mask: Any  # (N|1, H|1, L|1, S), uint8 for bool, or None
+    padding: Any  # (N, S), uint8 for bool, or None
+    bounds: Any  # (N, 2), int32: the first and the last key, exclusive, that the padding leaves; or None
+    bias_k: Any  # (H_kv, D) or None
+    bias_v: Any  # (H_kv, D_v) or None
+    seed: Any  # (2), int64, or None
+    query_n: Any
+    query_l: Any
+    query_h: Any
+    key_n: Any
+    key_l: Any
+    key_h: Any
+    value_n: Any
+    value_l: Any
+    value_h: Any
+    mask_n: Any
+    mask_h: Any
+    mask_l: Any
+    padding_n: Any
+    N: Any
+    L: Any
+    S: Any
+    columns: Any  # S and the virtual keys
+    H: Any
+    group: Any  # query heads of a key head
+    first_visible: Any
+    last_visible: Any
+    scale: Any
+    threshold: Any  # of 16 random bits, from which on dropout keeps
+    kept_factor: Any  # 1 / (1 - dropout_p)
+
+
+class Head(NamedTuple):
+    """One head of one batch element: where its tensors begin, and the offsets of what may be absent."""
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+    padding: Any
+    kv: Any  # the head of keys and values
+    n: Any
+    h: Any
+
+
+class Range(NamedTuple):
+    """Tiles of keys or queries: single scores of those before `whole_begin` or from `whole_end` on may be hidden."""
+
+    begin: Any
+    whole_begin: Any
+    whole_end: Any
+    end: Any
+
+
+@triton.jit
+def head_of(call, n, h):
+    """Query head h of batch element n."""
+    n = tl.cast(n, tl.int64)
+    h = tl.cast(h, tl.int64)
+    kv = h // call.group
+    return Head(
+        query=call.query + n * call.query_n + h * call.query_h,
+        key=call.key + n * call.key_n + kv * call.key_h,
+        value=call.value + n * call.value_n + kv * call.value_h,
+        mask=n * call.mask_n + h * call.mask_h,
+        padding=n * call.padding_n,
+        kv=kv,
+        n=n,
+        h=h,
+    )
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
+    """A matrix to sum into."""
+    return tl.zeros((ROWS, COLUMNS), DTYPE)
+
+
+@triton.jit
+def full(value, ROWS: tl.constexpr):
+    """A number for each row."""
+    return tl.full((ROWS,), value, tl.float32)
+
+
+@triton.jit
+def load_rows(tensor, row_stride, rows, is_read, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of D elements, (rows, BLOCK_D), zeros where ``is_read`` is False; all are read where it is None."""
+    elements = tl.arange(0, BLOCK_D)
+    at = tensor + rows.to(tl.int64)[:, None] * row_stride + elements[None, :]
+    if is_read is None:
+        values = tl.load(at) if BLOCK_D == D else tl.load(at, mask=(elements < D)[None, :], other=0.0)
+    elif BLOCK_D == D:
+        values = tl.load(at, mask=is_read[:, None], other=0.0)
+    else:
+        values = tl.load(at, mask=is_read[:, None] & (elements < D)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def store_rows(tensor, row_stride, rows, is_written, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of `load_rows`."""
+    elements = tl.arange(0, BLOCK_D)
+    at = tensor + rows.to(tl.int64)[:, None] * row_stride + elements[None, :]
+    tl.store(at, values.to(tensor.dtype.element_ty), mask=is_written[:, None] & (elements < D)[None, :])
+
+
+@triton.jit
+def hides(mask):
+    """Where the values of a mask hide a key: True of a boolean one, -inf of another."""
+    return mask != 0 if mask.dtype == tl.uint8 else mask.to(tl.float32) == NEGATIVE_INFINITY
+
+
+@triton.jit
+def _load_keys(
+    tensor, row_stride, bias, call, head, columns, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGES: tl.constexpr
+):
+    if call.padding is not None:  # what it hides is never read
+        is_read = columns < call.S
+        is_read = is_read & (hides(tl.load(call.padding + head.padding + columns, mask=is_read, other=0)) == 0)
+        rows = load_rows(tensor, row_stride, columns, is_read, D, BLOCK_D)
+    elif EDGES:
+        rows = load_rows(tensor, row_stride, columns, columns < call.S, D, BLOCK_D)
+    else:
+        rows = load_rows(tensor, row_stride, columns, None, D, BLOCK_D)
+    if EDGES and bias is not None:
+        elements = tl.arange(0, BLOCK_D)
+        of_bias = tl.load(bias + head.kv * D + elements, mask=elements < D, other=0.0)
+        rows = tl.where((columns == call.S)[:, None], of_bias[None, :], rows)
+    return rows
+
+
+@triton.jit
+def load_keys(call, head, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+    """Keys (columns, BLOCK_D); the virtual ones with EDGES alone."""
+    return _load_keys(head.key, call.key_l, call.bias_k, call, head, columns, TILE.D, TILE.BLOCK_D, EDGES)
+
+
+@triton.jit
+def load_values(call, head, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+    """Values (columns, BLOCK_DV), likewise."""
+    return _load_keys(head.value, call.value_l, call.bias_v, call, head, columns, TILE.D_V, TILE.BLOCK_DV, EDGES)
+
+
+@triton.jit
+def aligned_range(begin, end, whole_begin, whole_end, limit, BLOCK: tl.constexpr):
+    """Tiles of the positions begin..end below a limit, of which whole_begin..whole_end need no look at the band."""
+    end = tl.maximum(tl.minimum(end, limit), 0)
+    begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK * BLOCK
+    whole_begin = tl.cdiv(tl.maximum(whole_begin, 0), BLOCK) * BLOCK
+    whole_end = tl.maximum(tl.minimum(whole_end, limit), 0) // BLOCK * BLOCK
+    end = tl.cdiv(end, BLOCK) * BLOCK
+    whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
+    whole_end = tl.minimum(tl.maximum(whole_end, whole_begin), end)
+    return Range(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
+
+
+@triton.jit
+def visible_keys(call, head, first_row, TILE: tl.constexpr):
+    """The real keys that some of a block's queries see."""
+    last_row = first_row + TILE.BLOCK_M - 1
+    begin = first_row + call.first_visible
+    end = last_row + call.last_visible + 1
+    if call.bounds is not None:
+        begin = tl.maximum(begin, tl.load(call.bounds + head.n * 2))
+        end = tl.minimum(end, tl.load(call.bounds + head.n * 2 + 1))
+    return aligned_range(
+        begin, end, last_row + call.first_visible, first_row + call.last_visible + 1, call.S, TILE.BLOCK_N
+    )
+
+
+@triton.jit
+def visible_rows(call, head, first_column, TILE: tl.constexpr):
+    """The queries that see some of a block's keys."""
+    last_column = first_column + TILE.BLOCK_N - 1
+    begin = first_column - call.last_visible
+    end = last_column - call.first_visible + 1
+    whole_begin = last_column - call.last_visible
+    whole_end = first_column - call.first_visible + 1
+    if call.bounds is not None:
+        is_padding = (last_column < tl.load(call.bounds + head.n * 2)) | (
+            first_column >= tl.load(call.bounds + head.n * 2 + 1)
+        )
+        end = tl.where(is_padding, 0, end)
+    reaches_end = last_column >= call.S
+    whole_end = tl.where(reaches_end, 0, whole_end)
+    if call.columns > call.S:  # virtual keys, which all of them see
+        begin = tl.where(reaches_end, 0, begin)
+        end = tl.where(reaches_end, call.L, end)
+    return aligned_range(begin, end, whole_begin, whole_end, call.L, TILE.BLOCK_M)
+
+
+@triton.jit
+def edge_count(tiles, call, TILE: tl.constexpr):
+    """How many tiles of a range of keys need a look at the band or the end of the keys, the virtual ones included."""
+    count = (tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_N
+    if call.columns > call.S:
+        virtual = call.columns - _first_virtual(tiles, call, TILE)
+        count += tl.cdiv(tl.maximum(virtual, 0), TILE.BLOCK_N)
+    return count
+
+
+@triton.jit
+def edge(i, tiles, call, TILE: tl.constexpr):
+    """The first column of tile `i` of these."""
+    start = tiles.begin + i * TILE.BLOCK_N
+    if start >= tiles.whole_begin:
+        start += tiles.whole_end - tiles.whole_begin
+    if start >= tiles.end:
+        start += _first_virtual(tiles, call, TILE) - tiles.end
+    return start
+
+
+@triton.jit
+def _first_virtual(tiles, call, TILE: tl.constexpr):
+    """Where the tiles of virtual keys begin that share none with the real keys of the range."""
+    return tl.maximum(tiles.end, call.S // TILE.BLOCK_N * TILE.BLOCK_N)
+
+
+@triton.jit
+def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+    """Scores from products of queries and keys, -inf where hidden; rows and columns broadcast to their shape.
+
+    If NATURAL, they are scaled and the additive masks are in them; else `exponentials` scales.
+    """
+    scores = products
+    if TILE.NATURAL:
+        scores = scores * call.scale
+    is_real = columns < call.S
+    if call.attn_mask is not None:
+        at = call.attn_mask + head.mask + rows.to(tl.int64) * call.mask_l + columns
+        mask = tl.load(at, mask=(rows < call.L) & is_real, other=0)
+        if mask.dtype == tl.uint8:
+            scores = tl.where(mask != 0, NEGATIVE_INFINITY, scores)
+        else:
+            scores += mask.to(tl.float32)
+    if call.padding is not None:
+        mask = tl.load(call.padding + head.padding + columns, mask=is_real, other=0)
+        if mask.dtype == tl.uint8:
+            scores = tl.where(mask != 0, NEGATIVE_INFINITY, scores)
+        else:
+            scores += mask.to(tl.float32)
+    if EDGES:
+        distance = columns - rows
+        is_visible = is_real & (distance >= call.first_visible) & (distance <= call.last_visible)
+        is_visible = is_visible | ((columns >= call.S) & (columns < call.columns))
+        scores = tl.where(is_visible, scores, NEGATIVE_INFINITY)
+    return scores
+
+
+@triton.jit
+def exponentials(scores, row_max, call, TILE: tl.constexpr):
+    """exp(score - the row's maximum), 0 where hidden; the maxima broadcast."""
+    shift = tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)  # -inf - -inf = NaN
+    if TILE.NATURAL:  # a maximum may be as large as a float can be, and overflow in a product
+        exponents = (scores - shift) * LOG2_E
+    else:
+        exponents = scores * (call.scale * LOG2_E) - shift * (call.scale * LOG2_E)
+    return tl.exp2(exponents)
+
+
+@triton.jit
+def softmax_tile(call, head, stats, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+    """The softmax of scores, before dropout, by what the forward found of the rows: ``stats`` (2, N, H, L)."""
+    row_max = load_of_rows(stats, call, head, rows)
+    row_sum = load_of_rows(stats + tl.cast(call.H, tl.int64) * call.N * call.L, call, head, rows)
+    scores = masked_scores(call, head, products, rows, columns, TILE, EDGES)
+    return exponentials(scores, row_max, call, TILE) * tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+
+
+@triton.jit
+def load_of_rows(tensor, call, head, rows):
+    """Numbers of a contiguous tensor (N, H, L), in the shape of ``rows``."""
+    return tl.load(tensor + (head.n * call.H + head.h) * call.L + rows, mask=rows < call.L, other=0.0)
+
+
+@triton.jit
+def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
+    """Which weights dropout keeps, (rows, BLOCK_N), from a column that 8 divides.
+
+    Philox4x32-10 (Salmon et al., SC 2011) on the counter (key // 8, query, batch * H + head, offset); each of the 8
+    halves of its words draws for one key. `csrc/generic/philox.h` draws the same.
+    """
+    each = zeros(rows.shape[0], TILE.BLOCK_N // 8, tl.int32)
+    groups = each + (first_column // 8 + tl.arange(0, TILE.BLOCK_N // 8))[None, :]
+    sequence = each + (head.n * call.H + head.h).to(tl.int32)
+    offset = each + tl.load(call.seed + 1).to(tl.int32)
+    a, b, c, d = tl.philox(tl.load(call.seed), groups, each + rows[:, None], sequence, offset)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
+    bits = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(bits, zeros(rows.shape[0], TILE.BLOCK_N).shape).to(tl.int32) >= call.threshold
+
+
+@triton.jit
+def tile_is_visible(call, first_row, first_column, TILE: tl.constexpr):
+    """Whether causality and the window let any query of a tile see any key."""
+    last_column = first_column + TILE.BLOCK_N - 1
+    nearest = first_column - (first_row + TILE.BLOCK_M - 1)
+    furthest = last_column - first_row
+    in_band = (nearest <= call.last_visible) & (furthest >= call.first_visible)
+    return in_band | ((last_column >= call.S) & (call.columns > call.S))

@@ -1,0 +1,52 @@
+"""The attention weights from what the forward found of each row: no (N, H, L, S) tensor for their mean.
+
+`launch` calls this.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fused_mha.backends.triton.tiles import (
+    head_of,
+    kept_weights,
+    load_keys,
+    load_rows,
+    softmax_tile,
+    tile_is_visible,
+    zeros,
+)
+
+
+@triton.jit
+def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
+    """One tile of the weights after dropout: (N, L, S') as means over the heads if AVERAGED, else (N, H, L, S')."""
+    row_blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+    column_blocks = tl.cdiv(call.columns, TILE.BLOCK_N)
+    tile = tl.program_id(0)
+    matrix = tile // (row_blocks * column_blocks)
+    first_row = tile // column_blocks % row_blocks * TILE.BLOCK_M
+    first_column = tile % column_blocks * TILE.BLOCK_N
+    rows = first_row + tl.arange(0, TILE.BLOCK_M)
+    columns = first_column + tl.arange(0, TILE.BLOCK_N)
+    total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
+    if AVERAGED:
+        n, first_head, heads = matrix, 0, call.H
+    else:
+        n, first_head, heads = matrix // call.H, matrix % call.H, 1
+    heads = tl.where(tile_is_visible(call, first_row, first_column, TILE), heads, 0)
+    for h in range(first_head, first_head + heads):
+        head = head_of(call, n, h)
+        query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
+        key = load_keys(call, head, columns, TILE, True)
+        products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
+        of_head = softmax_tile(call, head, stats, products, rows[:, None], columns[None, :], TILE, True)
+        if call.seed is not None:
+            of_head = tl.where(kept_weights(call, head, rows, first_column, TILE), of_head, 0.0)
+        total += of_head
+    factor = call.kept_factor / call.H if AVERAGED else call.kept_factor
+    at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.columns + columns[None, :]
+    is_written = (rows < call.L)[:, None] & (columns < call.columns)[None, :]
+    tl.store(at, (total * factor).to(result.dtype.element_ty), mask=is_written)
