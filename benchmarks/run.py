@@ -113,6 +113,7 @@ def interleave(contenders: Mapping[str, Contender], seconds: float) -> list[dict
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 contenders[name]()
+            _wait_for_gpu()
             turn[name] = (time.perf_counter() - start) / repeats[name] * 1e3
         rounds.append(turn)
     return rounds
@@ -124,10 +125,17 @@ def _repeats(call: Contender) -> int:
     for _ in range(3):
         start = time.perf_counter()
         call()
+        _wait_for_gpu()
         shortest = min(shortest, time.perf_counter() - start)
         if shortest > 0.1:  # seconds; it is one in any case
             break
     return max(1, math.ceil(0.002 / shortest))
+
+
+def _wait_for_gpu() -> None:
+    """Whose calls return before they are computed."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def measure(case: BenchCase, seconds: float) -> Row:
@@ -150,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run benchmarks by name; the exit status is 1 if a result is wrong or a bar is missed."""
     known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all)")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all that can run here)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case (default: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases and reports whose name contains TEXT")
@@ -166,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is None:  # a part of the cases must not take the place of all
         options.out = Path("out/benchmarks") if options.only or options.quick else HERE / "results"
     torch.set_num_threads(options.threads)
-    return max(_run(name, options) for name in options.names or known)
+    possible = [name for name in known if name != "cuda" or torch.cuda.is_available()]
+    return max(_run(name, options) for name in options.names or possible)
 
 
 def _run(name: str, options: argparse.Namespace) -> int:
@@ -251,7 +260,7 @@ def _environment(options: argparse.Namespace) -> dict[str, object]:
         ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
     )
     return {
-        "device": _cpu_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": options.threads,
         "torch": torch.__version__,
         "fused_mha": fused_mha.__version__,

@@ -12,6 +12,9 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "default")
 
+if not torch.cuda.is_available():  # a GPU runs the Triton kernels as they are
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # two OpenMP pools on one core spend their time waiting for each other
     torch.set_num_threads(1)
 

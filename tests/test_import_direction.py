@@ -55,6 +55,7 @@ ALLOWED = {
         "backends.arguments",
         "backends.capability",
         "backends.triton.launch",
+        "backends.triton.tile_config",
         "inputs",
         "ops.gradients",
         "ops.schema",

@@ -97,7 +97,11 @@ def dense_attention(keep=None, **arguments):
 @contextlib.contextmanager
 def drawn_seed(*seed: int):
     """Let dropout draw this seed."""
-    with mock.patch.object(torch, "randint", side_effect=lambda *_, **__: torch.tensor(seed, dtype=torch.int64)):
+
+    def draw(*_, device=None, **__):
+        return torch.tensor(seed, dtype=torch.int64, device=device)
+
+    with mock.patch.object(torch, "randint", side_effect=draw):
         yield
 
 

@@ -1,15 +1,14 @@
-"""The Triton kernels under Triton's interpreter, which runs them on the CPU."""
-
-import os
+"""The Triton kernels under Triton's interpreter, which runs them on the CPU; `tests/conftest.py` turns it on."""
 
 import pytest
-
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+import torch
 
 
 @pytest.fixture
 def attention(monkeypatch):
     """`fused_mha.attention` on CPU tensors, computed by the Triton kernels, gradients too."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/cuda runs the kernels on the GPU")
     import fused_mha
     from fused_mha.backends import cpu
     from fused_mha.backends.triton import launch

@@ -10,38 +10,12 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from attention_oracle import make_arguments
-from native.call_space import Call, calls
-from native.dense_oracle import assert_matches_dense, drawn_seed
+from native.call_space import calls
+from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 
 pytest.importorskip("triton")
 
 DTYPES = (torch.float32, torch.float16)
-EVERYTHING = {"need_weights": True, "return_lse": True}
-PER_HEAD = EVERYTHING | {"average_attn_weights": False}
-CASES = {
-    "plain": {},
-    "averaged weights": EVERYTHING,
-    "weights per head": PER_HEAD,
-    "causal": EVERYTHING | {"is_causal": True},
-    "causal, bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
-    "window": EVERYTHING | {"window": (40, 20)},
-    "window beside virtual keys": EVERYTHING | {"window": (3, 0), "bias_kv": True, "add_zero_attn": True},
-    "bool mask and padding": {
-        "mask_dtype": torch.bool,
-        "mask_shape": "HLS",
-        "padding_dtype": torch.bool,
-        "hidden": 0.5,
-    },
-    "float mask and padding": {"mask_dtype": torch.float32, "padding_dtype": torch.float32, "hidden": 0.2},
-    "float mask of rows and heads": {"mask_dtype": torch.float16, "mask_shape": "NHLS", "need_weights": True},
-    "float mask of keys": {"mask_dtype": torch.float32, "mask_shape": "S", "bias_kv": True},
-    "dropout": PER_HEAD | {"dropout_p": 0.3},
-    "dropout, causal, padding, virtual keys": EVERYTHING
-    | {"dropout_p": 0.5, "is_causal": True, "padding_dtype": torch.bool, "bias_kv": True, "add_zero_attn": True},
-    "everything dropped": EVERYTHING | {"dropout_p": 1.0},
-    "negative scale": {"scale": -0.4, "is_causal": True},
-    "no scale": {"scale": 0.0, "padding_dtype": torch.bool},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +24,6 @@ def without_numpys_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
-
-
-def matches_oracle(attention, arguments, seed=(5, 7)):
-    call = Call({"dropout_p": 0.0, "add_zero_attn": False} | arguments, seed)
-    with drawn_seed(*seed):
-        return assert_matches_dense(arguments, call.keep(), attention=attention)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,3 +53,51 @@ def test_lengths(attention, L, S):
 def test_any_call(attention, call):
     assume(call.arguments["query"].shape[3] >= 4)  # torch's error in smaller heads, the measure, is luck
     matches_oracle(attention, call.arguments, call.seed)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_weights_after_torchs_flash_kernel(attention, monkeypatch, is_causal, averaged):
+    calls = []
+
+    def flash(query, key, value, dropout_p, is_causal, return_debug_mask, scale):
+        calls.append((query.shape, scale))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, dropout_p, is_causal, scale=scale)
+
+    monkeypatch.setattr("fused_mha.backends.triton.launch._flash_attention", flash)
+    monkeypatch.setattr("fused_mha.backends.triton.launch._has_flash", lambda _: True)
+    wanted = {"need_weights": True, "average_attn_weights": averaged, "is_causal": is_causal, "scale": 0.3}
+    matches_oracle(attention, make_arguments(N=2, L=70, S=70, H=2, H_kv=2, D=24, D_v=24, dtype=torch.float16, **wanted))
+    assert calls == [((2, 2, 70, 24), 0.3)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"need_weights": False},
+        {"dtype": torch.float32},
+        {"padding_dtype": torch.bool},
+        {"mask_dtype": torch.bool},
+        {"window": (3, 3)},
+        {"bias_kv": True},
+        {"add_zero_attn": True},
+        {"dropout_p": 0.5},
+        {"scale": -1.0},
+        {"H_kv": 1},
+        {"D": 20, "D_v": 20},
+        {"D_v": 16},
+        {"is_causal": True, "S": 8},
+        {"L": 1},
+    ],
+    ids=", ".join,
+)
+def test_torchs_flash_kernel_is_not_called_for_what_it_cannot_do(attention, monkeypatch, other):
+    def flash(*_, **__):
+        raise AssertionError("called")
+
+    monkeypatch.setattr("fused_mha.backends.triton.launch._flash_attention", flash)
+    monkeypatch.setattr("fused_mha.backends.triton.launch._has_flash", lambda _: True)
+    sizes = {"N": 1, "L": 5, "S": 5, "H": 2, "H_kv": 2, "D": 24, "D_v": 24, "dtype": torch.float16}
+    results = attention(**make_arguments(**sizes | {"need_weights": True} | other))
+    assert results.output.isfinite().all()

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability
+from fused_mha.backends.triton.tile_config import MOST_OF_TORCH
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.ops import gradients, schema
-
-MOST_SEQUENCES = 65535  # heads in a batch that every kernel of torch's takes
 
 
 def _kernels() -> Any:
@@ -46,7 +45,7 @@ def _leaves_to_sdpa(inputs: AttentionInputs) -> bool:
     if inputs.bias_k is not None or inputs.add_zero_attn:
         return False
     N, L, H, _ = inputs.query.shape
-    return L > 1 and N * H <= MOST_SEQUENCES
+    return L > 1 and N * H <= MOST_OF_TORCH
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:

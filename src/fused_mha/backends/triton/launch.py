@@ -15,12 +15,13 @@ from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.padding import padding_bounds
-from fused_mha.backends.triton.tile_config import Config, Launch, config
+from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Launch, config
 from fused_mha.backends.triton.tiles import Call, Tile
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.ops.schema import Arguments
 
 SMALLEST_BLOCK = 16  # of a side of a product
+LARGEST_OF_FLASH = 128  # head size
 PADDING = Launch(BLOCK_M=1, BLOCK_N=1024, num_warps=4, num_stages=1)
 
 
@@ -28,14 +29,17 @@ def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, weights or an empty tensor, log-sum-exp, and the rows' maxima and sums."""
     arguments = Arguments(*inputs)
     query, (N, L, H, _) = arguments.query, arguments.query.shape
-    output = query.new_empty((N, L, H, arguments.value.shape[3]))
-    lse, stats = (query.new_empty((*sizes, N, H, L), dtype=torch.float32) for sizes in ((), (2,)))
     weights = query.new_empty(arguments.weights_shape)
     with _on_device_of(query):
         call, launch = prepare(arguments)
-        tiling = launch.forward
-        tile = tile_of(arguments, tiling)
-        _run(forward, N * H * _blocks(L, tiling.BLOCK_M), tiling, call, output, lse, stats, tile)
+        if arguments.need_weights and _flash_serves(arguments):
+            output, lse, stats = _flash_forward(arguments)
+        else:
+            output = query.new_empty((N, L, H, arguments.value.shape[3]))
+            lse, stats = (query.new_empty((*sizes, N, H, L), dtype=torch.float32) for sizes in ((), (2,)))
+            tiling = launch.forward
+            tile = tile_of(arguments, tiling)
+            _run(forward, N * H * _blocks(L, tiling.BLOCK_M), tiling, call, output, lse, stats, tile)
         if arguments.need_weights:
             tiling = launch.weights
             matrices = N if arguments.average_attn_weights else N * H
@@ -108,6 +112,34 @@ def attention_gradients(
             averaged,
         )
     return grad_query, grad_key, grad_value, grad_mask, grad_columns, grad_bias_k, grad_bias_v
+
+
+def _flash_serves(a: Arguments) -> bool:
+    """Whether torch's flash kernel, the faster one, computes the forward of a call whose weights come after it."""
+    if any(x is not None for x in a[3:8]) or a.add_zero_attn or a.first_visible is not None or not a.scale > 0:
+        return False
+    batch, length, heads, size = a.query.shape
+    is_plain = a.last_visible is None or (a.last_visible == 0 and a.key.shape[1] == length)
+    return (
+        (is_plain and length > 1 and a.key.shape[2] == heads and batch * heads <= MOST_OF_TORCH)
+        and (a.value.shape[3] == size and size % 8 == 0 and size <= LARGEST_OF_FLASH)
+        and (a.query.dtype in (torch.float16, torch.bfloat16) and _has_flash(a.query.device))
+    )
+
+
+def _flash_forward(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and statistics; with the log-sum-exp for the maximum, all sums are 1."""
+    heads = (x.transpose(1, 2) for x in (a.query, a.key, a.value))
+    output, lse, *_ = _flash_attention(*heads, 0.0, a.last_visible == 0, False, scale=a.scale)
+    lse = lse.contiguous()
+    return output.transpose(1, 2).contiguous(), lse, torch.stack((lse / a.scale, torch.ones_like(lse)))
+
+
+_flash_attention: Any = torch.ops.aten._scaled_dot_product_flash_attention
+
+
+def _has_flash(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def prepare(arguments: Arguments) -> tuple[Call, Config]:

@@ -29,6 +29,7 @@ class Config(NamedTuple):
     grad_key_value: Launch
 
 
+MOST_OF_TORCH = 65535  # heads in a batch that all of torch's own kernels take
 HEAD_SIZES = (64, 128, 256)  # up to which the rows below hold
 LARGE, MEDIUM = 227 << 10, 163 << 10  # bytes of shared memory of sm_90 and sm_80; others have 99 KiB
 

@@ -1,0 +1,214 @@
+"""The CUDA core and the module on it against torch's, in bf16.
+
+Run it by `python benchmarks/run.py cuda`, or with the tests by `python benchmarks/run_cuda.py`. Without a GPU,
+`--quick` runs the same cases in small sizes on the CPU, to see that the script is whole; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fused_mha
+from attention_cells import Cell
+from fused_mha.testing import tolerance
+
+from run import BenchCase, GroupBar, Report, skipped
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+DTYPE = torch.bfloat16 if HAS_GPU else torch.float16  # which the interpreter computes right
+DROPOUT = 0.1
+GROUPS = {
+    "plain and causal, forward": GroupBar(0.97, 1.0),
+    "plain and causal, forward and backward": GroupBar(0.97, 1.0),
+    "module with averaged weights, forward": GroupBar(2.5, 4.0),
+    "padding, forward and backward": GroupBar(1.5, 2.5),
+    "causal and padding, forward and backward": GroupBar(1.5, 2.5),
+    "float mask, forward and backward": GroupBar(1.5, 2.5),
+    "dropout, forward and backward": GroupBar(1.0, 1.2),
+    "own kernels, forward": GroupBar(0.7, 0.9),
+    "own kernels, forward and backward": GroupBar(0.5, 0.65),
+    "small module, forward": GroupBar(1.0, 1.5),
+}
+CELLS = tuple(Cell(N, H, L, L, D) for D in (64, 128) for N, H, L in ((8, 12, 512), (4, 16, 2048), (1, 16, 4096)))
+LONG = tuple(Cell(4, 16, 4096, 4096, D) for D in (64, 128))
+QUICK = (Cell(2, 2, 40, 40, 64),)
+MODULES = ((8, 512, 768, 12), (1, 4096, 1024, 16))  # N, L, E, H
+SMALL_MODULES = ((1, 16, 256, 8),)
+QUICK_MODULES = ((2, 20, 64, 4),)
+
+
+def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
+    """All of them; on the CPU with --quick alone."""
+    if not (HAS_GPU or options.quick):
+        raise SystemExit("there is no CUDA device; --quick runs small cases on the CPU")
+    cells, long = (QUICK, QUICK) if options.quick else (CELLS, LONG)
+    for training in (False, True):
+        steps = "forward and backward" if training else "forward"
+        for cell in cells:
+            for causal in (False, True):
+                name = f"{cell}, {'causal' if causal else 'plain'}"
+                yield _case(f"plain and causal, {steps}", name, cell, training, is_causal=causal)
+        for cell in long:
+            yield _case(f"own kernels, {steps}", str(cell), cell, training, own=HAS_GPU)
+    for cell in cells:
+        N, L = cell.N, cell.L
+        padding = torch.arange(L, device=DEVICE).expand(N, L) >= L // 2
+        mask = torch.randn(1, cell.H, L, L, device=DEVICE, dtype=DTYPE)
+        yield _case("padding, forward and backward", str(cell), cell, True, key_padding_mask=padding)
+        yield _case(
+            "causal and padding, forward and backward", str(cell), cell, True, key_padding_mask=padding, is_causal=True
+        )
+        yield _case("float mask, forward and backward", str(cell), cell, True, attn_mask=mask)
+        yield _case("dropout, forward and backward", str(cell), cell, True, dropout_p=DROPOUT)
+    for sizes in QUICK_MODULES if options.quick else MODULES:
+        yield _module_case("module with averaged weights, forward", sizes, need_weights=True)
+    for sizes in QUICK_MODULES if options.quick else SMALL_MODULES:
+        yield _module_case("small module, forward", sizes, need_weights=False)
+
+
+def _merged(cell: Cell, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """The masks as SDPA takes them: True = attend, or added."""
+    if attn_mask is not None:
+        return attn_mask
+    if key_padding_mask is None:
+        return None
+    visible = ~key_padding_mask[:, None, None]
+    if is_causal:
+        visible = visible & torch.ones(cell.L, cell.S, dtype=torch.bool, device=DEVICE).tril()
+    return visible.expand(-1, -1, cell.L, -1).contiguous()
+
+
+def _case(
+    group: str,
+    name: str,
+    cell: Cell,
+    training: bool,
+    *,
+    own: bool = False,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> BenchCase:
+    N, H, L, S, D = cell
+    shapes = ((N, L, H, D), (N, S, H, D), (N, S, H, D))
+    inputs = [torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=training) for shape in shapes]
+    grad = torch.randn(N, L, H, D, device=DEVICE, dtype=DTYPE)
+    merged = _merged(cell, attn_mask, key_padding_mask, is_causal)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with fused_mha.backend("triton") if own else contextlib.nullcontext():
+            return fused_mha.attention(
+                q,
+                k,
+                v,
+                attn_mask=attn_mask,
+                key_padding_mask=key_padding_mask,
+                is_causal=is_causal,
+                dropout_p=dropout_p,
+            ).output
+
+    def sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            causal = is_causal and merged is None
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            output = F.scaled_dot_product_attention(q, k, v, merged, dropout_p, causal)
+            return output.transpose(1, 2)
+
+    def contender(attention: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            output = attention(*inputs)
+            return [output, *torch.autograd.grad(output, inputs, grad)] if training else [output]
+
+        return call
+
+    baselines: dict[str, Callable[[], list[Tensor]]] = {}
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    for kernel in (*kernels, SDPBackend.MATH):
+        call = contender(functools.partial(sdpa, kernel))
+        with contextlib.suppress(RuntimeError):  # that kernel cannot serve
+            if kernel == SDPBackend.MATH and baselines:
+                continue
+            call()
+            baselines[kernel.name.lower()] = call
+    timed = contender(ours)
+
+    def verify() -> None:
+        if dropout_p:  # theirs draws otherwise
+            return
+        exact = contender(functools.partial(_exact, merged, is_causal))()
+        theirs = next(iter(baselines.values()))()
+        for found, other, right in zip(timed(), theirs, exact, strict=True):
+            errors = [(x.double() - right.double()).abs().max().item() for x in (found, other)]
+            assert errors[0] <= tolerance(DTYPE, errors[1], right.abs().max().item()), (group, name, errors)
+
+    return BenchCase(group, name, timed, {**baselines}, 0.0, verify)
+
+
+def _exact(merged: Tensor | None, is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+    if merged is not None and merged.dtype != torch.bool:
+        merged = merged.double()
+    with sdpa_kernel(SDPBackend.MATH):
+        output = F.scaled_dot_product_attention(q, k, v, merged, 0.0, is_causal and merged is None)
+    return output.transpose(1, 2).to(DTYPE)
+
+
+def _modules(sizes: tuple[int, int, int, int]) -> tuple[nn.Module, nn.Module, Tensor]:
+    N, L, E, H = sizes
+    theirs = nn.MultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=DTYPE).eval()
+    ours = fused_mha.MultiHeadAttention(E, H, batch_first=True, device=DEVICE, dtype=DTYPE).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs, torch.randn(N, L, E, device=DEVICE, dtype=DTYPE)
+
+
+def _module_case(group: str, sizes: tuple[int, int, int, int], *, need_weights: bool) -> BenchCase:
+    ours, theirs, x = _modules(sizes)
+
+    def call(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            return module(x, x, x, need_weights=need_weights)
+
+    def verify() -> None:
+        for found, other in zip(call(ours), call(theirs), strict=True):
+            if found is not None and other is not None:
+                torch.testing.assert_close(
+                    found, other, atol=2e-2, rtol=2e-2
+                )  # bf16 of both; the tests have the oracle
+
+    contenders = [functools.partial(call, module) for module in (ours, theirs)]
+    N, L, E, H = sizes
+    return BenchCase(group, f"{N}x{L}x{E}x{H}", contenders[0], {"torch": contenders[1]}, 0.0, verify)
+
+
+def _memory(options: argparse.Namespace) -> Report:
+    """Peak memory beside inputs and results of a call with averaged weights."""
+    if not HAS_GPU:
+        return skipped("there is no CUDA device")
+    lines, values = [], {}
+    for sizes in MODULES:
+        *modules, x = _modules(sizes)
+        peaks = {}
+        for name, module in zip(("ours", "torch"), modules, strict=True):
+            with torch.no_grad():
+                module(x, x, x)
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                module(x, x, x)
+                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        lines.append(f"{sizes}: ours {peaks['ours']:.0f} MiB, torch {peaks['torch']:.0f} MiB")
+        values[str(sizes)] = peaks
+    return Report(lines, values)
+
+
+REPORTS = {"memory of averaged weights": _memory}

@@ -1,0 +1,39 @@
+"""The kinds of calls that the Triton kernels serve, for their tests under the interpreter and on a GPU."""
+
+import torch
+
+from native.call_space import Call
+from native.dense_oracle import assert_matches_dense, drawn_seed
+
+EVERYTHING = {"need_weights": True, "return_lse": True}
+PER_HEAD = EVERYTHING | {"average_attn_weights": False}
+CASES = {
+    "plain": {},
+    "averaged weights": EVERYTHING,
+    "weights per head": PER_HEAD,
+    "causal": EVERYTHING | {"is_causal": True},
+    "causal, bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
+    "window": EVERYTHING | {"window": (40, 20)},
+    "window beside virtual keys": EVERYTHING | {"window": (3, 0), "bias_kv": True, "add_zero_attn": True},
+    "bool mask and padding": {
+        "mask_dtype": torch.bool,
+        "mask_shape": "HLS",
+        "padding_dtype": torch.bool,
+        "hidden": 0.5,
+    },
+    "float mask and padding": {"mask_dtype": torch.float32, "padding_dtype": torch.float32, "hidden": 0.2},
+    "float mask of rows and heads": {"mask_dtype": torch.float16, "mask_shape": "NHLS", "need_weights": True},
+    "float mask of keys": {"mask_dtype": torch.float32, "mask_shape": "S", "bias_kv": True},
+    "dropout": PER_HEAD | {"dropout_p": 0.3},
+    "dropout, causal, padding, virtual keys": EVERYTHING
+    | {"dropout_p": 0.5, "is_causal": True, "padding_dtype": torch.bool, "bias_kv": True, "add_zero_attn": True},
+    "everything dropped": EVERYTHING | {"dropout_p": 1.0},
+    "negative scale": {"scale": -0.4, "is_causal": True},
+    "no scale": {"scale": 0.0, "padding_dtype": torch.bool},
+}
+
+
+def matches_oracle(attention, arguments, seed=(5, 7)):
+    call = Call({"dropout_p": 0.0, "add_zero_attn": False} | arguments, seed)
+    with drawn_seed(*seed):
+        return assert_matches_dense(arguments, call.keep(), attention=attention)
