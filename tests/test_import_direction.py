@@ -57,6 +57,7 @@ ALLOWED = {
         "backends.triton.launch",
         "backends.triton.tile_config",
         "inputs",
+        "ops.fallback",
         "ops.gradients",
         "ops.schema",
     },

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -56,7 +57,8 @@ class Explanation(NamedTuple):
 
     `chosen` is None where an explicit choice cannot serve. `reasons` holds, by back end in order of preference, why it
     cannot serve, empty where it can. `notes` says what the chosen one does that costs memory. `projections` says how a
-    module's inputs and output are projected; it is None for a call without a module.
+    module's inputs and output are projected; it is None for a call without a module. `left` says why a back end leaves
+    a call that it could serve to the next.
     """
 
     chosen: str | None
@@ -64,6 +66,7 @@ class Explanation(NamedTuple):
     notes: list[str]
     override: str | None
     projections: str | None = None
+    left: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         how = f"by fused_mha.backend({self.override!r})" if self.override else "the first that can serve"
@@ -73,7 +76,8 @@ class Explanation(NamedTuple):
             lines.append(f"  projections: {self.projections}")
         for name, reasons in self.reasons.items():
             if name != self.chosen:
-                lines.append(f"  {name}: " + ("cannot: " + "; ".join(reasons) if reasons else "could serve"))
+                left = f", but leaves it: {self.left[name]}" if name in self.left else ""
+                lines.append(f"  {name}: " + ("cannot: " + "; ".join(reasons) if reasons else f"could serve{left}"))
         return "\n".join(lines)
 
 
@@ -115,16 +119,18 @@ def allows(candidate: Backend) -> bool:
 
 def _may_serve(candidate: Backend, inputs: AttentionInputs) -> bool:
     """Whether a call that a back end can serve is given to it."""
-    return _override.name == candidate.name or (_override.name is None and not candidate.leaves_to_next(inputs))
+    return _override.name == candidate.name or (_override.name is None and candidate.leaves(inputs) is None)
 
 
 def explain_inputs(inputs: AttentionInputs) -> Explanation:
     """The choice for these inputs with the reasons of every back end; computes nothing."""
     reasons = {candidate.name: not_supported_reasons(candidate.capability, inputs) for candidate in BACKENDS}
-    for candidate in BACKENDS:
-        if not reasons[candidate.name] and _may_serve(candidate, inputs):
-            return Explanation(candidate.name, reasons, candidate.notes(inputs), _override.name)
-    return Explanation(None, reasons, [], _override.name)
+    able = [candidate for candidate in BACKENDS if not reasons[candidate.name]]
+    left = {candidate.name: why for candidate in able if (why := candidate.leaves(inputs)) is not None}
+    for candidate in able:
+        if _may_serve(candidate, inputs):
+            return Explanation(candidate.name, reasons, candidate.notes(inputs), _override.name, left=left)
+    return Explanation(None, reasons, [], _override.name, left=left)
 
 
 def choose(inputs: AttentionInputs) -> Backend:

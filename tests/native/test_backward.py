@@ -180,3 +180,15 @@ def test_gradients_of_empty_calls_are_zeros_of_the_right_shape(isa, empty, masks
     for name, x in arguments.items():
         if isinstance(x, torch.Tensor) and x.is_floating_point():
             assert ours[f"grad of {name}"].shape == x.shape
+
+
+def test_gradients_of_two_masks_of_keys_are_two_tensors():
+    query, key, value = (torch.randn(2, length, 1, 16) for length in (3, 7, 7))
+    mask, padding = torch.zeros(2, 1, 1, 7, requires_grad=True), torch.zeros(2, 7, requires_grad=True)
+    for _ in range(2):  # a second gradient is added to the first in place
+        results = native_attention(query=query, key=key, value=value, attn_mask=mask, key_padding_mask=padding)
+        results.output.square().sum().backward()
+    output = native_attention(query=query, key=key, value=value, key_padding_mask=padding).output
+    (single,) = torch.autograd.grad(output.square().sum(), padding)
+    torch.testing.assert_close(padding.grad, 2 * single)
+    torch.testing.assert_close(mask.grad, 2 * single[:, None, None])

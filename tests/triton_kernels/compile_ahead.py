@@ -28,7 +28,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes that a block may have
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}  # bytes that a block may have
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

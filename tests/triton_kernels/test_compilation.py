@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time for sm_80 and sm_90: they fit the chip, and spill few registers."""
+"""The Triton kernels compiled ahead of time for sm_80, sm_86 and sm_90: they fit the chip, and spill few registers."""
 
 import json
 import os
@@ -10,7 +10,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}  # bytes, CUDA C++ Programming Guide, table "Technical Specifications"
+SHARED_MEMORY = {
+    80: 163 << 10,
+    86: 99 << 10,
+    90: 227 << 10,
+}  # bytes, CUDA C++ Programming Guide, table "Technical Specifications"
 MOST_STACK = 256  # bytes of each thread that do not fit its registers
 SCRIPT = Path(__file__).with_name("compile_ahead.py")
 CASES = {
@@ -28,6 +32,8 @@ CASES = {
         "weights": True,
     },
     "fp32, virtual keys": {"architecture": 80, "dtype": "float32", "D": 64, "virtual": True},
+    "small chip": {"architecture": 86, "dtype": "float16", "D": 64, "masks": "float32", "weights": True},
+    "small chip, large heads": {"architecture": 86, "dtype": "bfloat16", "D": 256, "padding": True},
     "large heads": {"architecture": 90, "dtype": "bfloat16", "D": 256},
 }
 

@@ -101,3 +101,22 @@ def test_torchs_flash_kernel_is_not_called_for_what_it_cannot_do(attention, monk
     sizes = {"N": 1, "L": 5, "S": 5, "H": 2, "H_kv": 2, "D": 24, "D_v": 24, "dtype": torch.float16}
     results = attention(**make_arguments(**sizes | {"need_weights": True} | other))
     assert results.output.isfinite().all()
+
+
+def test_large_additive_padding_beside_rows_that_fill_no_tile(attention):
+    arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16, padding_dtype=torch.float32, hidden=0.0)
+    arguments["key_padding_mask"] = torch.zeros(1, 40).index_fill(1, torch.arange(0, 40, 3), 100.0)
+    matches_oracle(attention, arguments)
+
+
+def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention):
+    arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16)
+    hidden = torch.zeros(5, 40, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
+    leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
+    results = attention(**arguments, attn_mask=hidden, return_lse=True)
+    merged = torch.logaddexp(results.lse, results.lse)  # of two blocks of keys; NaN is the gradient of -inf
+    merged = torch.where(merged.isinf(), 0.0, merged)
+    loss = merged.sum() + results.output.sum()
+    assert torch.autograd.grad(loss, results.lse, retain_graph=True)[0].isnan().any()
+    for gradient in torch.autograd.grad(loss, leaves):
+        assert gradient.isfinite().all()

@@ -26,6 +26,7 @@ class Capability(NamedTuple):
     cpu_dropout: bool = True
     off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU
     most_head_size: int | None = None  # None is any
+    cuda_capability: tuple[int, int] | None = None  # the least; None is any
 
 
 class Backend(NamedTuple):
@@ -36,7 +37,7 @@ class Backend(NamedTuple):
     capability: Capability
     run: Callable[[AttentionInputs], AttentionResult]
     notes: Callable[[AttentionInputs], list[str]]  # what `explain` says of a call that it serves
-    leaves_to_next: Callable[[AttentionInputs], bool] = lambda _: False  # a call that it could serve, but not faster
+    leaves: Callable[[AttentionInputs], str | None] = lambda _: None  # why it leaves a call that it could serve
 
 
 def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
@@ -45,6 +46,11 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
     device = inputs.query.device.type
     if capability.devices is not None and device not in capability.devices:
         reasons.append(f"it runs on {', '.join(capability.devices)} alone (query is on {device})")
+    elif capability.cuda_capability is not None and torch.cuda.is_available():
+        chip = torch.cuda.get_device_capability(inputs.query.device)
+        if chip < capability.cuda_capability:
+            needed = ".".join(map(str, capability.cuda_capability))
+            reasons.append(f"it needs a GPU of compute capability {needed} (it is {chip[0]}.{chip[1]})")
     if not capability.is_installed:
         return reasons or ["it is not in this installation"]
     if inputs.need_weights and not capability.weights:

@@ -55,7 +55,8 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 @torch.library.impl(schema.LIBRARY, "attention", "CompositeExplicitAutograd")
-def _attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator of that name."""
     arguments = Arguments(*inputs)
     output, weights, lse = reference_attention(arguments)
     weights = lse.new_empty(arguments.weights_shape, dtype=output.dtype) if weights is None else weights

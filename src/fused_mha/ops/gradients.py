@@ -51,7 +51,8 @@ def attention_backward(
                 grad_mask = _sum(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
         grad_attn_mask = grad_mask.to(mask.dtype)
     if padding_grad and padding is not None:
-        grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype)
+        # Of one head the sum is what it sums, of which the gradient of a mask of keys may be a view too.
+        grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype, copy=True)
     grad_biases = [
         query.new_empty((0,)) if bias is None else _sum(grad, 0)[0].to(query.dtype)
         for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability
-from fused_mha.backends.triton.tile_config import MOST_OF_TORCH
+from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE, MOST_OF_TORCH
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.ops import gradients, schema
+from fused_mha.ops import fallback, gradients, schema
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _kernels() -> Any:
@@ -26,7 +28,10 @@ def _kernels() -> Any:
 
 
 def _attention(*inputs: Any) -> tuple[Tensor, ...]:
-    return _kernels().attention(*inputs)
+    query, _, value = inputs[:3]
+    if query.dtype in _DTYPES and max(query.shape[3], value.shape[3]) <= MOST_HEAD_SIZE and query.numel():
+        return _kernels().attention(*inputs)
+    return fallback.attention(*inputs)  # a graph that was exported with the operator, on another device
 
 
 def _attention_gradients(*inputs: Any) -> tuple[Tensor, ...]:
@@ -38,14 +43,14 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
 
 
-def _leaves_to_sdpa(inputs: AttentionInputs) -> bool:
-    """Whether torch's kernels serve a call as fast and as right: cuDNN's give NaN for a single query."""
+def _leaves_to_sdpa(inputs: AttentionInputs) -> str | None:
+    """Why torch's kernels serve a call as fast and as right, if they do: cuDNN's give NaN for a single query."""
     if inputs.need_weights or inputs.return_lse or inputs.needs_mask_tensor or inputs.dropout_p > 0.0:
-        return False
-    if inputs.bias_k is not None or inputs.add_zero_attn:
-        return False
+        return None
     N, L, H, _ = inputs.query.shape
-    return L > 1 and N * H <= MOST_OF_TORCH
+    if inputs.bias_k is not None or inputs.add_zero_attn or L == 1 or N * H > MOST_OF_TORCH:
+        return None
+    return "nothing but causality hides a key, and torch's own kernels are near the limit there"
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:
@@ -68,14 +73,15 @@ BACKEND = Backend(
     capability=Capability(
         is_installed=_IS_INSTALLED,
         devices=("cuda",),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        dtypes=_DTYPES,
         transforms=False,
         onnx_export=False,
         reads_hidden_keys=False,
         empty_tensors=False,
-        most_head_size=256,
+        most_head_size=MOST_HEAD_SIZE,
+        cuda_capability=(8, 0),
     ),
     run=_run,
     notes=_notes,
-    leaves_to_next=_leaves_to_sdpa,
+    leaves=_leaves_to_sdpa,
 )

@@ -165,7 +165,8 @@ def _grad_scores(
             kept = tl.trans(kept)
         weights = tl.where(kept, softmax * call.kept_factor, 0.0)
         grad = tl.where(kept, grad * call.kept_factor, 0.0)
-    return weights, softmax * (grad - load_of_rows(given.deltas, call, head, i))
+    grad = softmax * (grad - load_of_rows(given.deltas, call, head, i))
+    return weights, tl.where(softmax == 0.0, 0.0, grad)  # a hidden row's log-sum-exp may have NaN for a gradient
 
 
 @triton.jit

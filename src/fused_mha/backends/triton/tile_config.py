@@ -30,8 +30,9 @@ class Config(NamedTuple):
 
 
 MOST_OF_TORCH = 65535  # heads in a batch that all of torch's own kernels take
-HEAD_SIZES = (64, 128, 256)  # up to which the rows below hold
-LARGE, MEDIUM = 227 << 10, 163 << 10  # bytes of shared memory of sm_90 and sm_80; others have 99 KiB
+MOST_HEAD_SIZE = 256
+HEAD_SIZES = (64, 128, MOST_HEAD_SIZE)  # up to which the rows below hold
+LARGE, MEDIUM, SMALL = 227 << 10, 163 << 10, 99 << 10  # bytes of shared memory of sm_90, sm_80, and sm_86 and others
 
 _HALF = {
     LARGE: (
@@ -45,6 +46,11 @@ _HALF = {
         Config(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
     ),
 }
+_HALF[SMALL] = (
+    Config(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)),
+    Config(Launch(64, 32, 4, 2), Launch(64, 64, 4, 1), Launch(64, 32, 8, 1), Launch(32, 64, 8, 1)),
+    Config(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
+)
 _FLOAT = (
     Config(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
     Config(Launch(32, 32, 8, 1), Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)),
@@ -57,4 +63,4 @@ def config(shared_memory: int, dtype: torch.dtype, head_size: int) -> Config:
     size = next(i for i, most in enumerate(HEAD_SIZES) if head_size <= most)
     if dtype == torch.float32:
         return _FLOAT[size]
-    return _HALF[LARGE if shared_memory >= LARGE else MEDIUM][size]
+    return _HALF[next((chip for chip in (LARGE, MEDIUM) if shared_memory >= chip), SMALL)][size]

@@ -288,11 +288,8 @@ def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES
 def exponentials(scores, row_max, call, TILE: tl.constexpr):
     """exp(score - the row's maximum), 0 where hidden; the maxima broadcast."""
     shift = tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)  # -inf - -inf = NaN
-    if TILE.NATURAL:  # a maximum may be as large as a float can be, and overflow in a product
-        exponents = (scores - shift) * LOG2_E
-    else:
-        exponents = scores * (call.scale * LOG2_E) - shift * (call.scale * LOG2_E)
-    return tl.exp2(exponents)
+    factor = LOG2_E if TILE.NATURAL else call.scale * LOG2_E
+    return tl.exp2((scores - shift) * factor)  # the largest is exactly 1, however large the scores are
 
 
 @triton.jit
@@ -301,7 +298,8 @@ def softmax_tile(call, head, stats, products, rows, columns, TILE: tl.constexpr,
     row_max = load_of_rows(stats, call, head, rows)
     row_sum = load_of_rows(stats + tl.cast(call.H, tl.int64) * call.N * call.L, call, head, rows)
     scores = masked_scores(call, head, products, rows, columns, TILE, EDGES)
-    return exponentials(scores, row_max, call, TILE) * tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+    # Rows that are hidden everywhere, or behind the last, have no maximum: their exponentials may be anything.
+    return tl.where(row_sum == 0.0, 0.0, exponentials(scores, row_max, call, TILE) / row_sum)
 
 
 @triton.jit
