@@ -3,7 +3,7 @@
 `launch` calls these. Every sum is of one program in a fixed order: no atomics, and equal bits in every run.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
+    block_of_queries,
     edge,
     edge_count,
     full,
@@ -24,6 +25,7 @@ from fused_mha.backends.triton.tiles import (
     softmax_tile,
     store_rows,
     tile_is_visible,
+    tile_of_matrices,
     visible_keys,
     visible_rows,
     zeros,
@@ -101,10 +103,7 @@ def delta(call, given, TILE: tl.constexpr, AVERAGED: tl.constexpr, BY_OUTPUT: tl
     dW is dO V^T and what comes through the weights. BY_OUTPUT, the first part is taken as rowsum(dO * O), which reads
     no key, but differs from the sum that it stands for by the rounding of O.
     """
-    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    sequence = tl.program_id(0) // blocks
-    first_row = tl.program_id(0) % blocks * TILE.BLOCK_M
-    head = head_of(call, sequence // call.H, sequence % call.H)
+    head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
     total = full(0.0, TILE.BLOCK_M)
@@ -193,10 +192,7 @@ def _add_grad_query(
 @triton.jit
 def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
     """The gradients of a block of queries, (N, L, H, D)."""
-    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    sequence = tl.program_id(0) // blocks
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK_M
-    head = head_of(call, sequence // call.H, sequence % call.H)
+    head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
     grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
@@ -311,12 +307,7 @@ def grad_key_value(
 @triton.jit
 def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr, AVERAGED: tl.constexpr):
     """One tile of an attn_mask's gradient, (N|1, H|1, L, S), summed over the batch or the heads that share it."""
-    row_blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    column_blocks = tl.cdiv(call.S, TILE.BLOCK_N)
-    tile = tl.program_id(0)
-    matrix = tile // (row_blocks * column_blocks)
-    first_row = tile // column_blocks % row_blocks * TILE.BLOCK_M
-    first_column = tile % column_blocks * TILE.BLOCK_N
+    matrix, first_row, first_column = tile_of_matrices(call, call.S, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     batches, heads = call.N // mask_batches, call.H // mask_heads  # that share one

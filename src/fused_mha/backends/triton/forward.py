@@ -4,7 +4,7 @@ A program attends from BLOCK_M queries of one head. Tiles of keys that causality
 all of them are not visited.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
@@ -12,11 +12,11 @@ import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
     NEGATIVE_INFINITY,
+    block_of_queries,
     edge,
     edge_count,
     exponentials,
     full,
-    head_of,
     kept_weights,
     load_keys,
     load_rows,
@@ -49,11 +49,7 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
 @triton.jit
 def forward(call, output, lse, stats, TILE: tl.constexpr):
     """The output (N, L, H, D_v) of a block of queries, their log-sum-exp (N, H, L), maxima and sums (2, N, H, L)."""
-    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    sequence = tl.program_id(0) // blocks
-    # The last rows first: causality gives them the most work.
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK_M
-    head = head_of(call, sequence // call.H, sequence % call.H)
+    head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
     summed = zeros(TILE.BLOCK_M, TILE.BLOCK_DV)

@@ -179,6 +179,25 @@ def load_values(call, head, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
 
 
 @triton.jit
+def block_of_queries(call, TILE: tl.constexpr):
+    """This program's head and its first query. The last queries come first: causality gives them the most work."""
+    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+    sequence = tl.program_id(0) // blocks
+    first_row = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK_M
+    return head_of(call, sequence // call.H, sequence % call.H), first_row
+
+
+@triton.jit
+def tile_of_matrices(call, columns, TILE: tl.constexpr):
+    """This program's tile of some matrices of L rows: which matrix, its first row and its first column."""
+    row_blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+    column_blocks = tl.cdiv(columns, TILE.BLOCK_N)
+    matrix = tl.program_id(0) // (row_blocks * column_blocks)
+    first_row = tl.program_id(0) // column_blocks % row_blocks * TILE.BLOCK_M
+    return matrix, first_row, tl.program_id(0) % column_blocks * TILE.BLOCK_N
+
+
+@triton.jit
 def aligned_range(begin, end, whole_begin, whole_end, limit, BLOCK: tl.constexpr):
     """Tiles of the positions begin..end below a limit, of which whole_begin..whole_end need no look at the band."""
     end = tl.maximum(tl.minimum(end, limit), 0)

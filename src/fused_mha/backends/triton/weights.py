@@ -3,7 +3,7 @@
 `launch` calls this.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton
@@ -16,6 +16,7 @@ from fused_mha.backends.triton.tiles import (
     load_rows,
     softmax_tile,
     tile_is_visible,
+    tile_of_matrices,
     zeros,
 )
 
@@ -23,12 +24,7 @@ from fused_mha.backends.triton.tiles import (
 @triton.jit
 def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
     """One tile of the weights after dropout: (N, L, S') as means over the heads if AVERAGED, else (N, H, L, S')."""
-    row_blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    column_blocks = tl.cdiv(call.columns, TILE.BLOCK_N)
-    tile = tl.program_id(0)
-    matrix = tile // (row_blocks * column_blocks)
-    first_row = tile // column_blocks % row_blocks * TILE.BLOCK_M
-    first_column = tile % column_blocks * TILE.BLOCK_N
+    matrix, first_row, first_column = tile_of_matrices(call, call.columns, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
