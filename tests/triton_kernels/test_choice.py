@@ -87,7 +87,7 @@ def test_cannot_be_forced_on_the_cpu():
         fused_mha.attention(**make_arguments())
 
 
-@pytest.mark.parametrize("case", [{"dtype": torch.float64}, {"D": 300}], ids=["fp64", "head size"])
+@pytest.mark.parametrize("case", [{"dtype": torch.float64}, {"D": 300}, {"S": 0}], ids=["fp64", "head size", "no key"])
 def test_an_exported_graph_runs_also_with_what_the_kernels_cannot_do(case):
     arguments = operands(requires_grad=False, **case)
     for found, expected in zip(triton._attention(*arguments), fallback.attention(*arguments), strict=True):

@@ -22,14 +22,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _kernels() -> Any:
-    from fused_mha.backends.triton import launch  # noqa: PLC0415 - Triton takes a second to import
+    from fused_mha.backends.triton import launch  # noqa: PLC0415 - the first call needs it, not the import
 
     return launch
 
 
 def _attention(*inputs: Any) -> tuple[Tensor, ...]:
-    query, _, value = inputs[:3]
-    if query.dtype in _DTYPES and max(query.shape[3], value.shape[3]) <= MOST_HEAD_SIZE and query.numel():
+    query, key, value = inputs[:3]
+    has_elements = query.numel() > 0 and key.numel() > 0
+    if has_elements and query.dtype in _DTYPES and max(query.shape[3], value.shape[3]) <= MOST_HEAD_SIZE:
         return _kernels().attention(*inputs)
     return fallback.attention(*inputs)  # a graph that was exported with the operator, on another device
 

@@ -68,7 +68,10 @@ class Call(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One head of one batch element: where its tensors begin, and the offsets of what may be absent."""
+    """One head of one batch element: where its tensors begin, and the offsets of what may be absent.
+
+    Triton 3.6 has no None in a tuple that a function returns.
+    """
 
     query: Any
     key: Any
