@@ -40,8 +40,6 @@ def main() -> int:
         "-rs",
         "-p",
         "no:cacheprovider",
-        "-n",
-        "0",
         str(ROOT / "tests/cuda"),
     ]
     status = subprocess.run([*pytest, f"--junitxml={options.out / 'cuda_tests.xml'}"], check=False).returncode
