@@ -8,6 +8,7 @@ Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -32,17 +33,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="per case of the benchmark (default: 0.5)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests/cuda"),
-    ]
-    status = subprocess.run([*pytest, f"--junitxml={options.out / 'cuda_tests.xml'}"], check=False).returncode
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(ROOT / "tests/cuda")]
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []  # most of the time kernels are compiled
+    results = f"--junitxml={options.out / 'cuda_tests.xml'}"
+    status = subprocess.run([*pytest, *parallel, results], check=False).returncode
     measured = ["cuda", "--seconds", str(options.seconds), "--out", str(options.out)]
     if not torch.cuda.is_available():
         _put_interpreted_kernels_behind_the_cpu()
