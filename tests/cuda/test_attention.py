@@ -41,7 +41,8 @@ def test_lengths(attention, L, S):
 @settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls(dtypes=DTYPES, dropout=(0.0, 0.0, 0.3), smallest=1))
 def test_any_call(attention, call):
-    assume(call.arguments["query"].shape[3] >= 4)  # torch's error in smaller heads, the measure, is luck
+    sizes = [call.arguments[name].shape[3] for name in ("query", "value")]
+    assume(min(sizes) >= 4)  # torch's error in smaller heads, the measure, is luck
     matches_oracle(attention, call.arguments, call.seed)
 
 
