@@ -58,11 +58,11 @@ ALLOWED = {
         "backends.triton.tile_config",
         "inputs",
         "ops.fallback",
-        "ops.gradients",
         "ops.schema",
     },
     "backends.triton.launch": {
         *(f"backends.triton.{name}" for name in ("backward", "forward", "padding", "tile_config", "tiles", "weights")),
+        "ops.gradients",
         "ops.schema",
     },
     "backends.triton.backward": {"backends.triton.tiles"},

@@ -12,15 +12,11 @@ def attention(monkeypatch):
     import fused_mha
     from fused_mha.backends import cpu
     from fused_mha.backends.triton import launch
-    from fused_mha.ops import gradients
-
-    def backward(*inputs):
-        return gradients.attention_backward(launch.attention_gradients, *inputs)
 
     def attention(**arguments):
         with fused_mha.backend("cpu"):
             return fused_mha.attention(**arguments)
 
     monkeypatch.setattr(cpu, "_forward", launch.attention)
-    monkeypatch.setattr(cpu, "_backward", backward)
+    monkeypatch.setattr(cpu, "_backward", launch.attention_backward)
     return attention

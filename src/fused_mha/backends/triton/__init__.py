@@ -5,7 +5,6 @@ Where nothing but causality hides a key, torch's own kernels are near the limit 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
@@ -16,7 +15,7 @@ from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability
 from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE, MOST_OF_TORCH
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.ops import fallback, gradients, schema
+from fused_mha.ops import fallback, schema
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,8 +34,8 @@ def _attention(*inputs: Any) -> tuple[Tensor, ...]:
     return fallback.attention(*inputs)  # a graph that was exported with the operator, on another device
 
 
-def _attention_gradients(*inputs: Any) -> tuple[Tensor, ...]:
-    return _kernels().attention_gradients(*inputs)
+def _attention_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    return _kernels().attention_backward(*inputs)
 
 
 def _run(inputs: AttentionInputs) -> AttentionResult:
@@ -64,9 +63,7 @@ _IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 if _IS_INSTALLED:
     schema.LIBRARY.impl("attention", _attention, "CUDA")
-    schema.LIBRARY.impl(
-        "attention_backward", functools.partial(gradients.attention_backward, _attention_gradients), "CUDA"
-    )
+    schema.LIBRARY.impl("attention_backward", _attention_backward, "CUDA")
 
 BACKEND = Backend(
     name="triton",

@@ -1,4 +1,4 @@
-"""From the operators' arguments to the kernels: `attention` and `attention_gradients` of ops/schema.py on CUDA.
+"""From the operators' arguments to the kernels: `attention` and `attention_backward` of ops/schema.py on CUDA.
 
 `backends.triton` registers them. Every grid has one dimension: the others of a CUDA grid end at 65,535.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fused_mha.backends.triton.padding import padding_bounds
 from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Launch, config
 from fused_mha.backends.triton.tiles import Call, Tile
 from fused_mha.backends.triton.weights import weights as weights_kernel
+from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
 
 SMALLEST_BLOCK = 16  # of a side of a product
@@ -112,6 +114,9 @@ def attention_gradients(
             averaged,
         )
     return grad_query, grad_key, grad_value, grad_mask, grad_columns, grad_bias_k, grad_bias_v
+
+
+attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
 
 
 def _flash_serves(a: Arguments) -> bool:
