@@ -61,14 +61,15 @@ ALLOWED = {
         "ops.schema",
     },
     "backends.triton.launch": {
-        *(f"backends.triton.{name}" for name in ("backward", "forward", "padding", "tile_config", "tiles", "weights")),
+        *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
+        *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
         "ops.gradients",
         "ops.schema",
     },
-    "backends.triton.backward": {"backends.triton.tiles"},
-    "backends.triton.forward": {"backends.triton.tiles"},
-    "backends.triton.padding": {"backends.triton.tiles"},
-    "backends.triton.weights": {"backends.triton.tiles"},
+    "backends.triton.backward": {"backends.triton.tiles", "backends.triton.visibility"},
+    "backends.triton.forward": {"backends.triton.tiles", "backends.triton.visibility"},
+    "backends.triton.weights": {"backends.triton.tiles", "backends.triton.visibility"},
+    "backends.triton.visibility": {"backends.triton.tiles"},
     "backends.triton.tiles": set(),
     "backends.triton.tile_config": set(),
     "backends.arguments": {"inputs", "ops.schema"},
@@ -90,7 +91,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
-    **{f"backends.triton.{name}": {"triton"} for name in ("backward", "forward", "padding", "tiles", "weights")},
+    **{f"backends.triton.{name}": {"triton"} for name in ("backward", "forward", "tiles", "visibility", "weights")},
 }
 ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation"}
 

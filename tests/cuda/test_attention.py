@@ -38,6 +38,17 @@ def test_lengths(attention, L, S):
     matches_oracle(attention, arguments)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_that_a_mask_hides_are_not_computed(attention, monkeypatch, dtype):
+    monkeypatch.setattr("fused_mha.backends.triton.launch.LEAST_SCORES", 0)
+    document = torch.arange(768) // 256
+    arguments = make_arguments(N=1, L=768, S=768, H=4, H_kv=2, D=64, D_v=64, dtype=dtype, **EVERYTHING)
+    arguments["attn_mask"] = document[:, None] != document[None, :]
+    matches_oracle(attention, arguments)
+    arguments["value"][:, 512:] = float("nan")
+    assert attention(**arguments).output[:, :512].isfinite().all()
+
+
 @settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls(dtypes=DTYPES, dropout=(0.0, 0.0, 0.3), smallest=1))
 def test_any_call(attention, call):

@@ -1,7 +1,17 @@
 """The Triton kernels under Triton's interpreter, which runs them on the CPU; `tests/conftest.py` turns it on."""
 
+import warnings
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def without_numpys_warnings():
+    """The interpreter computes by NumPy, which warns of what `tl.where` then discards."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
 
 
 @pytest.fixture

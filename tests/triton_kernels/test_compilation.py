@@ -21,6 +21,7 @@ CASES = {
     "causal and padding, 64": {"architecture": 80, "dtype": "bfloat16", "D": 64, "padding": True},
     "causal and padding, 128": {"architecture": 90, "dtype": "bfloat16", "D": 128, "padding": True},
     "float mask": {"architecture": 90, "dtype": "float16", "D": 64, "masks": "float32"},
+    "bool mask": {"architecture": 90, "dtype": "bfloat16", "D": 64, "masks": "bool"},
     "dropout": {"architecture": 90, "dtype": "bfloat16", "D": 64, "dropout": True},
     "bool mask, weights, one head": {
         "architecture": 80,

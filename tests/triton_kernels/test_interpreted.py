@@ -3,8 +3,6 @@
 fp32 and fp16 alone: the interpreter's bfloat16 arithmetic is wrong.
 """
 
-import warnings
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -16,14 +14,6 @@ from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 pytest.importorskip("triton")
 
 DTYPES = (torch.float32, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def without_numpys_warnings():
-    """The interpreter computes by NumPy, which warns of what `tl.where` then discards."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,8 +13,6 @@ import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
     block_of_queries,
-    edge,
-    edge_count,
     full,
     head_of,
     kept_weights,
@@ -24,11 +22,18 @@ from fused_mha.backends.triton.tiles import (
     load_values,
     softmax_tile,
     store_rows,
-    tile_is_visible,
     tile_of_matrices,
+    zeros,
+)
+from fused_mha.backends.triton.visibility import (
+    chunk_size,
+    edge,
+    edge_count,
+    next_tile,
+    tile_is_visible,
+    visible_in_chunk,
     visible_keys,
     visible_rows,
-    zeros,
 )
 
 
@@ -113,10 +118,14 @@ def delta(call, given, TILE: tl.constexpr, AVERAGED: tl.constexpr, BY_OUTPUT: tl
     if not BY_OUTPUT or given.grad_weights is not None:
         query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
         tiles = visible_keys(call, head, first_row, TILE)
-        for start in range(tiles.whole_begin, tiles.whole_end, TILE.BLOCK_N):
-            total = _add_to_delta(
-                call, given, head, query, grad_output, rows, start, total, TILE, False, AVERAGED, BY_OUTPUT
-            )
+        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_N)):
+            bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
+            for i in range(count):
+                start = chunk + next_tile(call, i, bits) * TILE.BLOCK_N
+                total = _add_to_delta(
+                    call, given, head, query, grad_output, rows, start, total, TILE, False, AVERAGED, BY_OUTPUT
+                )
+                bits &= bits - 1
         for i in range(edge_count(tiles, call, TILE)):
             start = edge(i, tiles, call, TILE)
             total = _add_to_delta(
@@ -198,8 +207,12 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
     grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
     tiles = visible_keys(call, head, first_row, TILE)
-    for start in range(tiles.whole_begin, tiles.whole_end, TILE.BLOCK_N):
-        total = _add_grad_query(call, given, head, query, grad_output, rows, start, total, TILE, False, AVERAGED)
+    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_N)):
+        bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
+        for i in range(count):
+            start = chunk + next_tile(call, i, bits) * TILE.BLOCK_N
+            total = _add_grad_query(call, given, head, query, grad_output, rows, start, total, TILE, False, AVERAGED)
+            bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
         total = _add_grad_query(call, given, head, query, grad_output, rows, start, total, TILE, True, AVERAGED)
@@ -273,8 +286,14 @@ def grad_key_value(
     for h in range(kv * call.group, (kv + 1) * call.group):
         head = head_of(call, n, h)
         sums = Sums(key=grad_k, value=grad_v, columns=full(0.0, TILE.BLOCK_N))
-        for first_row in range(tiles.whole_begin, tiles.whole_end, TILE.BLOCK_M):
-            sums = _add_grad_key(call, given, head, key, value, first_row, first_column, sums, TILE, False, AVERAGED)
+        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_M)):
+            bits, count = visible_in_chunk(call, head, first_column, chunk, tiles.whole_end, TILE, False)
+            for i in range(count):
+                first_row = chunk + next_tile(call, i, bits) * TILE.BLOCK_M
+                sums = _add_grad_key(
+                    call, given, head, key, value, first_row, first_column, sums, TILE, False, AVERAGED
+                )
+                bits &= bits - 1
         for i in range((tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_M):
             first_row = tiles.begin + i * TILE.BLOCK_M
             if first_row >= tiles.whole_begin:
@@ -311,7 +330,8 @@ def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr,
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     batches, heads = call.N // mask_batches, call.H // mask_heads  # that share one
-    sequences = tl.where(tile_is_visible(call, first_row, first_column, TILE), batches * heads, 0)
+    of_mask = head_of(call, matrix // mask_heads, matrix % mask_heads)
+    sequences = tl.where(tile_is_visible(call, of_mask, first_row, first_column, TILE), batches * heads, 0)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
         head = head_of(call, matrix // mask_heads + i // heads, matrix % mask_heads + i % heads)

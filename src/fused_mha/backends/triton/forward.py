@@ -13,8 +13,6 @@ import triton.language as tl
 from fused_mha.backends.triton.tiles import (
     NEGATIVE_INFINITY,
     block_of_queries,
-    edge,
-    edge_count,
     exponentials,
     full,
     kept_weights,
@@ -23,8 +21,15 @@ from fused_mha.backends.triton.tiles import (
     load_values,
     masked_scores,
     store_rows,
-    visible_keys,
     zeros,
+)
+from fused_mha.backends.triton.visibility import (
+    chunk_size,
+    edge,
+    edge_count,
+    next_tile,
+    visible_in_chunk,
+    visible_keys,
 )
 
 
@@ -56,8 +61,12 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     row_max = full(NEGATIVE_INFINITY, TILE.BLOCK_M)
     row_sum = full(0.0, TILE.BLOCK_M)
     tiles = visible_keys(call, head, first_row, TILE)
-    for start in range(tiles.whole_begin, tiles.whole_end, TILE.BLOCK_N):
-        summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, False)
+    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_N)):
+        bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
+        for i in range(count):
+            start = chunk + next_tile(call, i, bits) * TILE.BLOCK_N
+            summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, False)
+            bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
         summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, True)

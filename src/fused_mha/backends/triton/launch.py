@@ -15,9 +15,9 @@ from torch import Tensor
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
-from fused_mha.backends.triton.padding import padding_bounds
 from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Launch, config
 from fused_mha.backends.triton.tiles import Call, Tile
+from fused_mha.backends.triton.visibility import SQUARE, padding_bounds, visible_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
@@ -25,6 +25,8 @@ from fused_mha.ops.schema import Arguments
 SMALLEST_BLOCK = 16  # of a side of a product
 LARGEST_OF_FLASH = 128  # head size
 PADDING = Launch(BLOCK_M=1, BLOCK_N=1024, num_warps=4, num_stages=1)
+MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
+LEAST_SCORES = 1 << 24  # of a call, from which on its mask is searched for tiles to skip
 
 
 def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,6 +169,7 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         mask,
         padding,
         bounds,
+        None,  # squares
         bias_k,
         bias_v,
         seed,
@@ -174,6 +177,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         *_strides(key),
         *_strides(value),
         *((0, 0, 0) if mask is None else _strides(mask)),
+        0,  # of squares
+        0,
         0 if padding is None else padding.stride(0),
         N,
         L,
@@ -187,6 +192,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         int(p * 65536 + 0.5),
         1 / (1 - p) if p < 1 else 0.0,
     )
+    if mask is not None and _has_tiles_to_skip(mask, arguments):
+        call = _with_squares(call, mask)
     return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]))
 
 
@@ -198,6 +205,24 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
     block_d, block_dv = (max(1 << (size - 1).bit_length(), SMALLEST_BLOCK) for size in (D, D_v))
     precision = "tf32" if arguments.query.dtype == torch.float32 and _allows_tf32() else "ieee"
     return Tile(D, D_v, launch.BLOCK_M, launch.BLOCK_N, block_d, block_dv, is_natural, precision)
+
+
+def _has_tiles_to_skip(mask: Tensor, a: Arguments) -> bool:
+    """Whether it pays to look: the call is large, and so many heads share the mask that one more reading is cheap."""
+    batch, length, heads, _ = a.query.shape
+    scores = batch * heads * length * a.key.shape[1]
+    return scores >= LEAST_SCORES and 2 * mask.element_size() * mask.numel() <= scores
+
+
+def _with_squares(call: Call, mask: Tensor) -> Call:
+    """The call, and which squares of its mask hide less than everything."""
+    batches, heads = mask.shape[:2]
+    sizes = (_blocks(call.L, SQUARE.value), _blocks(call.S, SQUARE.value))
+    squares = mask.new_empty((batches, heads, *sizes), dtype=torch.uint8)
+    programs = batches * heads * sizes[0] * _blocks(call.S, MASK.BLOCK_N)
+    _run(visible_squares, programs, MASK, call, heads, squares, MASK.BLOCK_N)
+    squares_n, squares_h, _ = _strides(squares)
+    return call._replace(squares=squares, squares_n=squares_n, squares_h=squares_h)
 
 
 def _blocks(size: int, block: int) -> int:

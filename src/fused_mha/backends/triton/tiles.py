@@ -1,7 +1,8 @@
-"""What the kernels share: the arguments of a call, tiles of tensors, which keys are visible, how scores become weights.
+"""What the kernels share: the arguments of a call, tiles of tensors, how scores are masked and become weights.
 
-`forward`, `weights` and `backward` call these. A tile is BLOCK_M queries by BLOCK_N keys of one head. Columns S and
-behind are the virtual keys: the bias, if there is one, and the zero key; `columns` counts them too.
+`forward`, `weights` and `backward` call these; `visibility` says which tiles they visit. A tile is BLOCK_M queries by
+BLOCK_N keys of one head. Columns S and behind are the virtual keys: the bias, if there is one, and the zero key;
+`columns` counts them too.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     attn_mask: Any  # (N|1, H|1, L|1, S), uint8 for bool, or None
     padding: Any  # (N, S), uint8 for bool, or None
     bounds: Any  # (N, 2), int32: the first and the last key, exclusive, that the padding leaves; or None
+    squares: Any  # what `visible_squares` finds of attn_mask, or None
     bias_k: Any  # (H_kv, D) or None
     bias_v: Any  # (H_kv, D_v) or None
     seed: Any  # (2), int64, or None
@@ -53,6 +55,8 @@ class Call(NamedTuple):
     mask_n: Any
     mask_h: Any
     mask_l: Any
+    squares_n: Any
+    squares_h: Any
     padding_n: Any
     N: Any
     L: Any
@@ -81,15 +85,6 @@ class Head(NamedTuple):
     kv: Any  # the head of keys and values
     n: Any
     h: Any
-
-
-class Range(NamedTuple):
-    """Tiles of keys or queries: single scores of those before `whole_begin` or from `whole_end` on may be hidden."""
-
-    begin: Any
-    whole_begin: Any
-    whole_end: Any
-    end: Any
 
 
 @triton.jit
@@ -201,81 +196,6 @@ def tile_of_matrices(call, columns, TILE: tl.constexpr):
 
 
 @triton.jit
-def aligned_range(begin, end, whole_begin, whole_end, limit, BLOCK: tl.constexpr):
-    """Tiles of the positions begin..end below a limit, of which whole_begin..whole_end need no look at the band."""
-    end = tl.maximum(tl.minimum(end, limit), 0)
-    begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK * BLOCK
-    whole_begin = tl.cdiv(tl.maximum(whole_begin, 0), BLOCK) * BLOCK
-    whole_end = tl.maximum(tl.minimum(whole_end, limit), 0) // BLOCK * BLOCK
-    end = tl.cdiv(end, BLOCK) * BLOCK
-    whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
-    whole_end = tl.minimum(tl.maximum(whole_end, whole_begin), end)
-    return Range(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
-
-
-@triton.jit
-def visible_keys(call, head, first_row, TILE: tl.constexpr):
-    """The real keys that some of a block's queries see."""
-    last_row = first_row + TILE.BLOCK_M - 1
-    begin = first_row + call.first_visible
-    end = last_row + call.last_visible + 1
-    if call.bounds is not None:
-        begin = tl.maximum(begin, tl.load(call.bounds + head.n * 2))
-        end = tl.minimum(end, tl.load(call.bounds + head.n * 2 + 1))
-    return aligned_range(
-        begin, end, last_row + call.first_visible, first_row + call.last_visible + 1, call.S, TILE.BLOCK_N
-    )
-
-
-@triton.jit
-def visible_rows(call, head, first_column, TILE: tl.constexpr):
-    """The queries that see some of a block's keys."""
-    last_column = first_column + TILE.BLOCK_N - 1
-    begin = first_column - call.last_visible
-    end = last_column - call.first_visible + 1
-    whole_begin = last_column - call.last_visible
-    whole_end = first_column - call.first_visible + 1
-    if call.bounds is not None:
-        is_padding = (last_column < tl.load(call.bounds + head.n * 2)) | (
-            first_column >= tl.load(call.bounds + head.n * 2 + 1)
-        )
-        end = tl.where(is_padding, 0, end)
-    reaches_end = last_column >= call.S
-    whole_end = tl.where(reaches_end, 0, whole_end)
-    if call.columns > call.S:  # virtual keys, which all of them see
-        begin = tl.where(reaches_end, 0, begin)
-        end = tl.where(reaches_end, call.L, end)
-    return aligned_range(begin, end, whole_begin, whole_end, call.L, TILE.BLOCK_M)
-
-
-@triton.jit
-def edge_count(tiles, call, TILE: tl.constexpr):
-    """How many tiles of a range of keys need a look at the band or the end of the keys, the virtual ones included."""
-    count = (tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_N
-    if call.columns > call.S:
-        virtual = call.columns - _first_virtual(tiles, call, TILE)
-        count += tl.cdiv(tl.maximum(virtual, 0), TILE.BLOCK_N)
-    return count
-
-
-@triton.jit
-def edge(i, tiles, call, TILE: tl.constexpr):
-    """The first column of tile `i` of these."""
-    start = tiles.begin + i * TILE.BLOCK_N
-    if start >= tiles.whole_begin:
-        start += tiles.whole_end - tiles.whole_begin
-    if start >= tiles.end:
-        start += _first_virtual(tiles, call, TILE) - tiles.end
-    return start
-
-
-@triton.jit
-def _first_virtual(tiles, call, TILE: tl.constexpr):
-    """Where the tiles of virtual keys begin that share none with the real keys of the range."""
-    return tl.maximum(tiles.end, call.S // TILE.BLOCK_N * TILE.BLOCK_N)
-
-
-@triton.jit
 def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
     """Scores from products of queries and keys, -inf where hidden; rows and columns broadcast to their shape.
 
@@ -345,13 +265,3 @@ def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
     words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
     bits = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(bits, zeros(rows.shape[0], TILE.BLOCK_N).shape).to(tl.int32) >= call.threshold
-
-
-@triton.jit
-def tile_is_visible(call, first_row, first_column, TILE: tl.constexpr):
-    """Whether causality and the window let any query of a tile see any key."""
-    last_column = first_column + TILE.BLOCK_N - 1
-    nearest = first_column - (first_row + TILE.BLOCK_M - 1)
-    furthest = last_column - first_row
-    in_band = (nearest <= call.last_visible) & (furthest >= call.first_visible)
-    return in_band | ((last_column >= call.S) & (call.columns > call.S))

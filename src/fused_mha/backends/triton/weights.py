@@ -15,10 +15,10 @@ from fused_mha.backends.triton.tiles import (
     load_keys,
     load_rows,
     softmax_tile,
-    tile_is_visible,
     tile_of_matrices,
     zeros,
 )
+from fused_mha.backends.triton.visibility import tile_is_visible
 
 
 @triton.jit
@@ -32,7 +32,10 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
         n, first_head, heads = matrix, 0, call.H
     else:
         n, first_head, heads = matrix // call.H, matrix % call.H, 1
-    heads = tl.where(tile_is_visible(call, first_row, first_column, TILE), heads, 0)
+    is_visible = tile_is_visible(call, head_of(call, n, first_head), first_row, first_column, TILE)
+    if AVERAGED:
+        is_visible = is_visible | (call.squares_h != 0)  # other heads see otherwise
+    heads = tl.where(is_visible, heads, 0)
     for h in range(first_head, first_head + heads):
         head = head_of(call, n, h)
         query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)

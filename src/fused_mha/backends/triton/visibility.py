@@ -1,0 +1,202 @@
+"""Which tiles a program visits: those that causality, the window, the padding and the attn_mask leave visible.
+
+`launch` runs `padding_bounds` and `visible_squares` once for a call; the other kernels ask here where to go.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fused_mha.backends.triton.tiles import hides
+
+SQUARE = tl.constexpr(16)  # side of what an attn_mask is looked at by; it divides every block
+CHUNK = tl.constexpr(64)  # tiles that are looked up at once, a bit for each
+
+
+class Range(NamedTuple):
+    """Tiles of keys or queries: single scores of those before `whole_begin` or from `whole_end` on may be hidden."""
+
+    begin: Any
+    whole_begin: Any
+    whole_end: Any
+    end: Any
+
+
+@triton.jit
+def aligned_range(begin, end, whole_begin, whole_end, limit, BLOCK: tl.constexpr):
+    """Tiles of the positions begin..end below a limit, of which whole_begin..whole_end need no look at the band."""
+    end = tl.maximum(tl.minimum(end, limit), 0)
+    begin = tl.minimum(tl.maximum(begin, 0), end) // BLOCK * BLOCK
+    whole_begin = tl.cdiv(tl.maximum(whole_begin, 0), BLOCK) * BLOCK
+    whole_end = tl.maximum(tl.minimum(whole_end, limit), 0) // BLOCK * BLOCK
+    end = tl.cdiv(end, BLOCK) * BLOCK
+    whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
+    whole_end = tl.minimum(tl.maximum(whole_end, whole_begin), end)
+    return Range(begin=begin, whole_begin=whole_begin, whole_end=whole_end, end=end)
+
+
+@triton.jit
+def visible_keys(call, head, first_row, TILE: tl.constexpr):
+    """The real keys that some of a block's queries see."""
+    last_row = first_row + TILE.BLOCK_M - 1
+    begin = first_row + call.first_visible
+    end = last_row + call.last_visible + 1
+    if call.bounds is not None:
+        begin = tl.maximum(begin, tl.load(call.bounds + head.n * 2))
+        end = tl.minimum(end, tl.load(call.bounds + head.n * 2 + 1))
+    return aligned_range(
+        begin, end, last_row + call.first_visible, first_row + call.last_visible + 1, call.S, TILE.BLOCK_N
+    )
+
+
+@triton.jit
+def visible_rows(call, head, first_column, TILE: tl.constexpr):
+    """The queries that see some of a block's keys."""
+    last_column = first_column + TILE.BLOCK_N - 1
+    begin = first_column - call.last_visible
+    end = last_column - call.first_visible + 1
+    whole_begin = last_column - call.last_visible
+    whole_end = first_column - call.first_visible + 1
+    if call.bounds is not None:
+        is_padding = (last_column < tl.load(call.bounds + head.n * 2)) | (
+            first_column >= tl.load(call.bounds + head.n * 2 + 1)
+        )
+        end = tl.where(is_padding, 0, end)
+    reaches_end = last_column >= call.S
+    whole_end = tl.where(reaches_end, 0, whole_end)
+    if call.columns > call.S:  # virtual keys, which all of them see
+        begin = tl.where(reaches_end, 0, begin)
+        end = tl.where(reaches_end, call.L, end)
+    return aligned_range(begin, end, whole_begin, whole_end, call.L, TILE.BLOCK_M)
+
+
+@triton.jit
+def edge_count(tiles, call, TILE: tl.constexpr):
+    """How many tiles of a range of keys need a look at the band or the end of the keys, the virtual ones included."""
+    count = (tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_N
+    if call.columns > call.S:
+        virtual = call.columns - _first_virtual(tiles, call, TILE)
+        count += tl.cdiv(tl.maximum(virtual, 0), TILE.BLOCK_N)
+    return count
+
+
+@triton.jit
+def edge(i, tiles, call, TILE: tl.constexpr):
+    """The first column of tile `i` of these."""
+    start = tiles.begin + i * TILE.BLOCK_N
+    if start >= tiles.whole_begin:
+        start += tiles.whole_end - tiles.whole_begin
+    if start >= tiles.end:
+        start += _first_virtual(tiles, call, TILE) - tiles.end
+    return start
+
+
+@triton.jit
+def _first_virtual(tiles, call, TILE: tl.constexpr):
+    """Where the tiles of virtual keys begin that share none with the real keys of the range."""
+    return tl.maximum(tiles.end, call.S // TILE.BLOCK_N * TILE.BLOCK_N)
+
+
+@triton.jit
+def tile_is_visible(call, head, first_row, first_column, TILE: tl.constexpr):
+    """Whether causality, the window and the attn_mask let any query of a tile see any key."""
+    last_column = first_column + TILE.BLOCK_N - 1
+    nearest = first_column - (first_row + TILE.BLOCK_M - 1)
+    furthest = last_column - first_row
+    is_visible = (nearest <= call.last_visible) & (furthest >= call.first_visible)
+    if call.squares is not None:
+        squares = _load_squares(call, head, first_row, first_column, TILE.BLOCK_M, TILE.BLOCK_N)
+        is_visible = is_visible & (tl.max(tl.max(squares, 1), 0) > 0)
+    return is_visible | ((last_column >= call.S) & (call.columns > call.S))
+
+
+@triton.jit
+def padding_bounds(padding, padding_n, S, result, BLOCK: tl.constexpr):
+    """The first visible key, and the last one exclusive, (N, 2); S and 0 where there is none."""
+    n = tl.program_id(0).to(tl.int64)
+    first = tl.zeros((BLOCK,), tl.int32) + S
+    end = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, S, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = tl.load(padding + n * padding_n + columns, mask=columns < S, other=0)
+        is_visible = (columns < S) & (hides(mask) == 0)
+        first = tl.minimum(first, tl.where(is_visible, columns, S))
+        end = tl.maximum(end, tl.where(is_visible, columns + 1, 0))
+    tl.store(result + n * 2, tl.min(first, 0))
+    tl.store(result + n * 2 + 1, tl.max(end, 0))
+
+
+@triton.jit
+def visible_squares(call, mask_heads, result, BLOCK: tl.constexpr):
+    """Which squares of an attn_mask hide less than everything, uint8 (N|1, H|1, ceil(L / SQUARE), ceil(S / SQUARE))."""
+    row_squares = tl.cdiv(call.L, SQUARE)
+    blocks = tl.cdiv(call.S, BLOCK)
+    row_square = tl.program_id(0) // blocks  # of all matrices
+    matrix = (row_square // row_squares).to(tl.int64)
+    rows = row_square % row_squares * SQUARE + tl.arange(0, SQUARE)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    at = call.attn_mask + matrix // mask_heads * call.mask_n + matrix % mask_heads * call.mask_h
+    at = at + rows.to(tl.int64)[:, None] * call.mask_l + columns[None, :]
+    is_read = (rows < call.L)[:, None] & (columns < call.S)[None, :]
+    is_visible = is_read & (hides(tl.load(at, mask=is_read, other=0)) == 0)
+    of_columns = tl.max(is_visible.to(tl.int32), 0)
+    of_squares = tl.max(tl.reshape(of_columns, (BLOCK // SQUARE, SQUARE)), 1)
+    column_squares = tl.cdiv(call.S, SQUARE)
+    squares = tl.program_id(0) % blocks * (BLOCK // SQUARE) + tl.arange(0, BLOCK // SQUARE)
+    at = result + row_square.to(tl.int64) * column_squares + squares
+    tl.store(at, of_squares.to(tl.uint8), mask=squares < column_squares)
+
+
+@triton.jit
+def chunk_size(call, BLOCK: tl.constexpr):
+    """How many keys or queries are looked up at once."""
+    return CHUNK * BLOCK if call.squares is not None else 1 << 30
+
+
+@triton.jit
+def visible_in_chunk(call, head, first, chunk, end, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
+    """Of the tiles of a chunk, before `end`, a bit for each that the attn_mask leaves visible, and their number.
+
+    The chunk is of keys, for a block of queries from `first` on, if OF_KEYS, else of queries for a block of keys.
+    """
+    BLOCK: tl.constexpr = TILE.BLOCK_N if OF_KEYS else TILE.BLOCK_M
+    if call.squares is None:
+        bits = tl.cast(0, tl.int64)
+        count = tl.cdiv(end - chunk, BLOCK)
+    else:
+        if OF_KEYS:
+            of_squares = tl.max(_load_squares(call, head, first, chunk, TILE.BLOCK_M, CHUNK * BLOCK), 0)
+        else:
+            of_squares = tl.max(_load_squares(call, head, chunk, first, CHUNK * BLOCK, TILE.BLOCK_N), 1)
+        tiles = tl.arange(0, CHUNK)
+        is_visible = tl.max(tl.reshape(of_squares, (CHUNK, BLOCK // SQUARE)), 1)
+        is_visible = tl.where(chunk + tiles * BLOCK < end, is_visible, 0)
+        bits = tl.sum(is_visible.to(tl.int64) << tiles.to(tl.int64), 0)
+        count = tl.sum(is_visible, 0)
+    return bits, count
+
+
+@triton.jit
+def _load_squares(call, head, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows = first_row // SQUARE + tl.arange(0, ROWS // SQUARE)
+    columns = first_column // SQUARE + tl.arange(0, COLUMNS // SQUARE)
+    row_squares, column_squares = tl.cdiv(call.L, SQUARE), tl.cdiv(call.S, SQUARE)
+    at = call.squares + head.n * call.squares_n + head.h * call.squares_h
+    at = at + rows.to(tl.int64)[:, None] * column_squares + columns[None, :]
+    is_read = (rows < row_squares)[:, None] & (columns < column_squares)[None, :]
+    return tl.load(at, mask=is_read, other=0).to(tl.int32)
+
+
+@triton.jit
+def next_tile(call, i, bits):
+    """Which tile of a chunk is the i-th visible one, the bits of those before it being off."""
+    if call.squares is None:
+        tile = i
+    else:
+        power = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
+        tile = ((power >> 23) & 0xFF) - 127  # its exponent
+    return tile

@@ -1,0 +1,92 @@
+"""Tiles that an attn_mask hides whole are not computed, and nothing else is left out."""
+
+import pytest
+import torch
+
+from attention_oracle import make_arguments
+from triton_kernels.kinds import EVERYTHING, PER_HEAD, matches_oracle
+
+pytest.importorskip("triton")
+launch = pytest.importorskip("fused_mha.backends.triton.launch")
+
+ALL_VISIBLE = {"hidden": 0.0, "mask_dtype": torch.bool}
+
+
+def blocks(length, size):
+    """Documents of `size` positions, each blind to the others (True = hidden)."""
+    document = torch.arange(length) // size
+    return document[:, None] != document[None, :]
+
+
+@pytest.fixture
+def searched(monkeypatch):
+    """Every mask is searched for tiles to skip, however small the call is and however few heads share the mask."""
+    monkeypatch.setattr(launch, "_has_tiles_to_skip", lambda *_: True)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [
+        *((shape, EVERYTHING) for shape in ("LS", "HLS", "NLS", "NHLS", "S")),
+        ("NLS", PER_HEAD | {"is_causal": True, "bias_kv": True}),
+        ("HLS", {"window": (60, 60), "padding_dtype": torch.bool, "dropout_p": 0.3}),
+    ],
+)
+def test_masks_of_documents(attention, dtype, shape, other):
+    sizes = {"N": 2, "L": 70, "S": 100, "H": 2, "H_kv": 1, "D": 16, "D_v": 16}
+    arguments = make_arguments(**sizes, mask_dtype=dtype, mask_shape=shape, hidden=0.1, **other)
+    mask = arguments["attn_mask"]
+    hidden = blocks(100, 32)[: mask.shape[-2]].expand(mask.shape).clone()
+    if mask.dim() == 4:
+        hidden[-1, -1] = ~hidden[-1, -1]  # not the same of all
+    hidden[..., 20:40, :] = True  # some queries see nothing
+    arguments["attn_mask"] = hidden | mask if dtype == torch.bool else mask.masked_fill(hidden, float("-inf"))
+    matches_oracle(attention, arguments)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize(("L", "S"), [(20, 2200), (2200, 20)])
+def test_more_tiles_than_are_looked_up_at_once(attention, L, S):
+    arguments = make_arguments(N=1, L=L, S=S, H=1, H_kv=1, D=16, **ALL_VISIBLE)
+    longer = arguments["attn_mask"] if L > S else arguments["attn_mask"].T
+    longer[:100] = longer[1000:1900] = True  # tile 63 is the sign of the bits
+    matches_oracle(attention, arguments)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("of", ["query", "key", "value"])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_hidden_tiles_are_not_computed(attention, of, need_weights):
+    arguments = make_arguments(N=1, L=192, S=192, H=1, H_kv=1, D=16, need_weights=need_weights, **ALL_VISIBLE)
+    arguments["attn_mask"] |= blocks(192, 64)
+    arguments[of][:, 64:128] = float("nan")
+    leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
+    results = attention(**arguments)
+    seen = torch.arange(192) // 64 != 1
+    loss = results.output[:, seen].sum()
+    if need_weights:
+        loss = loss + results.weights[:, seen].square().sum()
+    assert loss.isfinite()
+    for gradient in torch.autograd.grad(loss, leaves):
+        assert gradient[:, seen].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "is_searched"),
+    [
+        ({"mask_dtype": torch.bool, "mask_shape": "LS"}, True),
+        ({"mask_dtype": torch.bool, "mask_shape": "NHLS"}, False),
+        ({"mask_dtype": torch.float32, "mask_shape": "NLS"}, False),
+        ({"mask_dtype": torch.float32, "mask_shape": "LS"}, True),
+        ({"mask_dtype": torch.bool, "mask_shape": "LS", "L": 4}, False),
+    ],
+)
+def test_a_mask_is_searched_where_many_heads_share_it_in_a_large_call(attention, monkeypatch, call, is_searched):
+    monkeypatch.setattr(launch, "LEAST_SCORES", 1000)
+    found = []
+    run = launch._run
+    monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(kernel.fn.__name__), run(kernel, *rest)))
+    attention(**make_arguments(**{"N": 2, "L": 17, "S": 20, "H": 4, "H_kv": 2, "D": 16} | call))
+    assert ("visible_squares" in found) is is_searched
