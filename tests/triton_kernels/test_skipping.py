@@ -1,4 +1,6 @@
-"""Tiles that an attn_mask hides whole are not computed, and nothing else is left out."""
+"""Tiles that masks hide whole are not computed, and nothing else is left out."""
+
+import importlib
 
 import pytest
 import torch
@@ -71,6 +73,28 @@ def test_hidden_tiles_are_not_computed(attention, of, need_weights):
     assert loss.isfinite()
     for gradient in torch.autograd.grad(loss, leaves):
         assert gradient[:, seen].isfinite().all()
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize(
+    ("mask", "tiles"),
+    [
+        ({}, 10),
+        ({"is_causal": True}, 6),
+        ({"window": (0, 0)}, 4),
+        ({"key_padding_mask": torch.arange(160)[None] % 64 < 32}, 4),
+        ({"key_padding_mask": torch.where(torch.arange(160)[None] < 100, -torch.inf, 0.0)}, 4),
+        ({"attn_mask": blocks(160, 64)[:128]}, 4),
+        ({"attn_mask": blocks(160, 64)[:128], "key_padding_mask": torch.arange(160)[None] < 32}, 3),
+    ],
+    ids=["plain", "causal", "window", "padding with holes", "float padding", "documents", "padded documents"],
+)
+def test_visits_the_tiles_in_which_some_query_sees_a_key(attention, monkeypatch, mask, tiles):
+    forward = importlib.import_module("fused_mha.backends.triton.forward")
+    visited, attend = [], forward._attend
+    monkeypatch.setattr(forward, "_attend", lambda *rest: (visited.append(None), attend(*rest))[1])
+    attention(**make_arguments(N=1, L=128, S=160, H=1, H_kv=1, D=16), **mask)  # tiles of 64 by 32
+    assert len(visited) == tiles
 
 
 @pytest.mark.parametrize(

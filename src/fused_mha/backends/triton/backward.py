@@ -19,6 +19,7 @@ from fused_mha.backends.triton.tiles import (
     load_keys,
     load_of_rows,
     load_rows,
+    load_stats,
     load_values,
     softmax_tile,
     store_rows,
@@ -45,20 +46,36 @@ class Given(NamedTuple):
     grad_lse: Any  # (N, H, L) or None
     output: Any  # (N, L, H, D_v)
     stats: Any  # (2, N, H, L)
-    deltas: Any  # (N, H, L), what `delta` makes
+    deltas: Any  # (N, H, L), what `grad_query` makes
+
+
+class Queries(NamedTuple):
+    """What is read of a block of queries; `load_stats` gives the last two."""
+
+    rows: Any
+    query: Any  # (BLOCK_M, BLOCK_D)
+    grad_output: Any  # (BLOCK_M, BLOCK_DV)
+    row_max: Any
+    row_factor: Any
 
 
 @triton.jit
-def _merged_rows(tensor, call, head, rows, is_read, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a head of a contiguous tensor (N, L, H, D)."""
-    at = tensor + (head.n * call.L * call.H + head.h) * D
-    return load_rows(at, call.H * D, rows, is_read, D, BLOCK_D)
+def _load_queries(call, given, head, rows, is_read, TILE: tl.constexpr):
+    row_max, row_factor = load_stats(given.stats, call, head, rows)
+    return Queries(
+        rows=rows,
+        query=load_rows(head.query, call.query_l, rows, is_read, TILE.D, TILE.BLOCK_D),
+        grad_output=_merged_rows(given.grad_output, call, head, rows, is_read, TILE),
+        row_max=row_max,
+        row_factor=row_factor,
+    )
 
 
 @triton.jit
-def _store_merged(tensor, call, head, rows, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    at = tensor + (head.n * call.L * call.H + head.h) * D
-    store_rows(at, call.H * D, rows, rows < call.L, values, D, BLOCK_D)
+def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
+    """Rows of a head of a contiguous tensor (N, L, H, D_v)."""
+    at = tensor + (head.n * call.L * call.H + head.h) * TILE.D_V
+    return load_rows(at, call.H * TILE.D_V, rows, is_read, TILE.D_V, TILE.BLOCK_DV)
 
 
 @triton.jit
@@ -71,13 +88,64 @@ def _grad_weights(call, given, head, rows, columns, AVERAGED: tl.constexpr):
 
 
 @triton.jit
+def _weights_and_gradients(
+    call,
+    given,
+    head,
+    queries,
+    key,
+    value,
+    start,
+    TILE: tl.constexpr,
+    EDGES: tl.constexpr,
+    AVERAGED: tl.constexpr,
+    BY_KEYS: tl.constexpr,
+):
+    """Of a tile: the softmax, the weights after dropout, and the gradients of the softmax, (rows, BLOCK_N).
+
+    They are (BLOCK_N, rows) if BY_KEYS. Without a value, only what comes through the weights is in the gradients.
+    """
+    columns = start + tl.arange(0, TILE.BLOCK_N)
+    if BY_KEYS:
+        i, j = queries.rows[None, :], columns[:, None]
+        row_max, row_factor = queries.row_max[None, :], queries.row_factor[None, :]
+        products = tl.dot(key, tl.trans(queries.query), input_precision=TILE.PRECISION)
+    else:
+        i, j = queries.rows[:, None], columns[None, :]
+        row_max, row_factor = queries.row_max[:, None], queries.row_factor[:, None]
+        products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
+    if value is None:
+        grad = _grad_weights(call, given, head, i, j, AVERAGED)
+    else:
+        if BY_KEYS:
+            grad = tl.dot(value, tl.trans(queries.grad_output), input_precision=TILE.PRECISION)
+        else:
+            grad = tl.dot(queries.grad_output, tl.trans(value), input_precision=TILE.PRECISION)
+        if given.grad_weights is not None:
+            grad += _grad_weights(call, given, head, i, j, AVERAGED)
+    softmax = softmax_tile(call, head, row_max, row_factor, products, i, j, TILE, EDGES)
+    weights = softmax
+    if call.seed is not None:
+        kept = kept_weights(call, head, queries.rows, start, TILE)
+        if BY_KEYS:
+            kept = tl.trans(kept)
+        weights = tl.where(kept, softmax * call.kept_factor, 0.0)
+        grad = tl.where(kept, grad * call.kept_factor, 0.0)
+    return softmax, weights, grad
+
+
+@triton.jit
+def _grad_scores(softmax, grad, delta):
+    """From the gradients of the softmax; where it is 0, so is this, though a hidden row's delta may be NaN."""
+    return tl.where(softmax == 0.0, 0.0, softmax * (grad - delta))
+
+
+@triton.jit
 def _add_to_delta(
     call,
     given,
     head,
-    query,
-    grad_output,
-    rows,
+    queries,
     start,
     total,
     TILE: tl.constexpr,
@@ -87,94 +155,11 @@ def _add_to_delta(
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, EDGES)
-    products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-    weights = softmax_tile(call, head, given.stats, products, rows[:, None], columns[None, :], TILE, EDGES)
-    if call.seed is not None:
-        weights = tl.where(kept_weights(call, head, rows, start, TILE), weights * call.kept_factor, 0.0)
-    if BY_OUTPUT:
-        grad = _grad_weights(call, given, head, rows[:, None], columns[None, :], AVERAGED)
-    else:
-        value = load_values(call, head, columns, TILE, EDGES)
-        grad = tl.dot(grad_output, tl.trans(value), input_precision=TILE.PRECISION)
-        if given.grad_weights is not None:
-            grad += _grad_weights(call, given, head, rows[:, None], columns[None, :], AVERAGED)
-    return total + tl.sum(weights * grad, 1)
-
-
-@triton.jit
-def delta(call, given, TILE: tl.constexpr, AVERAGED: tl.constexpr, BY_OUTPUT: tl.constexpr):
-    """rowsum(W * dW) less the gradient of the log-sum-exp, which the kernels below subtract from dW, W the weights.
-
-    dW is dO V^T and what comes through the weights. BY_OUTPUT, the first part is taken as rowsum(dO * O), which reads
-    no key, but differs from the sum that it stands for by the rounding of O.
-    """
-    head, first_row = block_of_queries(call, TILE)
-    rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
-    total = full(0.0, TILE.BLOCK_M)
-    if BY_OUTPUT:
-        output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
-        total += tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
-    if not BY_OUTPUT or given.grad_weights is not None:
-        query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
-        tiles = visible_keys(call, head, first_row, TILE)
-        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_N)):
-            bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
-            for i in range(count):
-                start = chunk + next_tile(call, i, bits) * TILE.BLOCK_N
-                total = _add_to_delta(
-                    call, given, head, query, grad_output, rows, start, total, TILE, False, AVERAGED, BY_OUTPUT
-                )
-                bits &= bits - 1
-        for i in range(edge_count(tiles, call, TILE)):
-            start = edge(i, tiles, call, TILE)
-            total = _add_to_delta(
-                call, given, head, query, grad_output, rows, start, total, TILE, True, AVERAGED, BY_OUTPUT
-            )
-    if given.grad_lse is not None:
-        total -= load_of_rows(given.grad_lse, call, head, rows)
-    at = (head.n * call.H + head.h) * call.L + rows
-    tl.store(given.deltas + at, total, mask=rows < call.L)
-
-
-@triton.jit
-def _grad_scores(
-    call,
-    given,
-    head,
-    query,
-    key,
-    value,
-    grad_output,
-    rows,
-    start,
-    TILE: tl.constexpr,
-    EDGES: tl.constexpr,
-    AVERAGED: tl.constexpr,
-    BY_KEYS: tl.constexpr,
-):
-    """The weights of a tile and the gradients of its scores, (rows, BLOCK_N), or (BLOCK_N, rows) if BY_KEYS."""
-    columns = start + tl.arange(0, TILE.BLOCK_N)
-    if BY_KEYS:
-        i, j = rows[None, :], columns[:, None]
-        products = tl.dot(key, tl.trans(query), input_precision=TILE.PRECISION)
-        grad = tl.dot(value, tl.trans(grad_output), input_precision=TILE.PRECISION)
-    else:
-        i, j = rows[:, None], columns[None, :]
-        products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-        grad = tl.dot(grad_output, tl.trans(value), input_precision=TILE.PRECISION)
-    softmax = softmax_tile(call, head, given.stats, products, i, j, TILE, EDGES)
-    if given.grad_weights is not None:
-        grad += _grad_weights(call, given, head, i, j, AVERAGED)
-    weights = softmax
-    if call.seed is not None:
-        kept = kept_weights(call, head, rows, start, TILE)
-        if BY_KEYS:
-            kept = tl.trans(kept)
-        weights = tl.where(kept, softmax * call.kept_factor, 0.0)
-        grad = tl.where(kept, grad * call.kept_factor, 0.0)
-    grad = softmax * (grad - load_of_rows(given.deltas, call, head, i))
-    return weights, tl.where(softmax == 0.0, 0.0, grad)  # a hidden row's log-sum-exp may have NaN for a gradient
+    value = None if BY_OUTPUT else load_values(call, head, columns, TILE, EDGES)
+    softmax, _, grad = _weights_and_gradients(
+        call, given, head, queries, key, value, start, TILE, EDGES, AVERAGED, False
+    )
+    return total + tl.sum(softmax * grad, 1)
 
 
 @triton.jit
@@ -182,9 +167,8 @@ def _add_grad_query(
     call,
     given,
     head,
-    query,
-    grad_output,
-    rows,
+    queries,
+    delta,
     start,
     total,
     TILE: tl.constexpr,
@@ -194,29 +178,55 @@ def _add_grad_query(
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, EDGES)
     value = load_values(call, head, columns, TILE, EDGES)
-    _, grad = _grad_scores(call, given, head, query, key, value, grad_output, rows, start, TILE, EDGES, AVERAGED, False)
+    softmax, _, grad = _weights_and_gradients(
+        call, given, head, queries, key, value, start, TILE, EDGES, AVERAGED, False
+    )
+    grad = _grad_scores(softmax, grad, delta[:, None])
     return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION)
 
 
 @triton.jit
-def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
-    """The gradients of a block of queries, (N, L, H, D)."""
+def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, BY_OUTPUT: tl.constexpr):
+    """The gradients of a block of queries, (N, L, H, D), and its deltas, (N, H, L), which the kernels below read.
+
+    A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
+    log-sum-exp. dW is dO V^T and what comes through the weights. BY_OUTPUT, the first part is taken as rowsum(dO * O),
+    which reads no key, but differs from the sum that it stands for by the rounding of O.
+    """
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
-    grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
+    queries = _load_queries(call, given, head, rows, rows < call.L, TILE)
+    tiles = visible_keys(call, first_row, TILE)
+    delta = full(0.0, TILE.BLOCK_M)
+    if BY_OUTPUT:
+        output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE)
+        delta += tl.sum(output.to(tl.float32) * queries.grad_output.to(tl.float32), 1)
+    if not BY_OUTPUT or given.grad_weights is not None:
+        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
+            bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
+            for i in range(count):
+                start = chunk + next_tile(call, i, bits, True) * TILE.BLOCK_N
+                delta = _add_to_delta(call, given, head, queries, start, delta, TILE, False, AVERAGED, BY_OUTPUT)
+                bits &= bits - 1
+        for i in range(edge_count(tiles, call, TILE)):
+            start = edge(i, tiles, call, TILE)
+            delta = _add_to_delta(call, given, head, queries, start, delta, TILE, True, AVERAGED, BY_OUTPUT)
+    if given.grad_lse is not None:
+        delta -= load_of_rows(given.grad_lse, call, head, rows)
+    at = (head.n * call.H + head.h) * call.L + rows
+    tl.store(given.deltas + at, delta, mask=rows < call.L)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
-    tiles = visible_keys(call, head, first_row, TILE)
-    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_N)):
+    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
         bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
         for i in range(count):
-            start = chunk + next_tile(call, i, bits) * TILE.BLOCK_N
-            total = _add_grad_query(call, given, head, query, grad_output, rows, start, total, TILE, False, AVERAGED)
+            start = chunk + next_tile(call, i, bits, True) * TILE.BLOCK_N
+            total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, False, AVERAGED)
             bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        total = _add_grad_query(call, given, head, query, grad_output, rows, start, total, TILE, True, AVERAGED)
-    _store_merged(result, call, head, rows, total * call.scale, TILE.D, TILE.BLOCK_D)
+        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, True, AVERAGED)
+    at = result + (head.n * call.L * call.H + head.h) * TILE.D
+    store_rows(at, call.H * TILE.D, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
 
 class Sums(NamedTuple):
@@ -243,14 +253,14 @@ def _add_grad_key(
 ):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     is_read = rows < call.L if EDGES else None
-    query = load_rows(head.query, call.query_l, rows, is_read, TILE.D, TILE.BLOCK_D)
-    grad_output = _merged_rows(given.grad_output, call, head, rows, is_read, TILE.D_V, TILE.BLOCK_DV)
-    weights, grad = _grad_scores(
-        call, given, head, query, key, value, grad_output, rows, first_column, TILE, EDGES, AVERAGED, True
+    queries = _load_queries(call, given, head, rows, is_read, TILE)
+    softmax, weights, grad = _weights_and_gradients(
+        call, given, head, queries, key, value, first_column, TILE, EDGES, AVERAGED, True
     )
+    grad = _grad_scores(softmax, grad, load_of_rows(given.deltas, call, head, rows)[None, :])
     return Sums(
-        key=tl.dot(grad.to(query.dtype), query, sums.key, input_precision=TILE.PRECISION),
-        value=tl.dot(weights.to(query.dtype), grad_output, sums.value, input_precision=TILE.PRECISION),
+        key=tl.dot(grad.to(key.dtype), queries.query, sums.key, input_precision=TILE.PRECISION),
+        value=tl.dot(weights.to(value.dtype), queries.grad_output, sums.value, input_precision=TILE.PRECISION),
         columns=sums.columns + tl.sum(grad, 1),
     )
 
@@ -286,10 +296,10 @@ def grad_key_value(
     for h in range(kv * call.group, (kv + 1) * call.group):
         head = head_of(call, n, h)
         sums = Sums(key=grad_k, value=grad_v, columns=full(0.0, TILE.BLOCK_N))
-        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_M)):
+        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, False)):
             bits, count = visible_in_chunk(call, head, first_column, chunk, tiles.whole_end, TILE, False)
             for i in range(count):
-                first_row = chunk + next_tile(call, i, bits) * TILE.BLOCK_M
+                first_row = chunk + next_tile(call, i, bits, False) * TILE.BLOCK_M
                 sums = _add_grad_key(
                     call, given, head, key, value, first_row, first_column, sums, TILE, False, AVERAGED
                 )
@@ -335,13 +345,12 @@ def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr,
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
         head = head_of(call, matrix // mask_heads + i // heads, matrix % mask_heads + i % heads)
-        query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
-        grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE.D_V, TILE.BLOCK_DV)
+        queries = _load_queries(call, given, head, rows, rows < call.L, TILE)
         key = load_keys(call, head, columns, TILE, True)
         value = load_values(call, head, columns, TILE, True)
-        _, grad = _grad_scores(
-            call, given, head, query, key, value, grad_output, rows, first_column, TILE, True, AVERAGED, False
+        softmax, _, grad = _weights_and_gradients(
+            call, given, head, queries, key, value, first_column, TILE, True, AVERAGED, False
         )
-        total += grad
+        total += _grad_scores(softmax, grad, load_of_rows(given.deltas, call, head, rows)[:, None])
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.S + columns[None, :]
     tl.store(at, total, mask=(rows < call.L)[:, None] & (columns < call.S)[None, :])

@@ -60,11 +60,11 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     summed = zeros(TILE.BLOCK_M, TILE.BLOCK_DV)
     row_max = full(NEGATIVE_INFINITY, TILE.BLOCK_M)
     row_sum = full(0.0, TILE.BLOCK_M)
-    tiles = visible_keys(call, head, first_row, TILE)
-    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE.BLOCK_N)):
+    tiles = visible_keys(call, first_row, TILE)
+    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
         bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
         for i in range(count):
-            start = chunk + next_tile(call, i, bits) * TILE.BLOCK_N
+            start = chunk + next_tile(call, i, bits, True) * TILE.BLOCK_N
             summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, False)
             bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):

@@ -17,14 +17,13 @@ from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Launch, config
 from fused_mha.backends.triton.tiles import Call, Tile
-from fused_mha.backends.triton.visibility import SQUARE, padding_bounds, visible_squares
+from fused_mha.backends.triton.visibility import SQUARE, visible_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
 
 SMALLEST_BLOCK = 16  # of a side of a product
 LARGEST_OF_FLASH = 128  # head size
-PADDING = Launch(BLOCK_M=1, BLOCK_N=1024, num_warps=4, num_stages=1)
 MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
 LEAST_SCORES = 1 << 24  # of a call, from which on its mask is searched for tiles to skip
 
@@ -92,8 +91,7 @@ def attention_gradients(
         tiling = launch.grad_query
         tile, programs = tile_of(arguments, tiling), N * H * _blocks(L, tiling.BLOCK_M)
         by_output = query.dtype != torch.float32  # whose gradients are to be as exact as they can
-        _run(kernels_of_backward.delta, programs, tiling, call, given, tile, averaged, by_output)
-        _run(kernels_of_backward.grad_query, programs, tiling, call, given, grad_query, tile, averaged)
+        _run(kernels_of_backward.grad_query, programs, tiling, call, given, grad_query, tile, averaged, by_output)
         if mask_grad and mask is not None:
             batches, heads = mask.shape[:2]
             programs = batches * heads * _blocks(L, tiling.BLOCK_M) * _blocks(S, tiling.BLOCK_N)
@@ -156,10 +154,6 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
     bias_k, bias_v, seed = (None if x is None else x.contiguous() for x in arguments[5:8])
     N, L, H, D = query.shape
     S, H_kv = key.shape[1:3]
-    bounds = None
-    if padding is not None:
-        bounds = query.new_empty((N, 2), dtype=torch.int32)
-        _run(padding_bounds, N, PADDING, padding, padding.stride(0), S, bounds, PADDING.BLOCK_N)
     far = L + S + 1  # beyond every key
     first, last, p = arguments.first_visible, arguments.last_visible, arguments.dropout_p
     call = Call(
@@ -168,7 +162,6 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         value,
         mask,
         padding,
-        bounds,
         None,  # squares
         bias_k,
         bias_v,

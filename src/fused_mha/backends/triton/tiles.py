@@ -38,7 +38,6 @@ class Call(NamedTuple):
     value: Any  # (N, S, H_kv, D_v)
     attn_mask: Any  # (N|1, H|1, L|1, S), uint8 for bool, or None
     padding: Any  # (N, S), uint8 for bool, or None
-    bounds: Any  # (N, 2), int32: the first and the last key, exclusive, that the padding leaves; or None
     squares: Any  # what `visible_squares` finds of attn_mask, or None
     bias_k: Any  # (H_kv, D) or None
     bias_v: Any  # (H_kv, D_v) or None
@@ -235,18 +234,27 @@ def exponentials(scores, row_max, call, TILE: tl.constexpr):
 
 
 @triton.jit
-def softmax_tile(call, head, stats, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
-    """The softmax of scores, before dropout, by what the forward found of the rows: ``stats`` (2, N, H, L)."""
-    row_max = load_of_rows(stats, call, head, rows)
-    row_sum = load_of_rows(stats + tl.cast(call.H, tl.int64) * call.N * call.L, call, head, rows)
+def softmax_tile(call, head, row_max, row_factor, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+    """The softmax of scores, before dropout, by what `load_stats` gives of the rows."""
     scores = masked_scores(call, head, products, rows, columns, TILE, EDGES)
     # Rows that are hidden everywhere, or behind the last, have no maximum: their exponentials may be anything.
-    return tl.where(row_sum == 0.0, 0.0, exponentials(scores, row_max, call, TILE) / row_sum)
+    return tl.where(row_factor == 0.0, 0.0, exponentials(scores, row_max, call, TILE) * row_factor)
+
+
+@triton.jit
+def load_stats(stats, call, head, rows):
+    """The maxima of rows and 1 / their sums, 0 where all is hidden, from what the forward stored, (2, N, H, L).
+
+    Rows are one-dimensional here: loads that broadcast cost a register for each element of a tile.
+    """
+    row_max = load_of_rows(stats, call, head, rows)
+    row_sum = load_of_rows(stats + tl.cast(call.H, tl.int64) * call.N * call.L, call, head, rows)
+    return row_max, tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
 
 
 @triton.jit
 def load_of_rows(tensor, call, head, rows):
-    """Numbers of a contiguous tensor (N, H, L), in the shape of ``rows``."""
+    """Numbers of a contiguous tensor (N, H, L)."""
     return tl.load(tensor + (head.n * call.H + head.h) * call.L + rows, mask=rows < call.L, other=0.0)
 
 

@@ -1,6 +1,6 @@
 """Which tiles a program visits: those that causality, the window, the padding and the attn_mask leave visible.
 
-`launch` runs `padding_bounds` and `visible_squares` once for a call; the other kernels ask here where to go.
+`launch` runs `visible_squares` once for a call with a mask of many heads; the other kernels ask here where to go.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
@@ -40,14 +40,11 @@ def aligned_range(begin, end, whole_begin, whole_end, limit, BLOCK: tl.constexpr
 
 
 @triton.jit
-def visible_keys(call, head, first_row, TILE: tl.constexpr):
-    """The real keys that some of a block's queries see."""
+def visible_keys(call, first_row, TILE: tl.constexpr):
+    """The real keys that causality and the window let some of a block's queries see."""
     last_row = first_row + TILE.BLOCK_M - 1
     begin = first_row + call.first_visible
     end = last_row + call.last_visible + 1
-    if call.bounds is not None:
-        begin = tl.maximum(begin, tl.load(call.bounds + head.n * 2))
-        end = tl.minimum(end, tl.load(call.bounds + head.n * 2 + 1))
     return aligned_range(
         begin, end, last_row + call.first_visible, first_row + call.last_visible + 1, call.S, TILE.BLOCK_N
     )
@@ -55,17 +52,14 @@ def visible_keys(call, head, first_row, TILE: tl.constexpr):
 
 @triton.jit
 def visible_rows(call, head, first_column, TILE: tl.constexpr):
-    """The queries that see some of a block's keys."""
+    """The queries that causality and the window let see some of a block's keys; none if the padding hides these."""
     last_column = first_column + TILE.BLOCK_N - 1
     begin = first_column - call.last_visible
     end = last_column - call.first_visible + 1
     whole_begin = last_column - call.last_visible
     whole_end = first_column - call.first_visible + 1
-    if call.bounds is not None:
-        is_padding = (last_column < tl.load(call.bounds + head.n * 2)) | (
-            first_column >= tl.load(call.bounds + head.n * 2 + 1)
-        )
-        end = tl.where(is_padding, 0, end)
+    if call.padding is not None:
+        end = tl.where(_padding_leaves(call, head, first_column, TILE), end, 0)
     reaches_end = last_column >= call.S
     whole_end = tl.where(reaches_end, 0, whole_end)
     if call.columns > call.S:  # virtual keys, which all of them see
@@ -103,31 +97,17 @@ def _first_virtual(tiles, call, TILE: tl.constexpr):
 
 @triton.jit
 def tile_is_visible(call, head, first_row, first_column, TILE: tl.constexpr):
-    """Whether causality, the window and the attn_mask let any query of a tile see any key."""
+    """Whether causality, the window and the masks let any query of a tile see any key."""
     last_column = first_column + TILE.BLOCK_N - 1
     nearest = first_column - (first_row + TILE.BLOCK_M - 1)
     furthest = last_column - first_row
     is_visible = (nearest <= call.last_visible) & (furthest >= call.first_visible)
+    if call.padding is not None:
+        is_visible = is_visible & _padding_leaves(call, head, first_column, TILE)
     if call.squares is not None:
         squares = _load_squares(call, head, first_row, first_column, TILE.BLOCK_M, TILE.BLOCK_N)
         is_visible = is_visible & (tl.max(tl.max(squares, 1), 0) > 0)
     return is_visible | ((last_column >= call.S) & (call.columns > call.S))
-
-
-@triton.jit
-def padding_bounds(padding, padding_n, S, result, BLOCK: tl.constexpr):
-    """The first visible key, and the last one exclusive, (N, 2); S and 0 where there is none."""
-    n = tl.program_id(0).to(tl.int64)
-    first = tl.zeros((BLOCK,), tl.int32) + S
-    end = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, S, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = tl.load(padding + n * padding_n + columns, mask=columns < S, other=0)
-        is_visible = (columns < S) & (hides(mask) == 0)
-        first = tl.minimum(first, tl.where(is_visible, columns, S))
-        end = tl.maximum(end, tl.where(is_visible, columns + 1, 0))
-    tl.store(result + n * 2, tl.min(first, 0))
-    tl.store(result + n * 2 + 1, tl.max(end, 0))
 
 
 @triton.jit
@@ -152,36 +132,71 @@ def visible_squares(call, mask_heads, result, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def chunk_size(call, BLOCK: tl.constexpr):
-    """How many keys or queries are looked up at once."""
-    return CHUNK * BLOCK if call.squares is not None else 1 << 30
+def chunk_size(call, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
+    """How many keys, if OF_KEYS, or queries are looked up at once: all, where there is nothing to look up."""
+    if call.squares is None and (call.padding is None or not OF_KEYS):
+        size = 1 << 30
+    else:
+        size = CHUNK * (TILE.BLOCK_N if OF_KEYS else TILE.BLOCK_M)
+    return size
 
 
 @triton.jit
 def visible_in_chunk(call, head, first, chunk, end, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
-    """Of the tiles of a chunk, before `end`, a bit for each that the attn_mask leaves visible, and their number.
+    """Of the tiles of a chunk, before `end`, a bit for each that the masks leave visible, and their number.
 
     The chunk is of keys, for a block of queries from `first` on, if OF_KEYS, else of queries for a block of keys.
     """
     BLOCK: tl.constexpr = TILE.BLOCK_N if OF_KEYS else TILE.BLOCK_M
-    if call.squares is None:
+    if call.squares is None and (call.padding is None or not OF_KEYS):
         bits = tl.cast(0, tl.int64)
         count = tl.cdiv(end - chunk, BLOCK)
     else:
-        if OF_KEYS:
-            of_squares = tl.max(_load_squares(call, head, first, chunk, TILE.BLOCK_M, CHUNK * BLOCK), 0)
-        else:
-            of_squares = tl.max(_load_squares(call, head, chunk, first, CHUNK * BLOCK, TILE.BLOCK_N), 1)
         tiles = tl.arange(0, CHUNK)
-        is_visible = tl.max(tl.reshape(of_squares, (CHUNK, BLOCK // SQUARE)), 1)
-        is_visible = tl.where(chunk + tiles * BLOCK < end, is_visible, 0)
+        is_visible = (chunk + tiles * BLOCK < end).to(tl.int32)
+        if OF_KEYS and call.padding is not None:
+            unpadded = _unpadded(call, head, chunk + tl.arange(0, CHUNK * BLOCK))
+            is_visible = is_visible * tl.max(tl.reshape(unpadded, (CHUNK, BLOCK)), 1)
+        if call.squares is not None:
+            if OF_KEYS:
+                of_squares = tl.max(_load_squares(call, head, first, chunk, TILE.BLOCK_M, CHUNK * BLOCK), 0)
+            else:
+                of_squares = tl.max(_load_squares(call, head, chunk, first, CHUNK * BLOCK, TILE.BLOCK_N), 1)
+            is_visible = is_visible * tl.max(tl.reshape(of_squares, (CHUNK, BLOCK // SQUARE)), 1)
         bits = tl.sum(is_visible.to(tl.int64) << tiles.to(tl.int64), 0)
         count = tl.sum(is_visible, 0)
     return bits, count
 
 
 @triton.jit
+def next_tile(call, i, bits, OF_KEYS: tl.constexpr):
+    """Which tile of a chunk is the i-th visible one, the bits of those before it being off."""
+    if call.squares is None and (call.padding is None or not OF_KEYS):
+        tile = i
+    else:
+        power = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
+        tile = ((power >> 23) & 0xFF) - 127  # its exponent
+    return tile
+
+
+@triton.jit
+def _padding_leaves(call, head, first_column, TILE: tl.constexpr):
+    """Whether the padding leaves any of a block of keys visible."""
+    columns = first_column + tl.arange(0, TILE.BLOCK_N)
+    return tl.max(_unpadded(call, head, columns), 0) > 0
+
+
+@triton.jit
+def _unpadded(call, head, columns):
+    """1 for the keys that the padding leaves visible, else 0."""
+    is_key = columns < call.S
+    mask = tl.load(call.padding + head.padding + columns, mask=is_key, other=0)
+    return (is_key & (hides(mask) == 0)).to(tl.int32)
+
+
+@triton.jit
 def _load_squares(call, head, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What `visible_squares` found of a part of a head's mask."""
     rows = first_row // SQUARE + tl.arange(0, ROWS // SQUARE)
     columns = first_column // SQUARE + tl.arange(0, COLUMNS // SQUARE)
     row_squares, column_squares = tl.cdiv(call.L, SQUARE), tl.cdiv(call.S, SQUARE)
@@ -189,14 +204,3 @@ def _load_squares(call, head, first_row, first_column, ROWS: tl.constexpr, COLUM
     at = at + rows.to(tl.int64)[:, None] * column_squares + columns[None, :]
     is_read = (rows < row_squares)[:, None] & (columns < column_squares)[None, :]
     return tl.load(at, mask=is_read, other=0).to(tl.int32)
-
-
-@triton.jit
-def next_tile(call, i, bits):
-    """Which tile of a chunk is the i-th visible one, the bits of those before it being off."""
-    if call.squares is None:
-        tile = i
-    else:
-        power = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
-        tile = ((power >> 23) & 0xFF) - 127  # its exponent
-    return tile

@@ -14,6 +14,7 @@ from fused_mha.backends.triton.tiles import (
     kept_weights,
     load_keys,
     load_rows,
+    load_stats,
     softmax_tile,
     tile_of_matrices,
     zeros,
@@ -41,7 +42,10 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
         query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
         key = load_keys(call, head, columns, TILE, True)
         products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-        of_head = softmax_tile(call, head, stats, products, rows[:, None], columns[None, :], TILE, True)
+        row_max, row_factor = load_stats(stats, call, head, rows)
+        of_head = softmax_tile(
+            call, head, row_max[:, None], row_factor[:, None], products, rows[:, None], columns[None, :], TILE, True
+        )
         if call.seed is not None:
             of_head = tl.where(kept_weights(call, head, rows, first_column, TILE), of_head, 0.0)
         total += of_head
