@@ -43,7 +43,7 @@ def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Returns:
         True where ours is the faster one by the rule above, and nothing transforms the call.
     """
-    if x.dim() < 2 or x.dtype not in dtypes():
+    if not x.is_cpu or x.dim() < 2 or x.dtype not in dtypes():
         return False
     return (
         dispatch.allows(cpu.BACKEND)

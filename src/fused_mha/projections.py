@@ -36,10 +36,11 @@ def packed_in_projection(
         query, key, value = without_hidden_keys(query, key, value, hidden)
     if query is key and key is value:
         packed = linear(query, weight, bias)
-        q, kv = packed.narrow(-1, 0, E), packed.narrow(-1, E, 2 * E)
-        if hidden is not None:  # finite numbers may overflow in the product
-            kv = kv.masked_fill(hidden, 0.0)
-        k, v = kv.chunk(2, dim=-1)
+        if hidden is None:
+            q, k, v = packed.chunk(3, dim=-1)
+        else:  # finite numbers may overflow in the product
+            q = packed.narrow(-1, 0, E)
+            k, v = packed.narrow(-1, E, 2 * E).masked_fill(hidden, 0.0).chunk(2, dim=-1)
         return q, k, v
     if key is value:
         w_q, w_kv = weight.split([E, 2 * E])

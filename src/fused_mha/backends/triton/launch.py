@@ -144,7 +144,7 @@ _flash_attention: Any = torch.ops.aten._scaled_dot_product_flash_attention
 
 
 def _has_flash(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda"
 
 
 def prepare(arguments: Arguments) -> tuple[Call, Config]:
