@@ -100,14 +100,19 @@ def test_large_additive_padding_beside_rows_that_fill_no_tile(attention):
     matches_oracle(attention, arguments)
 
 
-def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention):
-    arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("of", ["output", "weights", "lse"])
+def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention, of, dtype):
+    arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16, dtype=dtype)
     hidden = torch.zeros(5, 40, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
-    results = attention(**arguments, attn_mask=hidden, return_lse=True)
-    merged = torch.logaddexp(results.lse, results.lse)  # of two blocks of keys; NaN is the gradient of -inf
-    merged = torch.where(merged.isinf(), 0.0, merged)
-    loss = merged.sum() + results.output.sum()
-    assert torch.autograd.grad(loss, results.lse, retain_graph=True)[0].isnan().any()
+    results = attention(**arguments, attn_mask=hidden, need_weights=True, return_lse=True)
+    loss = {
+        "output": (results.output / results.output.norm(dim=-1, keepdim=True)).nan_to_num().square().sum(),  # 0 / 0
+        "weights": (results.weights * results.weights.log()).nan_to_num().sum(),  # the entropy, 0 * log(0)
+        "lse": torch.logaddexp(results.lse, results.lse).exp().sum(),  # of two blocks of keys
+    }[of]
+    loss = loss + results.output.sum()
+    assert torch.autograd.grad(loss, getattr(results, of), retain_graph=True)[0].isnan().any()
     for gradient in torch.autograd.grad(loss, leaves):
         assert gradient.isfinite().all()

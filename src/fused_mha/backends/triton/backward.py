@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
+    all_rows,
     block_of_queries,
     full,
     head_of,
@@ -46,29 +47,31 @@ class Given(NamedTuple):
     grad_lse: Any  # (N, H, L) or None
     output: Any  # (N, L, H, D_v)
     stats: Any  # (2, N, H, L)
-    deltas: Any  # (N, H, L), what `grad_query` makes
+    terms: Any  # (3, N, H, L): the shift, the factor and the delta of each query, which `grad_query` stores
+    cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores too; or None: all see a key
 
 
 class Queries(NamedTuple):
-    """What is read of a block of queries; `load_stats` gives the last two."""
+    """What is read of a block of queries."""
 
     rows: Any
     query: Any  # (BLOCK_M, BLOCK_D)
     grad_output: Any  # (BLOCK_M, BLOCK_DV)
-    row_max: Any
-    row_factor: Any
+    shift: Any
+    factor: Any
 
 
 @triton.jit
 def _load_queries(call, given, head, rows, is_read, TILE: tl.constexpr):
-    row_max, row_factor = load_stats(given.stats, call, head, rows)
-    return Queries(
+    """The queries and their deltas, after `grad_query`."""
+    queries = Queries(
         rows=rows,
         query=load_rows(head.query, call.query_l, rows, is_read, TILE.D, TILE.BLOCK_D),
         grad_output=_merged_rows(given.grad_output, call, head, rows, is_read, TILE),
-        row_max=row_max,
-        row_factor=row_factor,
+        shift=load_of_rows(given.terms, call, head, rows),
+        factor=load_of_rows(given.terms + all_rows(call), call, head, rows),
     )
+    return queries, load_of_rows(given.terms + 2 * all_rows(call), call, head, rows)
 
 
 @triton.jit
@@ -79,12 +82,14 @@ def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
 
 
 @triton.jit
-def _grad_weights(call, given, head, rows, columns, AVERAGED: tl.constexpr):
-    """The gradient of the weights of one head; rows and columns broadcast."""
+def _grad_weights(call, given, head, softmax, rows, columns, AVERAGED: tl.constexpr):
+    """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
     matrix = head.n if AVERAGED else head.n * call.H + head.h
     at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * call.columns + columns
     grad = tl.load(at, mask=(rows < call.L) & (columns < call.columns), other=0.0).to(tl.float32)
-    return grad / call.H if AVERAGED else grad
+    if AVERAGED:
+        grad /= call.H
+    return tl.where(softmax == 0.0, 0.0, grad)  # that of log(0) is infinite
 
 
 @triton.jit
@@ -108,22 +113,22 @@ def _weights_and_gradients(
     columns = start + tl.arange(0, TILE.BLOCK_N)
     if BY_KEYS:
         i, j = queries.rows[None, :], columns[:, None]
-        row_max, row_factor = queries.row_max[None, :], queries.row_factor[None, :]
+        shift, factor = queries.shift[None, :], queries.factor[None, :]
         products = tl.dot(key, tl.trans(queries.query), input_precision=TILE.PRECISION)
     else:
         i, j = queries.rows[:, None], columns[None, :]
-        row_max, row_factor = queries.row_max[:, None], queries.row_factor[:, None]
+        shift, factor = queries.shift[:, None], queries.factor[:, None]
         products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
+    softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, EDGES)
     if value is None:
-        grad = _grad_weights(call, given, head, i, j, AVERAGED)
+        grad = _grad_weights(call, given, head, softmax, i, j, AVERAGED)
     else:
         if BY_KEYS:
             grad = tl.dot(value, tl.trans(queries.grad_output), input_precision=TILE.PRECISION)
         else:
             grad = tl.dot(queries.grad_output, tl.trans(value), input_precision=TILE.PRECISION)
         if given.grad_weights is not None:
-            grad += _grad_weights(call, given, head, i, j, AVERAGED)
-    softmax = softmax_tile(call, head, row_max, row_factor, products, i, j, TILE, EDGES)
+            grad += _grad_weights(call, given, head, softmax, i, j, AVERAGED)
     weights = softmax
     if call.seed is not None:
         kept = kept_weights(call, head, queries.rows, start, TILE)
@@ -132,12 +137,6 @@ def _weights_and_gradients(
         weights = tl.where(kept, softmax * call.kept_factor, 0.0)
         grad = tl.where(kept, grad * call.kept_factor, 0.0)
     return softmax, weights, grad
-
-
-@triton.jit
-def _grad_scores(softmax, grad, delta):
-    """From the gradients of the softmax; where it is 0, so is this, though a hidden row's delta may be NaN."""
-    return tl.where(softmax == 0.0, 0.0, softmax * (grad - delta))
 
 
 @triton.jit
@@ -181,13 +180,13 @@ def _add_grad_query(
     softmax, _, grad = _weights_and_gradients(
         call, given, head, queries, key, value, start, TILE, EDGES, AVERAGED, False
     )
-    grad = _grad_scores(softmax, grad, delta[:, None])
+    grad = softmax * (grad - delta[:, None])
     return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION)
 
 
 @triton.jit
 def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, BY_OUTPUT: tl.constexpr):
-    """The gradients of a block of queries, (N, L, H, D), and its deltas, (N, H, L), which the kernels below read.
+    """The gradients of a block of queries, (N, L, H, D), and of `Given` what the kernels below read.
 
     A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
     log-sum-exp. dW is dO V^T and what comes through the weights. BY_OUTPUT, the first part is taken as rowsum(dO * O),
@@ -195,12 +194,19 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
     """
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    queries = _load_queries(call, given, head, rows, rows < call.L, TILE)
+    grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
+    shift, factor = load_stats(given.stats, call, head, rows)
+    if given.cleaned is not None:
+        grad_output = tl.where((factor == 0.0)[:, None], 0.0, grad_output)
+        at = given.cleaned + (head.n * call.L * call.H + head.h) * TILE.D_V
+        store_rows(at, call.H * TILE.D_V, rows, rows < call.L, grad_output, TILE.D_V, TILE.BLOCK_DV)
+    query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
+    queries = Queries(rows=rows, query=query, grad_output=grad_output, shift=shift, factor=factor)
     tiles = visible_keys(call, first_row, TILE)
     delta = full(0.0, TILE.BLOCK_M)
     if BY_OUTPUT:
         output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE)
-        delta += tl.sum(output.to(tl.float32) * queries.grad_output.to(tl.float32), 1)
+        delta += tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
     if not BY_OUTPUT or given.grad_weights is not None:
         for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
             bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
@@ -212,9 +218,11 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
             start = edge(i, tiles, call, TILE)
             delta = _add_to_delta(call, given, head, queries, start, delta, TILE, True, AVERAGED, BY_OUTPUT)
     if given.grad_lse is not None:
-        delta -= load_of_rows(given.grad_lse, call, head, rows)
-    at = (head.n * call.H + head.h) * call.L + rows
-    tl.store(given.deltas + at, delta, mask=rows < call.L)
+        delta -= tl.where(factor == 0.0, 0.0, load_of_rows(given.grad_lse, call, head, rows))
+    at = given.terms + (head.n * call.H + head.h) * call.L + rows
+    tl.store(at, shift, mask=rows < call.L)
+    tl.store(at + all_rows(call), factor, mask=rows < call.L)
+    tl.store(at + 2 * all_rows(call), delta, mask=rows < call.L)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
     for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
         bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
@@ -253,11 +261,11 @@ def _add_grad_key(
 ):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     is_read = rows < call.L if EDGES else None
-    queries = _load_queries(call, given, head, rows, is_read, TILE)
+    queries, delta = _load_queries(call, given, head, rows, is_read, TILE)
     softmax, weights, grad = _weights_and_gradients(
         call, given, head, queries, key, value, first_column, TILE, EDGES, AVERAGED, True
     )
-    grad = _grad_scores(softmax, grad, load_of_rows(given.deltas, call, head, rows)[None, :])
+    grad = softmax * (grad - delta[None, :])
     return Sums(
         key=tl.dot(grad.to(key.dtype), queries.query, sums.key, input_precision=TILE.PRECISION),
         value=tl.dot(weights.to(value.dtype), queries.grad_output, sums.value, input_precision=TILE.PRECISION),
@@ -345,12 +353,12 @@ def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr,
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
         head = head_of(call, matrix // mask_heads + i // heads, matrix % mask_heads + i % heads)
-        queries = _load_queries(call, given, head, rows, rows < call.L, TILE)
+        queries, delta = _load_queries(call, given, head, rows, rows < call.L, TILE)
         key = load_keys(call, head, columns, TILE, True)
         value = load_values(call, head, columns, TILE, True)
         softmax, _, grad = _weights_and_gradients(
             call, given, head, queries, key, value, first_column, TILE, True, AVERAGED, False
         )
-        total += _grad_scores(softmax, grad, load_of_rows(given.deltas, call, head, rows)[:, None])
+        total += softmax * (grad - delta[:, None])
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.S + columns[None, :]
     tl.store(at, total, mask=(rows < call.L)[:, None] & (columns < call.S)[None, :])

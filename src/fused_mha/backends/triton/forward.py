@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
     NEGATIVE_INFINITY,
+    all_rows,
     block_of_queries,
     exponentials,
     full,
@@ -20,6 +21,7 @@ from fused_mha.backends.triton.tiles import (
     load_rows,
     load_values,
     masked_scores,
+    shift_of,
     store_rows,
     zeros,
 )
@@ -41,8 +43,9 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
     products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
     scores = masked_scores(call, head, products, rows[:, None], columns[None, :], TILE, EDGES)
     later_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = exponentials(scores, later_max[:, None], call, TILE)
-    rescaling = exponentials(row_max, later_max, call, TILE)
+    shift = shift_of(later_max)
+    weights = exponentials(scores, shift[:, None], call, TILE)
+    rescaling = exponentials(row_max, shift, call, TILE)
     row_sum = row_sum * rescaling + tl.sum(weights, 1)
     if call.seed is not None:
         weights = tl.where(kept_weights(call, head, rows, start, TILE), weights, 0.0)
@@ -76,8 +79,7 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     at_output = output + head.n * call.L * call.H * TILE.D_V + head.h * TILE.D_V
     store_rows(at_output, call.H * TILE.D_V, rows, rows < call.L, summed, TILE.D_V, TILE.BLOCK_DV)
     at = head.n * call.H * call.L + head.h * call.L + rows
-    all_rows = tl.cast(call.N, tl.int64) * call.H * call.L
     tl.store(stats + at, row_max, mask=rows < call.L)
-    tl.store(stats + all_rows + at, row_sum, mask=rows < call.L)
+    tl.store(stats + all_rows(call) + at, row_sum, mask=rows < call.L)
     natural_max = row_max if TILE.NATURAL else row_max * call.scale
     tl.store(lse + at, tl.where(is_hidden, NEGATIVE_INFINITY, natural_max + tl.log(row_sum)), mask=rows < call.L)

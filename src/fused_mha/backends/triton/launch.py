@@ -83,7 +83,8 @@ def attention_gradients(
         None if grad_lse is None else grad_lse.contiguous(),
         output.contiguous(),
         stats.contiguous(),
-        empty(True, N, H, L),
+        empty(True, 3, N, H, L),
+        torch.empty_like(output) if _may_hide_queries(arguments) else None,
     )
     averaged = arguments.average_attn_weights
     with _on_device_of(query):
@@ -92,6 +93,8 @@ def attention_gradients(
         tile, programs = tile_of(arguments, tiling), N * H * _blocks(L, tiling.BLOCK_M)
         by_output = query.dtype != torch.float32  # whose gradients are to be as exact as they can
         _run(kernels_of_backward.grad_query, programs, tiling, call, given, grad_query, tile, averaged, by_output)
+        if given.cleaned is not None:
+            given = given._replace(grad_output=given.cleaned, cleaned=None)
         if mask_grad and mask is not None:
             batches, heads = mask.shape[:2]
             programs = batches * heads * _blocks(L, tiling.BLOCK_M) * _blocks(S, tiling.BLOCK_N)
@@ -117,6 +120,13 @@ def attention_gradients(
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
+
+
+def _may_hide_queries(a: Arguments) -> bool:
+    """Whether there may be a query that sees no key."""
+    has_mask = a.attn_mask is not None or a.key_padding_mask is not None
+    in_band = a.first_visible is None and (a.last_visible or 0) >= 0
+    return a.columns == a.key.shape[1] and (has_mask or not in_band)
 
 
 def _flash_serves(a: Arguments) -> bool:
@@ -197,7 +207,8 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
     D, D_v = arguments.query.shape[3], arguments.value.shape[3]
     block_d, block_dv = (max(1 << (size - 1).bit_length(), SMALLEST_BLOCK) for size in (D, D_v))
     precision = "tf32" if arguments.query.dtype == torch.float32 and _allows_tf32() else "ieee"
-    return Tile(D, D_v, launch.BLOCK_M, launch.BLOCK_N, block_d, block_dv, is_natural, precision)
+    has_virtual = arguments.columns > arguments.key.shape[1]
+    return Tile(D, D_v, launch.BLOCK_M, launch.BLOCK_N, block_d, block_dv, has_virtual, is_natural, precision)
 
 
 def _has_tiles_to_skip(mask: Tensor, a: Arguments) -> bool:

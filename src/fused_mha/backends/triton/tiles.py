@@ -26,6 +26,7 @@ class Tile(NamedTuple):
     BLOCK_N: int
     BLOCK_D: int  # a power of 2, from D on
     BLOCK_DV: int
+    VIRTUAL: bool  # there are virtual keys
     NATURAL: bool  # scores are scaled before the softmax, since masks are added or the scale is not positive
     PRECISION: str  # of fp32 products, as `tl.dot` names it
 
@@ -195,6 +196,11 @@ def tile_of_matrices(call, columns, TILE: tl.constexpr):
 
 
 @triton.jit
+def _masked(scores, mask):
+    return tl.where(mask != 0, NEGATIVE_INFINITY, scores) if mask.dtype == tl.uint8 else scores + mask.to(tl.float32)
+
+
+@triton.jit
 def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
     """Scores from products of queries and keys, -inf where hidden; rows and columns broadcast to their shape.
 
@@ -203,53 +209,58 @@ def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES
     scores = products
     if TILE.NATURAL:
         scores = scores * call.scale
-    is_real = columns < call.S
     if call.attn_mask is not None:
         at = call.attn_mask + head.mask + rows.to(tl.int64) * call.mask_l + columns
-        mask = tl.load(at, mask=(rows < call.L) & is_real, other=0)
-        if mask.dtype == tl.uint8:
-            scores = tl.where(mask != 0, NEGATIVE_INFINITY, scores)
-        else:
-            scores += mask.to(tl.float32)
+        is_read = (rows < call.L) & (columns < call.S) if EDGES else rows < call.L
+        scores = _masked(scores, tl.load(at, mask=is_read, other=0))
     if call.padding is not None:
-        mask = tl.load(call.padding + head.padding + columns, mask=is_real, other=0)
-        if mask.dtype == tl.uint8:
-            scores = tl.where(mask != 0, NEGATIVE_INFINITY, scores)
-        else:
-            scores += mask.to(tl.float32)
+        at = call.padding + head.padding + columns
+        scores = _masked(scores, tl.load(at, mask=columns < call.S, other=0) if EDGES else tl.load(at))
     if EDGES:
-        distance = columns - rows
-        is_visible = is_real & (distance >= call.first_visible) & (distance <= call.last_visible)
-        is_visible = is_visible | ((columns >= call.S) & (columns < call.columns))
+        first = rows + call.first_visible
+        last = tl.where(rows < call.L, tl.minimum(rows + call.last_visible, call.S - 1), -1)
+        is_visible = (columns >= first) & (columns <= last)
+        if TILE.VIRTUAL:
+            is_visible = is_visible | ((rows < call.L) & (columns >= call.S) & (columns < call.columns))
         scores = tl.where(is_visible, scores, NEGATIVE_INFINITY)
     return scores
 
 
 @triton.jit
-def exponentials(scores, row_max, call, TILE: tl.constexpr):
-    """exp(score - the row's maximum), 0 where hidden; the maxima broadcast."""
-    shift = tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)  # -inf - -inf = NaN
+def shift_of(row_max):
+    """What is subtracted from the scores of rows: their maxima, 0 where all is hidden, since -inf - -inf = NaN."""
+    return tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)
+
+
+@triton.jit
+def exponentials(scores, shift, call, TILE: tl.constexpr):
+    """exp(score - the row's shift), 0 where hidden; the shifts broadcast."""
     factor = LOG2_E if TILE.NATURAL else call.scale * LOG2_E
     return tl.exp2((scores - shift) * factor)  # the largest is exactly 1, however large the scores are
 
 
 @triton.jit
-def softmax_tile(call, head, row_max, row_factor, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+def softmax_tile(call, head, shift, row_factor, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
     """The softmax of scores, before dropout, by what `load_stats` gives of the rows."""
     scores = masked_scores(call, head, products, rows, columns, TILE, EDGES)
-    # Rows that are hidden everywhere, or behind the last, have no maximum: their exponentials may be anything.
-    return tl.where(row_factor == 0.0, 0.0, exponentials(scores, row_max, call, TILE) * row_factor)
+    return exponentials(scores, shift, call, TILE) * row_factor
 
 
 @triton.jit
 def load_stats(stats, call, head, rows):
-    """The maxima of rows and 1 / their sums, 0 where all is hidden, from what the forward stored, (2, N, H, L).
+    """The shifts of rows and 1 / their sums, 0 where all is hidden, from what the forward stored, (2, N, H, L).
 
     Rows are one-dimensional here: loads that broadcast cost a register for each element of a tile.
     """
     row_max = load_of_rows(stats, call, head, rows)
-    row_sum = load_of_rows(stats + tl.cast(call.H, tl.int64) * call.N * call.L, call, head, rows)
-    return row_max, tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+    row_sum = load_of_rows(stats + all_rows(call), call, head, rows)
+    return shift_of(row_max), tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+
+
+@triton.jit
+def all_rows(call):
+    """How many there are, of all heads."""
+    return tl.cast(call.N, tl.int64) * call.H * call.L
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def visible_rows(call, head, first_column, TILE: tl.constexpr):
         end = tl.where(_padding_leaves(call, head, first_column, TILE), end, 0)
     reaches_end = last_column >= call.S
     whole_end = tl.where(reaches_end, 0, whole_end)
-    if call.columns > call.S:  # virtual keys, which all of them see
+    if TILE.VIRTUAL:  # all of them see virtual keys
         begin = tl.where(reaches_end, 0, begin)
         end = tl.where(reaches_end, call.L, end)
     return aligned_range(begin, end, whole_begin, whole_end, call.L, TILE.BLOCK_M)
@@ -72,7 +72,7 @@ def visible_rows(call, head, first_column, TILE: tl.constexpr):
 def edge_count(tiles, call, TILE: tl.constexpr):
     """How many tiles of a range of keys need a look at the band or the end of the keys, the virtual ones included."""
     count = (tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_N
-    if call.columns > call.S:
+    if TILE.VIRTUAL:
         virtual = call.columns - _first_virtual(tiles, call, TILE)
         count += tl.cdiv(tl.maximum(virtual, 0), TILE.BLOCK_N)
     return count
@@ -84,7 +84,7 @@ def edge(i, tiles, call, TILE: tl.constexpr):
     start = tiles.begin + i * TILE.BLOCK_N
     if start >= tiles.whole_begin:
         start += tiles.whole_end - tiles.whole_begin
-    if start >= tiles.end:
+    if TILE.VIRTUAL and start >= tiles.end:
         start += _first_virtual(tiles, call, TILE) - tiles.end
     return start
 
@@ -107,7 +107,7 @@ def tile_is_visible(call, head, first_row, first_column, TILE: tl.constexpr):
     if call.squares is not None:
         squares = _load_squares(call, head, first_row, first_column, TILE.BLOCK_M, TILE.BLOCK_N)
         is_visible = is_visible & (tl.max(tl.max(squares, 1), 0) > 0)
-    return is_visible | ((last_column >= call.S) & (call.columns > call.S))
+    return is_visible | (last_column >= call.S) if TILE.VIRTUAL else is_visible
 
 
 @triton.jit

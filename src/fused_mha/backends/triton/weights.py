@@ -42,9 +42,9 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
         query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
         key = load_keys(call, head, columns, TILE, True)
         products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-        row_max, row_factor = load_stats(stats, call, head, rows)
+        shift, factor = load_stats(stats, call, head, rows)
         of_head = softmax_tile(
-            call, head, row_max[:, None], row_factor[:, None], products, rows[:, None], columns[None, :], TILE, True
+            call, head, shift[:, None], factor[:, None], products, rows[:, None], columns[None, :], TILE, True
         )
         if call.seed is not None:
             of_head = tl.where(kept_weights(call, head, rows, first_column, TILE), of_head, 0.0)
