@@ -77,24 +77,45 @@ def test_hidden_tiles_are_not_computed(attention, of, need_weights):
 
 @pytest.mark.usefixtures("searched")
 @pytest.mark.parametrize(
-    ("mask", "tiles"),
+    ("mask", "plain", "masked", "edge"),
     [
-        ({}, 10),
-        ({"is_causal": True}, 6),
-        ({"window": (0, 0)}, 4),
-        ({"key_padding_mask": torch.arange(160)[None] % 64 < 32}, 4),
-        ({"key_padding_mask": torch.where(torch.arange(160)[None] < 100, -torch.inf, 0.0)}, 4),
-        ({"attn_mask": blocks(160, 64)[:128]}, 4),
-        ({"attn_mask": blocks(160, 64)[:128], "key_padding_mask": torch.arange(160)[None] < 32}, 3),
+        ({}, 10, 0, 0),
+        ({"is_causal": True}, 2, 0, 4),
+        ({"window": (0, 0)}, 0, 0, 4),
+        ({"key_padding_mask": torch.arange(160)[None] % 64 < 32}, 4, 0, 0),
+        ({"key_padding_mask": torch.where(torch.arange(160)[None] < 100, -torch.inf, 0.0)}, 2, 2, 0),
+        ({"key_padding_mask": torch.full((1, 160), 0.5)}, 0, 10, 0),
+        ({"attn_mask": blocks(160, 64)[:128]}, 4, 0, 0),
+        ({"attn_mask": blocks(160, 80)[:128]}, 2, 6, 0),
+        ({"attn_mask": blocks(160, 64)[:128], "key_padding_mask": torch.arange(160)[None] < 40}, 2, 1, 0),
+        ({"attn_mask": torch.zeros(128, 160), "is_causal": True}, 2, 0, 4),
     ],
-    ids=["plain", "causal", "window", "padding with holes", "float padding", "documents", "padded documents"],
+    ids=[
+        "plain",
+        "causal",
+        "window",
+        "padding with holes",
+        "float padding",
+        "added padding",
+        "documents",
+        "documents that end in a tile",
+        "padded documents",
+        "zeros and causal",
+    ],
 )
-def test_visits_the_tiles_in_which_some_query_sees_a_key(attention, monkeypatch, mask, tiles):
+def test_tiles_are_visited_where_a_query_sees_a_key_and_masks_read_where_they_touch_one(
+    attention, monkeypatch, mask, plain, masked, edge
+):
     forward = importlib.import_module("fused_mha.backends.triton.forward")
-    visited, attend = [], forward._attend
-    monkeypatch.setattr(forward, "_attend", lambda *rest: (visited.append(None), attend(*rest))[1])
+    kinds, attend = [], forward._attend
+
+    def visit(*arguments):
+        kinds.append(int(arguments[-1]))
+        return attend(*arguments)
+
+    monkeypatch.setattr(forward, "_attend", visit)
     attention(**make_arguments(N=1, L=128, S=160, H=1, H_kv=1, D=16), **mask)  # tiles of 64 by 32
-    assert len(visited) == tiles
+    assert [kinds.count(kind) for kind in range(3)] == [plain, masked, edge]
 
 
 @pytest.mark.parametrize(
@@ -113,4 +134,4 @@ def test_a_mask_is_searched_where_many_heads_share_it_in_a_large_call(attention,
     run = launch._run
     monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(kernel.fn.__name__), run(kernel, *rest)))
     attention(**make_arguments(**{"N": 2, "L": 17, "S": 20, "H": 4, "H_kv": 2, "D": 16} | call))
-    assert ("visible_squares" in found) is is_searched
+    assert ("mask_squares" in found) is is_searched

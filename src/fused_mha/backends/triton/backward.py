@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
+    EDGE,
     all_rows,
     block_of_queries,
     full,
@@ -31,9 +32,9 @@ from fused_mha.backends.triton.visibility import (
     chunk_size,
     edge,
     edge_count,
+    look_up,
     next_tile,
     tile_is_visible,
-    visible_in_chunk,
     visible_keys,
     visible_rows,
 )
@@ -102,7 +103,7 @@ def _weights_and_gradients(
     value,
     start,
     TILE: tl.constexpr,
-    EDGES: tl.constexpr,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     BY_KEYS: tl.constexpr,
 ):
@@ -119,7 +120,7 @@ def _weights_and_gradients(
         i, j = queries.rows[:, None], columns[None, :]
         shift, factor = queries.shift[:, None], queries.factor[:, None]
         products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
-    softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, EDGES)
+    softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, KIND)
     if value is None:
         grad = _grad_weights(call, given, head, softmax, i, j, AVERAGED)
     else:
@@ -148,15 +149,15 @@ def _add_to_delta(
     start,
     total,
     TILE: tl.constexpr,
-    EDGES: tl.constexpr,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
     BY_OUTPUT: tl.constexpr,
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
-    key = load_keys(call, head, columns, TILE, EDGES)
-    value = None if BY_OUTPUT else load_values(call, head, columns, TILE, EDGES)
+    key = load_keys(call, head, columns, TILE, KIND)
+    value = None if BY_OUTPUT else load_values(call, head, columns, TILE, KIND)
     softmax, _, grad = _weights_and_gradients(
-        call, given, head, queries, key, value, start, TILE, EDGES, AVERAGED, False
+        call, given, head, queries, key, value, start, TILE, KIND, AVERAGED, False
     )
     return total + tl.sum(softmax * grad, 1)
 
@@ -171,14 +172,14 @@ def _add_grad_query(
     start,
     total,
     TILE: tl.constexpr,
-    EDGES: tl.constexpr,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
-    key = load_keys(call, head, columns, TILE, EDGES)
-    value = load_values(call, head, columns, TILE, EDGES)
+    key = load_keys(call, head, columns, TILE, KIND)
+    value = load_values(call, head, columns, TILE, KIND)
     softmax, _, grad = _weights_and_gradients(
-        call, given, head, queries, key, value, start, TILE, EDGES, AVERAGED, False
+        call, given, head, queries, key, value, start, TILE, KIND, AVERAGED, False
     )
     grad = softmax * (grad - delta[:, None])
     return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION)
@@ -203,20 +204,23 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
     query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
     queries = Queries(rows=rows, query=query, grad_output=grad_output, shift=shift, factor=factor)
     tiles = visible_keys(call, first_row, TILE)
+    BITS: tl.constexpr = call.squares is not None or call.padding is not None
     delta = full(0.0, TILE.BLOCK_M)
     if BY_OUTPUT:
         output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE)
         delta += tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
     if not BY_OUTPUT or given.grad_weights is not None:
-        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
-            bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
-            for i in range(count):
-                start = chunk + next_tile(call, i, bits, True) * TILE.BLOCK_N
-                delta = _add_to_delta(call, given, head, queries, start, delta, TILE, False, AVERAGED, BY_OUTPUT)
-                bits &= bits - 1
+        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
+            found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
+            for KIND in tl.static_range(2):  # PLAIN, MASKED
+                bits, count = found[KIND]
+                for i in range(count):
+                    start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
+                    delta = _add_to_delta(call, given, head, queries, start, delta, TILE, KIND, AVERAGED, BY_OUTPUT)
+                    bits &= bits - 1
         for i in range(edge_count(tiles, call, TILE)):
             start = edge(i, tiles, call, TILE)
-            delta = _add_to_delta(call, given, head, queries, start, delta, TILE, True, AVERAGED, BY_OUTPUT)
+            delta = _add_to_delta(call, given, head, queries, start, delta, TILE, EDGE, AVERAGED, BY_OUTPUT)
     if given.grad_lse is not None:
         delta -= tl.where(factor == 0.0, 0.0, load_of_rows(given.grad_lse, call, head, rows))
     at = given.terms + (head.n * call.H + head.h) * call.L + rows
@@ -224,15 +228,17 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
     tl.store(at + all_rows(call), factor, mask=rows < call.L)
     tl.store(at + 2 * all_rows(call), delta, mask=rows < call.L)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
-    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
-        bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
-        for i in range(count):
-            start = chunk + next_tile(call, i, bits, True) * TILE.BLOCK_N
-            total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, False, AVERAGED)
-            bits &= bits - 1
+    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
+        found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
+        for KIND in tl.static_range(2):
+            bits, count = found[KIND]
+            for i in range(count):
+                start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
+                total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, KIND, AVERAGED)
+                bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, True, AVERAGED)
+        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, EDGE, AVERAGED)
     at = result + (head.n * call.L * call.H + head.h) * TILE.D
     store_rows(at, call.H * TILE.D, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
@@ -256,14 +262,14 @@ def _add_grad_key(
     first_column,
     sums,
     TILE: tl.constexpr,
-    EDGES: tl.constexpr,
+    KIND: tl.constexpr,
     AVERAGED: tl.constexpr,
 ):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    is_read = rows < call.L if EDGES else None
+    is_read = rows < call.L if KIND == EDGE else None
     queries, delta = _load_queries(call, given, head, rows, is_read, TILE)
     softmax, weights, grad = _weights_and_gradients(
-        call, given, head, queries, key, value, first_column, TILE, EDGES, AVERAGED, True
+        call, given, head, queries, key, value, first_column, TILE, KIND, AVERAGED, True
     )
     grad = softmax * (grad - delta[None, :])
     return Sums(
@@ -296,27 +302,30 @@ def grad_key_value(
     first_column = tl.program_id(0) % blocks * TILE.BLOCK_N
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     head = head_of(call, n, kv * call.group)
-    key = load_keys(call, head, columns, TILE, True)
-    value = load_values(call, head, columns, TILE, True)
+    key = load_keys(call, head, columns, TILE, EDGE)
+    value = load_values(call, head, columns, TILE, EDGE)
     grad_k = zeros(TILE.BLOCK_N, TILE.BLOCK_D)
     grad_v = zeros(TILE.BLOCK_N, TILE.BLOCK_DV)
     tiles = visible_rows(call, head, first_column, TILE)
+    BITS: tl.constexpr = call.squares is not None
     for h in range(kv * call.group, (kv + 1) * call.group):
         head = head_of(call, n, h)
         sums = Sums(key=grad_k, value=grad_v, columns=full(0.0, TILE.BLOCK_N))
-        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, False)):
-            bits, count = visible_in_chunk(call, head, first_column, chunk, tiles.whole_end, TILE, False)
-            for i in range(count):
-                first_row = chunk + next_tile(call, i, bits, False) * TILE.BLOCK_M
-                sums = _add_grad_key(
-                    call, given, head, key, value, first_row, first_column, sums, TILE, False, AVERAGED
-                )
-                bits &= bits - 1
+        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_M, BITS)):
+            found = look_up(call, head, first_column, chunk, tiles.whole_end, TILE, False, BITS)
+            for KIND in tl.static_range(2):
+                bits, count = found[KIND]
+                for i in range(count):
+                    first_row = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_M
+                    sums = _add_grad_key(
+                        call, given, head, key, value, first_row, first_column, sums, TILE, KIND, AVERAGED
+                    )
+                    bits &= bits - 1
         for i in range((tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_M):
             first_row = tiles.begin + i * TILE.BLOCK_M
             if first_row >= tiles.whole_begin:
                 first_row += tiles.whole_end - tiles.whole_begin
-            sums = _add_grad_key(call, given, head, key, value, first_row, first_column, sums, TILE, True, AVERAGED)
+            sums = _add_grad_key(call, given, head, key, value, first_row, first_column, sums, TILE, EDGE, AVERAGED)
         grad_k = sums.key
         grad_v = sums.value
         if grad_columns is not None:
@@ -354,10 +363,10 @@ def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr,
     for i in range(sequences):
         head = head_of(call, matrix // mask_heads + i // heads, matrix % mask_heads + i % heads)
         queries, delta = _load_queries(call, given, head, rows, rows < call.L, TILE)
-        key = load_keys(call, head, columns, TILE, True)
-        value = load_values(call, head, columns, TILE, True)
+        key = load_keys(call, head, columns, TILE, EDGE)
+        value = load_values(call, head, columns, TILE, EDGE)
         softmax, _, grad = _weights_and_gradients(
-            call, given, head, queries, key, value, first_column, TILE, True, AVERAGED, False
+            call, given, head, queries, key, value, first_column, TILE, EDGE, AVERAGED, False
         )
         total += softmax * (grad - delta[:, None])
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.S + columns[None, :]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
+    EDGE,
     NEGATIVE_INFINITY,
     all_rows,
     block_of_queries,
@@ -29,19 +30,19 @@ from fused_mha.backends.triton.visibility import (
     chunk_size,
     edge,
     edge_count,
+    look_up,
     next_tile,
-    visible_in_chunk,
     visible_keys,
 )
 
 
 @triton.jit
-def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.constexpr, EDGES: tl.constexpr):
+def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.constexpr, KIND: tl.constexpr):
     """Takes a tile of keys into the running maximum and sum, and the output that is not yet divided by the sum."""
     columns = start + tl.arange(0, TILE.BLOCK_N)
-    key = load_keys(call, head, columns, TILE, EDGES)
+    key = load_keys(call, head, columns, TILE, KIND)
     products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-    scores = masked_scores(call, head, products, rows[:, None], columns[None, :], TILE, EDGES)
+    scores = masked_scores(call, head, products, rows[:, None], columns[None, :], TILE, KIND)
     later_max = tl.maximum(row_max, tl.max(scores, 1))
     shift = shift_of(later_max)
     weights = exponentials(scores, shift[:, None], call, TILE)
@@ -49,7 +50,7 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
     row_sum = row_sum * rescaling + tl.sum(weights, 1)
     if call.seed is not None:
         weights = tl.where(kept_weights(call, head, rows, start, TILE), weights, 0.0)
-    value = load_values(call, head, columns, TILE, EDGES)
+    value = load_values(call, head, columns, TILE, KIND)
     output = tl.dot(weights.to(value.dtype), value, output * rescaling[:, None], input_precision=TILE.PRECISION)
     return output, later_max, row_sum
 
@@ -64,15 +65,18 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     row_max = full(NEGATIVE_INFINITY, TILE.BLOCK_M)
     row_sum = full(0.0, TILE.BLOCK_M)
     tiles = visible_keys(call, first_row, TILE)
-    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(call, TILE, True)):
-        bits, count = visible_in_chunk(call, head, first_row, chunk, tiles.whole_end, TILE, True)
-        for i in range(count):
-            start = chunk + next_tile(call, i, bits, True) * TILE.BLOCK_N
-            summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, False)
-            bits &= bits - 1
+    BITS: tl.constexpr = call.squares is not None or call.padding is not None
+    for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
+        found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
+        for KIND in tl.static_range(2):  # PLAIN, MASKED
+            bits, count = found[KIND]
+            for i in range(count):
+                start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
+                summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, KIND)
+                bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, True)
+        summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, EDGE)
     is_hidden = row_sum == 0.0  # everywhere
     factor = tl.where(is_hidden, 0.0, call.kept_factor / row_sum)
     summed = tl.where(is_hidden[:, None], 0.0, summed * factor[:, None])

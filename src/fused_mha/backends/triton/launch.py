@@ -17,7 +17,7 @@ from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Launch, config
 from fused_mha.backends.triton.tiles import Call, Tile
-from fused_mha.backends.triton.visibility import SQUARE, visible_squares
+from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
@@ -219,12 +219,12 @@ def _has_tiles_to_skip(mask: Tensor, a: Arguments) -> bool:
 
 
 def _with_squares(call: Call, mask: Tensor) -> Call:
-    """The call, and which squares of its mask hide less than everything."""
+    """The call, and what its mask does to squares of scores."""
     batches, heads = mask.shape[:2]
     sizes = (_blocks(call.L, SQUARE.value), _blocks(call.S, SQUARE.value))
     squares = mask.new_empty((batches, heads, *sizes), dtype=torch.uint8)
     programs = batches * heads * sizes[0] * _blocks(call.S, MASK.BLOCK_N)
-    _run(visible_squares, programs, MASK, call, heads, squares, MASK.BLOCK_N)
+    _run(mask_squares, programs, MASK, call, heads, squares, MASK.BLOCK_N)
     squares_n, squares_h, _ = _strides(squares)
     return call._replace(squares=squares, squares_n=squares_n, squares_h=squares_h)
 

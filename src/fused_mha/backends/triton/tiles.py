@@ -15,6 +15,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
+# Kinds of tiles: no mask touches it; one may; and it may be at an edge of the band or hold the end of the keys.
+PLAIN, MASKED, EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 class Tile(NamedTuple):
@@ -39,7 +41,7 @@ class Call(NamedTuple):
     value: Any  # (N, S, H_kv, D_v)
     attn_mask: Any  # (N|1, H|1, L|1, S), uint8 for bool, or None
     padding: Any  # (N, S), uint8 for bool, or None
-    squares: Any  # what `visible_squares` finds of attn_mask, or None
+    squares: Any  # what `mask_squares` finds of attn_mask, or None
     bias_k: Any  # (H_kv, D) or None
     bias_v: Any  # (H_kv, D_v) or None
     seed: Any  # (2), int64, or None
@@ -147,17 +149,17 @@ def hides(mask):
 
 @triton.jit
 def _load_keys(
-    tensor, row_stride, bias, call, head, columns, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGES: tl.constexpr
+    tensor, row_stride, bias, call, head, columns, D: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr
 ):
-    if call.padding is not None:  # what it hides is never read
+    if call.padding is not None and KIND != PLAIN:  # what it hides is never read
         is_read = columns < call.S
         is_read = is_read & (hides(tl.load(call.padding + head.padding + columns, mask=is_read, other=0)) == 0)
         rows = load_rows(tensor, row_stride, columns, is_read, D, BLOCK_D)
-    elif EDGES:
+    elif KIND == EDGE:
         rows = load_rows(tensor, row_stride, columns, columns < call.S, D, BLOCK_D)
     else:
         rows = load_rows(tensor, row_stride, columns, None, D, BLOCK_D)
-    if EDGES and bias is not None:
+    if KIND == EDGE and bias is not None:
         elements = tl.arange(0, BLOCK_D)
         of_bias = tl.load(bias + head.kv * D + elements, mask=elements < D, other=0.0)
         rows = tl.where((columns == call.S)[:, None], of_bias[None, :], rows)
@@ -165,15 +167,15 @@ def _load_keys(
 
 
 @triton.jit
-def load_keys(call, head, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
-    """Keys (columns, BLOCK_D); the virtual ones with EDGES alone."""
-    return _load_keys(head.key, call.key_l, call.bias_k, call, head, columns, TILE.D, TILE.BLOCK_D, EDGES)
+def load_keys(call, head, columns, TILE: tl.constexpr, KIND: tl.constexpr):
+    """Keys (columns, BLOCK_D); the virtual ones of an EDGE alone."""
+    return _load_keys(head.key, call.key_l, call.bias_k, call, head, columns, TILE.D, TILE.BLOCK_D, KIND)
 
 
 @triton.jit
-def load_values(call, head, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+def load_values(call, head, columns, TILE: tl.constexpr, KIND: tl.constexpr):
     """Values (columns, BLOCK_DV), likewise."""
-    return _load_keys(head.value, call.value_l, call.bias_v, call, head, columns, TILE.D_V, TILE.BLOCK_DV, EDGES)
+    return _load_keys(head.value, call.value_l, call.bias_v, call, head, columns, TILE.D_V, TILE.BLOCK_DV, KIND)
 
 
 @triton.jit
@@ -201,7 +203,7 @@ def _masked(scores, mask):
 
 
 @triton.jit
-def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, KIND: tl.constexpr):
     """Scores from products of queries and keys, -inf where hidden; rows and columns broadcast to their shape.
 
     If NATURAL, they are scaled and the additive masks are in them; else `exponentials` scales.
@@ -209,14 +211,14 @@ def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, EDGES
     scores = products
     if TILE.NATURAL:
         scores = scores * call.scale
-    if call.attn_mask is not None:
+    if call.attn_mask is not None and KIND != PLAIN:
         at = call.attn_mask + head.mask + rows.to(tl.int64) * call.mask_l + columns
-        is_read = (rows < call.L) & (columns < call.S) if EDGES else rows < call.L
+        is_read = (rows < call.L) & (columns < call.S) if KIND == EDGE else rows < call.L
         scores = _masked(scores, tl.load(at, mask=is_read, other=0))
-    if call.padding is not None:
+    if call.padding is not None and KIND != PLAIN:
         at = call.padding + head.padding + columns
-        scores = _masked(scores, tl.load(at, mask=columns < call.S, other=0) if EDGES else tl.load(at))
-    if EDGES:
+        scores = _masked(scores, tl.load(at, mask=columns < call.S, other=0) if KIND == EDGE else tl.load(at))
+    if KIND == EDGE:
         first = rows + call.first_visible
         last = tl.where(rows < call.L, tl.minimum(rows + call.last_visible, call.S - 1), -1)
         is_visible = (columns >= first) & (columns <= last)
@@ -240,9 +242,9 @@ def exponentials(scores, shift, call, TILE: tl.constexpr):
 
 
 @triton.jit
-def softmax_tile(call, head, shift, row_factor, products, rows, columns, TILE: tl.constexpr, EDGES: tl.constexpr):
+def softmax_tile(call, head, shift, row_factor, products, rows, columns, TILE: tl.constexpr, KIND: tl.constexpr):
     """The softmax of scores, before dropout, by what `load_stats` gives of the rows."""
-    scores = masked_scores(call, head, products, rows, columns, TILE, EDGES)
+    scores = masked_scores(call, head, products, rows, columns, TILE, KIND)
     return exponentials(scores, shift, call, TILE) * row_factor
 
 

@@ -1,6 +1,7 @@
 """Which tiles a program visits: those that causality, the window, the padding and the attn_mask leave visible.
 
-`launch` runs `visible_squares` once for a call with a mask of many heads; the other kernels ask here where to go.
+`launch` runs `mask_squares` once for a call with a mask of many heads; the other kernels ask here where to go. What a
+mask does not touch, by hiding a key or adding to a score, it is not read for.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
@@ -14,11 +15,12 @@ import triton.language as tl
 from fused_mha.backends.triton.tiles import hides
 
 SQUARE = tl.constexpr(16)  # side of what an attn_mask is looked at by; it divides every block
+VISIBLE, TOUCHED = tl.constexpr(1), tl.constexpr(2)  # flags: a key is not hidden; one is hidden, or its score added to
 CHUNK = tl.constexpr(64)  # tiles that are looked up at once, a bit for each
 
 
 class Range(NamedTuple):
-    """Tiles of keys or queries: single scores of those before `whole_begin` or from `whole_end` on may be hidden."""
+    """Tiles of keys or queries: those before `whole_begin` or from `whole_end` on are at an edge of the band."""
 
     begin: Any
     whole_begin: Any
@@ -59,7 +61,7 @@ def visible_rows(call, head, first_column, TILE: tl.constexpr):
     whole_begin = last_column - call.last_visible
     whole_end = first_column - call.first_visible + 1
     if call.padding is not None:
-        end = tl.where(_padding_leaves(call, head, first_column, TILE), end, 0)
+        end = tl.where(_padding_flags(call, head, first_column, TILE) & VISIBLE != 0, end, 0)
     reaches_end = last_column >= call.S
     whole_end = tl.where(reaches_end, 0, whole_end)
     if TILE.VIRTUAL:  # all of them see virtual keys
@@ -103,16 +105,16 @@ def tile_is_visible(call, head, first_row, first_column, TILE: tl.constexpr):
     furthest = last_column - first_row
     is_visible = (nearest <= call.last_visible) & (furthest >= call.first_visible)
     if call.padding is not None:
-        is_visible = is_visible & _padding_leaves(call, head, first_column, TILE)
+        is_visible = is_visible & (_padding_flags(call, head, first_column, TILE) & VISIBLE != 0)
     if call.squares is not None:
         squares = _load_squares(call, head, first_row, first_column, TILE.BLOCK_M, TILE.BLOCK_N)
-        is_visible = is_visible & (tl.max(tl.max(squares, 1), 0) > 0)
+        is_visible = is_visible & (_any(_any(squares, 1), 0) & VISIBLE != 0)
     return is_visible | (last_column >= call.S) if TILE.VIRTUAL else is_visible
 
 
 @triton.jit
-def visible_squares(call, mask_heads, result, BLOCK: tl.constexpr):
-    """Which squares of an attn_mask hide less than everything, uint8 (N|1, H|1, ceil(L / SQUARE), ceil(S / SQUARE))."""
+def mask_squares(call, mask_heads, result, BLOCK: tl.constexpr):
+    """The flags of an attn_mask's squares, uint8 (N|1, H|1, ceil(L / SQUARE), ceil(S / SQUARE))."""
     row_squares = tl.cdiv(call.L, SQUARE)
     blocks = tl.cdiv(call.S, BLOCK)
     row_square = tl.program_id(0) // blocks  # of all matrices
@@ -122,9 +124,8 @@ def visible_squares(call, mask_heads, result, BLOCK: tl.constexpr):
     at = call.attn_mask + matrix // mask_heads * call.mask_n + matrix % mask_heads * call.mask_h
     at = at + rows.to(tl.int64)[:, None] * call.mask_l + columns[None, :]
     is_read = (rows < call.L)[:, None] & (columns < call.S)[None, :]
-    is_visible = is_read & (hides(tl.load(at, mask=is_read, other=0)) == 0)
-    of_columns = tl.max(is_visible.to(tl.int32), 0)
-    of_squares = tl.max(tl.reshape(of_columns, (BLOCK // SQUARE, SQUARE)), 1)
+    of_columns = _any(_flags(tl.load(at, mask=is_read, other=0), is_read), 0)
+    of_squares = _any(tl.reshape(of_columns, (BLOCK // SQUARE, SQUARE)), 1)
     column_squares = tl.cdiv(call.S, SQUARE)
     squares = tl.program_id(0) % blocks * (BLOCK // SQUARE) + tl.arange(0, BLOCK // SQUARE)
     at = result + row_square.to(tl.int64) * column_squares + squares
@@ -132,71 +133,89 @@ def visible_squares(call, mask_heads, result, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def chunk_size(call, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
-    """How many keys, if OF_KEYS, or queries are looked up at once: all, where there is nothing to look up."""
-    if call.squares is None and (call.padding is None or not OF_KEYS):
-        size = 1 << 30
-    else:
-        size = CHUNK * (TILE.BLOCK_N if OF_KEYS else TILE.BLOCK_M)
-    return size
+def chunk_size(BLOCK: tl.constexpr, BITS: tl.constexpr):
+    """How many keys or queries are looked up at once; all, where each tile needs no bit."""
+    return CHUNK * BLOCK if BITS else 1 << 30
 
 
 @triton.jit
-def visible_in_chunk(call, head, first, chunk, end, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
-    """Of the tiles of a chunk, before `end`, a bit for each that the masks leave visible, and their number.
+def look_up(call, head, first, start, end, TILE: tl.constexpr, OF_KEYS: tl.constexpr, BITS: tl.constexpr):
+    """The tiles of a chunk from `start` on, before `end`: those that no mask touches, and the other visible ones.
 
-    The chunk is of keys, for a block of queries from `first` on, if OF_KEYS, else of queries for a block of keys.
+    The chunk is of keys, for a block of queries from `first` on, if OF_KEYS, else of queries for a block of keys. Each
+    of the two is a bit for each tile, if BITS, and the number of the tiles.
     """
     BLOCK: tl.constexpr = TILE.BLOCK_N if OF_KEYS else TILE.BLOCK_M
-    if call.squares is None and (call.padding is None or not OF_KEYS):
-        bits = tl.cast(0, tl.int64)
-        count = tl.cdiv(end - chunk, BLOCK)
-    else:
+    all_touched = 1 if call.attn_mask is not None and call.squares is None else 0
+    if call.padding is not None and not OF_KEYS:
+        all_touched = all_touched | (_padding_flags(call, head, first, TILE) // TOUCHED)
+    if BITS:
         tiles = tl.arange(0, CHUNK)
-        is_visible = (chunk + tiles * BLOCK < end).to(tl.int32)
-        if OF_KEYS and call.padding is not None:
-            unpadded = _unpadded(call, head, chunk + tl.arange(0, CHUNK * BLOCK))
-            is_visible = is_visible * tl.max(tl.reshape(unpadded, (CHUNK, BLOCK)), 1)
+        visible = (start + tiles * BLOCK < end).to(tl.int32)
+        touched = tl.zeros((CHUNK,), tl.int32) + all_touched
+        if call.padding is not None and OF_KEYS:
+            flags = _load_padding(call, head, start + tl.arange(0, CHUNK * BLOCK))
+            flags = _any(tl.reshape(flags, (CHUNK, BLOCK)), 1)
+            visible, touched = visible & flags, touched | (flags // TOUCHED)
         if call.squares is not None:
             if OF_KEYS:
-                of_squares = tl.max(_load_squares(call, head, first, chunk, TILE.BLOCK_M, CHUNK * BLOCK), 0)
+                flags = _any(_load_squares(call, head, first, start, TILE.BLOCK_M, CHUNK * BLOCK), 0)
             else:
-                of_squares = tl.max(_load_squares(call, head, chunk, first, CHUNK * BLOCK, TILE.BLOCK_N), 1)
-            is_visible = is_visible * tl.max(tl.reshape(of_squares, (CHUNK, BLOCK // SQUARE)), 1)
-        bits = tl.sum(is_visible.to(tl.int64) << tiles.to(tl.int64), 0)
-        count = tl.sum(is_visible, 0)
-    return bits, count
+                flags = _any(_load_squares(call, head, start, first, CHUNK * BLOCK, TILE.BLOCK_N), 1)
+            flags = _any(tl.reshape(flags, (CHUNK, BLOCK // SQUARE)), 1)
+            visible, touched = visible & flags, touched | (flags // TOUCHED)
+        touched = visible & touched
+        untouched = visible - touched
+        untouched_count, touched_count = tl.sum(untouched, 0), tl.sum(touched, 0)
+        untouched_bits = tl.sum(untouched.to(tl.int64) << tiles.to(tl.int64), 0)
+        touched_bits = tl.sum(touched.to(tl.int64) << tiles.to(tl.int64), 0)
+    else:
+        touched_count = tl.cdiv(end - start, BLOCK) * all_touched
+        untouched_count = tl.cdiv(end - start, BLOCK) - touched_count
+        untouched_bits = tl.cast(0, tl.int64)
+        touched_bits = untouched_bits
+    return (untouched_bits, untouched_count), (touched_bits, touched_count)
 
 
 @triton.jit
-def next_tile(call, i, bits, OF_KEYS: tl.constexpr):
-    """Which tile of a chunk is the i-th visible one, the bits of those before it being off."""
-    if call.squares is None and (call.padding is None or not OF_KEYS):
-        tile = i
-    else:
+def next_tile(i, bits, BITS: tl.constexpr):
+    """Which tile of a chunk is the i-th, the bits of those before it being off."""
+    if BITS:
         power = (bits & -bits).to(tl.float32).to(tl.int32, bitcast=True)
         tile = ((power >> 23) & 0xFF) - 127  # its exponent
+    else:
+        tile = i
     return tile
 
 
 @triton.jit
-def _padding_leaves(call, head, first_column, TILE: tl.constexpr):
-    """Whether the padding leaves any of a block of keys visible."""
-    columns = first_column + tl.arange(0, TILE.BLOCK_N)
-    return tl.max(_unpadded(call, head, columns), 0) > 0
+def _flags(mask, is_read):
+    """The flags of the values of a mask, 0 where it is not read."""
+    flags = tl.where(hides(mask), 0, VISIBLE) | tl.where(mask == 0, 0, TOUCHED)
+    return tl.where(is_read, flags, 0)
 
 
 @triton.jit
-def _unpadded(call, head, columns):
-    """1 for the keys that the padding leaves visible, else 0."""
+def _any(flags, DIM: tl.constexpr):
+    """The flags that any has, along a dimension."""
+    return tl.max(flags & VISIBLE, DIM) | tl.max(flags & TOUCHED, DIM)
+
+
+@triton.jit
+def _padding_flags(call, head, first_column, TILE: tl.constexpr):
+    """The flags of the padding of a block of keys."""
+    return _any(_load_padding(call, head, first_column + tl.arange(0, TILE.BLOCK_N)), 0)
+
+
+@triton.jit
+def _load_padding(call, head, columns):
     is_key = columns < call.S
-    mask = tl.load(call.padding + head.padding + columns, mask=is_key, other=0)
-    return (is_key & (hides(mask) == 0)).to(tl.int32)
+    return _flags(tl.load(call.padding + head.padding + columns, mask=is_key, other=0), is_key)
 
 
 @triton.jit
 def _load_squares(call, head, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What `visible_squares` found of a part of a head's mask."""
+    """What `mask_squares` found of a part of a head's mask."""
     rows = first_row // SQUARE + tl.arange(0, ROWS // SQUARE)
     columns = first_column // SQUARE + tl.arange(0, COLUMNS // SQUARE)
     row_squares, column_squares = tl.cdiv(call.L, SQUARE), tl.cdiv(call.S, SQUARE)

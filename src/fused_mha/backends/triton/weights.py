@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
+    EDGE,
     head_of,
     kept_weights,
     load_keys,
@@ -40,11 +41,11 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
     for h in range(first_head, first_head + heads):
         head = head_of(call, n, h)
         query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
-        key = load_keys(call, head, columns, TILE, True)
+        key = load_keys(call, head, columns, TILE, EDGE)
         products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
         shift, factor = load_stats(stats, call, head, rows)
         of_head = softmax_tile(
-            call, head, shift[:, None], factor[:, None], products, rows[:, None], columns[None, :], TILE, True
+            call, head, shift[:, None], factor[:, None], products, rows[:, None], columns[None, :], TILE, EDGE
         )
         if call.seed is not None:
             of_head = tl.where(kept_weights(call, head, rows, first_column, TILE), of_head, 0.0)
