@@ -126,6 +126,7 @@ def test_tiles_are_visited_where_a_query_sees_a_key_and_masks_read_where_they_to
         ({"mask_dtype": torch.float32, "mask_shape": "NLS"}, False),
         ({"mask_dtype": torch.float32, "mask_shape": "LS"}, True),
         ({"mask_dtype": torch.bool, "mask_shape": "LS", "L": 4}, False),
+        ({"mask_dtype": torch.float32, "mask_shape": "4D S"}, True),
     ],
 )
 def test_a_mask_is_searched_where_many_heads_share_it_in_a_large_call(attention, monkeypatch, call, is_searched):
@@ -133,5 +134,20 @@ def test_a_mask_is_searched_where_many_heads_share_it_in_a_large_call(attention,
     found = []
     run = launch._run
     monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(kernel.fn.__name__), run(kernel, *rest)))
-    attention(**make_arguments(**{"N": 2, "L": 17, "S": 20, "H": 4, "H_kv": 2, "D": 16} | call))
+    arguments = make_arguments(**{"N": 2, "L": 17, "S": 20, "H": 4, "H_kv": 2, "D": 16} | call)
+    attention(**arguments)
     assert ("mask_squares" in found) is is_searched
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 70, 40), (2, 1, 1, 40), (1, 2, 70, 1), (2, 1, 70, 1), (1, 1, 1, 1)])
+def test_expanded_masks_are_read_where_they_lie(attention, monkeypatch, shape, dtype):
+    arguments = make_arguments(N=2, L=70, S=40, H=2, H_kv=2, D=16, mask_dtype=dtype, mask_shape="4D NHLS")
+    whole = arguments["attn_mask"][tuple(slice(size) for size in shape)]
+    arguments["attn_mask"] = whole.expand(2, 2, 70, 40)
+    found = []
+    run = launch._run
+    monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(rest[2].attn_mask), run(kernel, *rest)))
+    matches_oracle(attention, arguments)
+    assert all(mask.numel() <= whole.numel() * 40 for mask in found)

@@ -160,7 +160,7 @@ def _has_flash(device: torch.device) -> bool:
 def prepare(arguments: Arguments) -> tuple[Call, Config]:
     """The arguments as kernels take them, and how these are launched."""
     query, key, value = (_last_contiguous(x) for x in arguments[:3])
-    mask, padding = (None if x is None else _bytes(_last_contiguous(x)) for x in arguments[3:5])
+    mask, padding = (None if x is None else _bytes(_last_contiguous(_unexpanded(x))) for x in arguments[3:5])
     bias_k, bias_v, seed = (None if x is None else x.contiguous() for x in arguments[5:8])
     N, L, H, D = query.shape
     S, H_kv = key.shape[1:3]
@@ -182,7 +182,7 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         *((0, 0, 0) if mask is None else _strides(mask)),
         0,  # of squares
         0,
-        0 if padding is None else padding.stride(0),
+        0 if padding is None or padding.shape[0] == 1 else padding.stride(0),
         N,
         L,
         S,
@@ -258,6 +258,11 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of the first dimensions; 0 where there is only one to reach."""
     n, i, j = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
     return n, i, j
+
+
+def _unexpanded(x: Tensor) -> Tensor:
+    """Size 1 in the dimensions but the last along which nothing changes."""
+    return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride()[:-1])] if 0 in x.stride() else x
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
