@@ -23,7 +23,7 @@ def blocks(length, size):
 @pytest.fixture
 def searched(monkeypatch):
     """Every mask is searched for tiles to skip, however small the call is and however few heads share the mask."""
-    monkeypatch.setattr(launch, "_has_tiles_to_skip", lambda *_: True)
+    monkeypatch.setattr(launch, "_pays_to_search", lambda *_: True)
 
 
 @pytest.mark.usefixtures("searched")
@@ -151,3 +151,12 @@ def test_expanded_masks_are_read_where_they_lie(attention, monkeypatch, shape, d
     monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(rest[2].attn_mask), run(kernel, *rest)))
     matches_oracle(attention, arguments)
     assert all(mask.numel() <= whole.numel() * 40 for mask in found)
+
+
+@pytest.mark.usefixtures("searched")
+@pytest.mark.parametrize("shape", ["LS", "HLS", "NLS"])
+def test_a_mask_of_the_whole_batch_beside_padding_of_one_element(attention, shape):
+    arguments = make_arguments(N=2, L=20, S=70, H=2, H_kv=1, D=16, mask_dtype=torch.float32, mask_shape=shape)
+    arguments["key_padding_mask"] = torch.zeros(2, 70, dtype=torch.bool)
+    arguments["key_padding_mask"][0, 32:] = True
+    matches_oracle(attention, arguments | {"need_weights": True})

@@ -49,7 +49,7 @@ class Given(NamedTuple):
     output: Any  # (N, L, H, D_v)
     stats: Any  # (2, N, H, L)
     terms: Any  # (3, N, H, L): the shift, the factor and the delta of each query, which `grad_query` stores
-    cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores too; or None: all see a key
+    cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
 
 
 class Queries(NamedTuple):
@@ -230,7 +230,7 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
     for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
         found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
-        for KIND in tl.static_range(2):
+        for KIND in tl.static_range(2):  # PLAIN, MASKED
             bits, count = found[KIND]
             for i in range(count):
                 start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
@@ -313,7 +313,7 @@ def grad_key_value(
         sums = Sums(key=grad_k, value=grad_v, columns=full(0.0, TILE.BLOCK_N))
         for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_M, BITS)):
             found = look_up(call, head, first_column, chunk, tiles.whole_end, TILE, False, BITS)
-            for KIND in tl.static_range(2):
+            for KIND in tl.static_range(2):  # PLAIN, MASKED
                 bits, count = found[KIND]
                 for i in range(count):
                     first_row = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_M
@@ -358,7 +358,8 @@ def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr,
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     batches, heads = call.N // mask_batches, call.H // mask_heads  # that share one
     of_mask = head_of(call, matrix // mask_heads, matrix % mask_heads)
-    sequences = tl.where(tile_is_visible(call, of_mask, first_row, first_column, TILE), batches * heads, 0)
+    is_visible = tile_is_visible(call, of_mask, first_row, first_column, batches > 1, False, TILE)
+    sequences = tl.where(is_visible, batches * heads, 0)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
         head = head_of(call, matrix // mask_heads + i // heads, matrix % mask_heads + i % heads)

@@ -1,7 +1,7 @@
 """Forward attention by an online softmax over tiles of keys (Dao, arXiv 2307.08691, algorithm 1); `launch` calls it.
 
-A program attends from BLOCK_M queries of one head. Tiles of keys that causality, the window or the padding hides from
-all of them are not visited.
+A program attends from BLOCK_M queries of one head. Tiles of keys that causality, the window or the masks hide from all
+of them are not visited; at the edges of the band it looks at no mask for that.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false

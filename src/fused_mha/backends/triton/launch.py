@@ -84,7 +84,7 @@ def attention_gradients(
         output.contiguous(),
         stats.contiguous(),
         empty(True, 3, N, H, L),
-        torch.empty_like(output) if _may_hide_queries(arguments) else None,
+        output.new_empty(output.shape) if _may_hide_queries(arguments) else None,
     )
     averaged = arguments.average_attn_weights
     with _on_device_of(query):
@@ -195,7 +195,7 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         int(p * 65536 + 0.5),
         1 / (1 - p) if p < 1 else 0.0,
     )
-    if mask is not None and _has_tiles_to_skip(mask, arguments):
+    if mask is not None and _pays_to_search(mask, arguments):
         call = _with_squares(call, mask)
     return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]))
 
@@ -211,8 +211,8 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
     return Tile(D, D_v, launch.BLOCK_M, launch.BLOCK_N, block_d, block_dv, has_virtual, is_natural, precision)
 
 
-def _has_tiles_to_skip(mask: Tensor, a: Arguments) -> bool:
-    """Whether it pays to look: the call is large, and so many heads share the mask that one more reading is cheap."""
+def _pays_to_search(mask: Tensor, a: Arguments) -> bool:
+    """Whether the call is large, and so many heads share the mask that to read it once more is cheap."""
     batch, length, heads, _ = a.query.shape
     scores = batch * heads * length * a.key.shape[1]
     return scores >= LEAST_SCORES and 2 * mask.element_size() * mask.numel() <= scores

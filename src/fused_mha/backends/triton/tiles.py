@@ -152,8 +152,10 @@ def _load_keys(
     tensor, row_stride, bias, call, head, columns, D: tl.constexpr, BLOCK_D: tl.constexpr, KIND: tl.constexpr
 ):
     if call.padding is not None and KIND != PLAIN:  # what it hides is never read
-        is_read = columns < call.S
-        is_read = is_read & (hides(tl.load(call.padding + head.padding + columns, mask=is_read, other=0)) == 0)
+        at = call.padding + head.padding + columns
+        is_read = hides(tl.load(at, mask=columns < call.S, other=0) if KIND == EDGE else tl.load(at)) == 0
+        if KIND == EDGE:
+            is_read = is_read & (columns < call.S)
         rows = load_rows(tensor, row_stride, columns, is_read, D, BLOCK_D)
     elif KIND == EDGE:
         rows = load_rows(tensor, row_stride, columns, columns < call.S, D, BLOCK_D)

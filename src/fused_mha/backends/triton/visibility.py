@@ -1,6 +1,6 @@
 """Which tiles a program visits: those that causality, the window, the padding and the attn_mask leave visible.
 
-`launch` runs `mask_squares` once for a call with a mask of many heads; the other kernels ask here where to go. What a
+`launch` runs `mask_squares` before the others, where many heads share a mask; these ask here where to go. What a
 mask does not touch, by hiding a key or adding to a score, it is not read for.
 """
 
@@ -54,7 +54,7 @@ def visible_keys(call, first_row, TILE: tl.constexpr):
 
 @triton.jit
 def visible_rows(call, head, first_column, TILE: tl.constexpr):
-    """The queries that causality and the window let see some of a block's keys; none if the padding hides these."""
+    """The queries that causality and the window let see some of a block's keys, unless the padding hides these."""
     last_column = first_column + TILE.BLOCK_N - 1
     begin = first_column - call.last_visible
     end = last_column - call.first_visible + 1
@@ -98,17 +98,21 @@ def _first_virtual(tiles, call, TILE: tl.constexpr):
 
 
 @triton.jit
-def tile_is_visible(call, head, first_row, first_column, TILE: tl.constexpr):
-    """Whether causality, the window and the masks let any query of a tile see any key."""
+def tile_is_visible(call, head, first_row, first_column, without_padding, without_squares, TILE: tl.constexpr):
+    """Whether causality, the window and a head's masks, but for one that is left out, let a query of a tile see a key.
+
+    A program that sums over heads leaves out the masks that are not the same for all of them.
+    """
     last_column = first_column + TILE.BLOCK_N - 1
     nearest = first_column - (first_row + TILE.BLOCK_M - 1)
     furthest = last_column - first_row
     is_visible = (nearest <= call.last_visible) & (furthest >= call.first_visible)
     if call.padding is not None:
-        is_visible = is_visible & (_padding_flags(call, head, first_column, TILE) & VISIBLE != 0)
+        flags = _padding_flags(call, head, first_column, TILE)
+        is_visible = is_visible & (without_padding | (flags & VISIBLE != 0))
     if call.squares is not None:
-        squares = _load_squares(call, head, first_row, first_column, TILE.BLOCK_M, TILE.BLOCK_N)
-        is_visible = is_visible & (_any(_any(squares, 1), 0) & VISIBLE != 0)
+        flags = _any(_any(_load_squares(call, head, first_row, first_column, TILE.BLOCK_M, TILE.BLOCK_N), 1), 0)
+        is_visible = is_visible & (without_squares | (flags & VISIBLE != 0))
     return is_visible | (last_column >= call.S) if TILE.VIRTUAL else is_visible
 
 

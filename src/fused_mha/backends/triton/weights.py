@@ -34,9 +34,8 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
         n, first_head, heads = matrix, 0, call.H
     else:
         n, first_head, heads = matrix // call.H, matrix % call.H, 1
-    is_visible = tile_is_visible(call, head_of(call, n, first_head), first_row, first_column, TILE)
-    if AVERAGED:
-        is_visible = is_visible | (call.squares_h != 0)  # other heads see otherwise
+    differ = (call.squares_h != 0) & (heads > 1)
+    is_visible = tile_is_visible(call, head_of(call, n, first_head), first_row, first_column, False, differ, TILE)
     heads = tl.where(is_visible, heads, 0)
     for h in range(first_head, first_head + heads):
         head = head_of(call, n, h)
