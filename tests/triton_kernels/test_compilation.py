@@ -33,6 +33,7 @@ CASES = {
         "weights": True,
     },
     "fp32, virtual keys": {"architecture": 80, "dtype": "float32", "D": 64, "virtual": True},
+    "fp32, large heads": {"architecture": 80, "dtype": "float32", "D": 256, "padding": True},
     "small chip": {"architecture": 86, "dtype": "float16", "D": 64, "masks": "float32", "weights": True},
     "small chip, large heads": {"architecture": 86, "dtype": "bfloat16", "D": 256, "padding": True},
     "large heads": {"architecture": 90, "dtype": "bfloat16", "D": 256},

@@ -83,14 +83,14 @@ def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
 
 
 @triton.jit
-def _grad_weights(call, given, head, softmax, rows, columns, AVERAGED: tl.constexpr):
+def _grad_weights(call, given, head, weights, rows, columns, AVERAGED: tl.constexpr):
     """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
     matrix = head.n if AVERAGED else head.n * call.H + head.h
     at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * call.columns + columns
     grad = tl.load(at, mask=(rows < call.L) & (columns < call.columns), other=0.0).to(tl.float32)
     if AVERAGED:
         grad /= call.H
-    return tl.where(softmax == 0.0, 0.0, grad)  # that of log(0) is infinite
+    return tl.where(weights == 0.0, 0.0, grad)  # that of log(0) is infinite
 
 
 @triton.jit
@@ -121,22 +121,24 @@ def _weights_and_gradients(
         shift, factor = queries.shift[:, None], queries.factor[:, None]
         products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
     softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, KIND)
+    weights = softmax
+    if call.seed is not None:
+        kept = kept_weights(call, head, queries.rows, start, TILE)
+        if BY_KEYS:
+            kept = tl.trans(kept)
+        kept = kept.to(tl.float32) * call.kept_factor
+        weights = softmax * kept
     if value is None:
-        grad = _grad_weights(call, given, head, softmax, i, j, AVERAGED)
+        grad = _grad_weights(call, given, head, weights, i, j, AVERAGED)
     else:
         if BY_KEYS:
             grad = tl.dot(value, tl.trans(queries.grad_output), input_precision=TILE.PRECISION)
         else:
             grad = tl.dot(queries.grad_output, tl.trans(value), input_precision=TILE.PRECISION)
         if given.grad_weights is not None:
-            grad += _grad_weights(call, given, head, softmax, i, j, AVERAGED)
-    weights = softmax
+            grad += _grad_weights(call, given, head, weights, i, j, AVERAGED)
     if call.seed is not None:
-        kept = kept_weights(call, head, queries.rows, start, TILE)
-        if BY_KEYS:
-            kept = tl.trans(kept)
-        weights = tl.where(kept, softmax * call.kept_factor, 0.0)
-        grad = tl.where(kept, grad * call.kept_factor, 0.0)
+        grad *= kept
     return softmax, weights, grad
 
 

@@ -48,10 +48,11 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
     weights = exponentials(scores, shift[:, None], call, TILE)
     rescaling = exponentials(row_max, shift, call, TILE)
     row_sum = row_sum * rescaling + tl.sum(weights, 1)
-    if call.seed is not None:
-        weights = tl.where(kept_weights(call, head, rows, start, TILE), weights, 0.0)
     value = load_values(call, head, columns, TILE, KIND)
-    output = tl.dot(weights.to(value.dtype), value, output * rescaling[:, None], input_precision=TILE.PRECISION)
+    weights = weights.to(value.dtype)
+    if call.seed is not None:
+        weights *= kept_weights(call, head, rows, start, TILE)
+    output = tl.dot(weights, value, output * rescaling[:, None], input_precision=TILE.PRECISION)
     return output, later_max, row_sum
 
 

@@ -166,6 +166,7 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
     S, H_kv = key.shape[1:3]
     far = L + S + 1  # beyond every key
     first, last, p = arguments.first_visible, arguments.last_visible, arguments.dropout_p
+    threshold = int(p * 65536 + 0.5)
     call = Call(
         query,
         key,
@@ -192,8 +193,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         -far if first is None else max(first, -far),
         far if last is None else min(last, far),
         arguments.scale,
-        int(p * 65536 + 0.5),
-        1 / (1 - p) if p < 1 else 0.0,
+        min(threshold, 65535),
+        1 / (1 - p) if threshold < 65536 else 0.0,
     )
     if mask is not None and _pays_to_search(mask, arguments):
         call = _with_squares(call, mask)

@@ -54,7 +54,7 @@ _HALF[SMALL] = (
 _FLOAT = (
     Config(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
     Config(Launch(32, 32, 8, 1), Launch(32, 32, 4, 1), Launch(16, 32, 4, 1), Launch(32, 16, 4, 1)),
-    Config(Launch(16, 32, 8, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
+    Config(Launch(16, 16, 8, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
 )
 
 

@@ -70,7 +70,7 @@ class Call(NamedTuple):
     last_visible: Any
     scale: Any
     threshold: Any  # of 16 random bits, from which on dropout keeps
-    kept_factor: Any  # 1 / (1 - dropout_p)
+    kept_factor: Any  # 1 / (1 - dropout_p), 0 where it keeps nothing
 
 
 class Head(NamedTuple):
@@ -275,7 +275,7 @@ def load_of_rows(tensor, call, head, rows):
 
 @triton.jit
 def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
-    """Which weights dropout keeps, (rows, BLOCK_N), from a column that 8 divides.
+    """1 for the weights that dropout keeps, else 0, (rows, BLOCK_N) in the values' dtype, from a column that 8 divides.
 
     Philox4x32-10 (Salmon et al., SC 2011) on the counter (key // 8, query, batch * H + head, offset); each of the 8
     halves of its words draws for one key. `csrc/generic/philox.h` draws the same.
@@ -286,5 +286,7 @@ def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
     offset = each + tl.load(call.seed + 1).to(tl.int32)
     a, b, c, d = tl.philox(tl.load(call.seed), groups, each + rows[:, None], sequence, offset)
     words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
-    bits = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(bits, zeros(rows.shape[0], TILE.BLOCK_N).shape).to(tl.int32) >= call.threshold
+    halves = tl.join(words << 16, words)  # the low one first; what is below the upper 16 bits decides nothing
+    halves = tl.reshape(halves, zeros(rows.shape[0], TILE.BLOCK_N).shape)
+    is_kept = halves >= (tl.cast(call.threshold, tl.uint32) << 16)
+    return tl.where(is_kept, 1.0, 0.0).to(call.value.dtype.element_ty)

@@ -47,7 +47,7 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
             call, head, shift[:, None], factor[:, None], products, rows[:, None], columns[None, :], TILE, EDGE
         )
         if call.seed is not None:
-            of_head = tl.where(kept_weights(call, head, rows, first_column, TILE), of_head, 0.0)
+            of_head *= kept_weights(call, head, rows, first_column, TILE)
         total += of_head
     factor = call.kept_factor / call.H if AVERAGED else call.kept_factor
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.columns + columns[None, :]
