@@ -1,4 +1,4 @@
-"""Philox4x32-10 and the dropout mask that is drawn from it, in numpy, from the paper alone.
+"""Philox4x32-7 and the dropout mask that is drawn from it, in numpy, from the paper alone.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): the multipliers of Philox4x32 and
 the Weyl constants of its key schedule.
@@ -10,7 +10,7 @@ import numpy as np
 
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 WEYL = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
+ROUNDS = 7
 WORD = 0xFFFFFFFF
 
 

@@ -66,7 +66,7 @@ def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.library.impl(schema.LIBRARY, "dropout_mask", "CompositeExplicitAutograd")
 def _dropout_mask(seed: Tensor, shape: list[int], dropout_p: float) -> Tensor:
-    """Philox4x32-10 as `csrc/generic/philox.h` has it, in int64."""
+    """Philox4x32-7 as `csrc/generic/philox.h` has it, in int64."""
     N, H, L, S = shape
     key, offset = seed.unbind()
     counter = [
@@ -76,7 +76,7 @@ def _dropout_mask(seed: Tensor, shape: list[int], dropout_p: float) -> Tensor:
         (offset & _WORD).view(1, 1, 1),
     ]
     keys = [key & _WORD, key >> 32 & _WORD]
-    for _ in range(10):
+    for _ in range(7):
         high_0, low_0 = _multiply(0xD2511F53, counter[0])
         high_1, low_1 = _multiply(0xCD9E8D57, counter[2])
         counter = [high_1 ^ counter[1] ^ keys[0], low_1, high_0 ^ counter[3] ^ keys[1], low_0]

@@ -277,14 +277,14 @@ def load_of_rows(tensor, call, head, rows):
 def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
     """1 for the weights that dropout keeps, else 0, (rows, BLOCK_N) in the values' dtype, from a column that 8 divides.
 
-    Philox4x32-10 (Salmon et al., SC 2011) on the counter (key // 8, query, batch * H + head, offset); each of the 8
+    Philox4x32-7 (Salmon et al., SC 2011) on the counter (key // 8, query, batch * H + head, offset); each of the 8
     halves of its words draws for one key. `csrc/generic/philox.h` draws the same.
     """
     each = zeros(rows.shape[0], TILE.BLOCK_N // 8, tl.int32)
     groups = each + (first_column // 8 + tl.arange(0, TILE.BLOCK_N // 8))[None, :]
     sequence = each + (head.n * call.H + head.h).to(tl.int32)
     offset = each + tl.load(call.seed + 1).to(tl.int32)
-    a, b, c, d = tl.philox(tl.load(call.seed), groups, each + rows[:, None], sequence, offset)
+    a, b, c, d = tl.philox(tl.load(call.seed), groups, each + rows[:, None], sequence, offset, n_rounds=7)
     words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
     halves = tl.join(words << 16, words)  # the low one first; what is below the upper 16 bits decides nothing
     halves = tl.reshape(halves, zeros(rows.shape[0], TILE.BLOCK_N).shape)
