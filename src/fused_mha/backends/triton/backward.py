@@ -206,7 +206,7 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
     query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
     queries = Queries(rows=rows, query=query, grad_output=grad_output, shift=shift, factor=factor)
     tiles = visible_keys(call, first_row, TILE)
-    BITS: tl.constexpr = call.squares is not None or call.padding is not None
+    BITS: tl.constexpr = call.squares is not None or call.padding is not None  # one by one, tiles may be hidden
     delta = full(0.0, TILE.BLOCK_M)
     if BY_OUTPUT:
         output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE)
@@ -309,7 +309,7 @@ def grad_key_value(
     grad_k = zeros(TILE.BLOCK_N, TILE.BLOCK_D)
     grad_v = zeros(TILE.BLOCK_N, TILE.BLOCK_DV)
     tiles = visible_rows(call, head, first_column, TILE)
-    BITS: tl.constexpr = call.squares is not None
+    BITS: tl.constexpr = call.squares is not None  # the padding is that of all tiles
     for h in range(kv * call.group, (kv + 1) * call.group):
         head = head_of(call, n, h)
         sums = Sums(key=grad_k, value=grad_v, columns=full(0.0, TILE.BLOCK_N))

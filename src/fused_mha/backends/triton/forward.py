@@ -66,7 +66,7 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     row_max = full(NEGATIVE_INFINITY, TILE.BLOCK_M)
     row_sum = full(0.0, TILE.BLOCK_M)
     tiles = visible_keys(call, first_row, TILE)
-    BITS: tl.constexpr = call.squares is not None or call.padding is not None
+    BITS: tl.constexpr = call.squares is not None or call.padding is not None  # one by one, tiles may be hidden
     for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
         found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
         for KIND in tl.static_range(2):  # PLAIN, MASKED
