@@ -1,6 +1,7 @@
 """Compiles the Triton kernels of some calls for GPUs that need not be there; `test_compilation` runs it by itself.
 
-It prints a JSON list: of each kernel its name, registers, bytes of stack and of shared memory.
+It is given a JSON list of calls and prints a list for each: of its kernels the name, the registers, and the bytes of
+stack and of shared memory.
 """
 
 from __future__ import annotations
@@ -108,5 +109,5 @@ def kernels(architecture, dtype, D, N=8, H=12, masks=None, padding=False, dropou
 
 
 if __name__ == "__main__":
-    case = json.loads(sys.argv[1])
-    print(json.dumps(kernels(**case | {"dtype": getattr(torch, case["dtype"])})))
+    cases = json.loads(sys.argv[1])
+    print(json.dumps([kernels(**case | {"dtype": getattr(torch, case["dtype"])}) for case in cases]))
