@@ -1,7 +1,9 @@
 // The forward of a whole multi-head attention module: project, attend, project back (torch.nn.MultiheadAttention).
 //
-// The weights are packed once. Then some batch elements at a time go through all three steps, so that what one step
-// writes is still in the cache for the next. In training the projections and the heads are kept for the backward.
+// The weights are packed once. Then some batch elements at a time, a group, go through all three steps, so that what one
+// step writes is still in the cache for the next. Many short sequences make groups that are tasks: the threads meet once,
+// whatever the batch, which is what a busy machine asks for. Else all threads share the steps of a group. In training the
+// projections and the heads are kept for the backward.
 #pragma once
 
 #include "generic/attention_forward.h"
@@ -63,7 +65,9 @@ private:
 struct Group {
     fused_mha_forward_arguments core;
     Projection in[3], out;
-    int64_t in_count;
+    int64_t in_count, own_bytes;
+
+    uintptr_t stage() const { return reinterpret_cast<uintptr_t>(core.attention.workspace.data); }
 };
 
 template <class P>
@@ -73,44 +77,58 @@ public:
         : call(call),
           N(call.query.size[0]),
           threads(work() < SERIAL_WORK ? 1 : call.core.attention.threads),
-          group_size(ceil_div(N, ceil_div(N, most_of_group()))) {
+          groups{N, groups_in_tasks() > 0 ? groups_in_tasks() : ceil_div(N, most_of_group())},
+          workers(groups_in_tasks() > 0 ? threads : 1) {
         void* const workspace = call.core.attention.workspace.data;
         Arena arena{workspace ? aligned(workspace) : CACHE_LINE};
-        if (!call.core.attention.query.data) place_projections(arena);
-        const Group first = group(0), last = group(max(N - 1, 0) / group_size * group_size);
-        for (int64_t i = 0; i <= first.in_count; ++i)
-            packed[i] = uintptr_t(arena.take<char>(product(first, i).packed_bytes()));
-        stage = arena.base + uintptr_t(arena.used);
+        const uintptr_t begin = arena.base;
+        const Group first = group(0, begin);
+        for (int64_t i = 0; i <= first.in_count; ++i) {
+            const Product<P> projection = product(first, i);
+            packed[i] = uintptr_t(arena.take<char>(projection.packs_right_alone() ? projection.packed_bytes() : 0));
+        }
+        of_workers = arena.base + uintptr_t(arena.used);
         // The last group may be smaller, and divide its work otherwise.
-        bytes = workspace_bytes(arena.used, max(stage_bytes(first), stage_bytes(last)), 1);
+        of_worker = max(bytes_of(first), bytes_of(group(groups.parts - 1, begin)));
+        bytes = workspace_bytes(arena.used, of_worker, workers);
     }
 
     int64_t workspace() const { return bytes; }
 
     void run() {
-        const Group first = group(0);
+        const Group first = group(0, of_workers);
         for (int64_t i = 0; i <= first.in_count; ++i)
-            if (Product<P> projection = product(first, i); projection.packs_right_alone()) projection.pack(packed[i]);
-        for (int64_t n = 0; n < N; n += group_size) {
-            const Group g = group(n);
+            if (Product<P> projection = product(first, i, threads); projection.packs_right_alone()) projection.pack(packed[i]);
+        auto task = [&](int64_t index, int64_t worker) {
+            const Group g = group(index, of_workers + uintptr_t(worker * of_worker));
             for (int64_t i = 0; i < g.in_count; ++i) project(g, i);
-            Forward<P>(g.core, n).run();
+            Forward<P>(g.core, groups.begin(index)).run();
             project(g, g.in_count);
-        }
+        };
+        fused_mha::run(groups.parts, workers, task);
     }
 
 private:
     static constexpr int64_t FEWEST_ROWS = 512, ROWS_OF_THREAD = 256;  // of a group
-    static constexpr double SERIAL_WORK = 1 << 20;  // multiply-adds that are not worth waking another thread for
+    static constexpr int64_t LONGEST_OF_TASK = 1024;  // rows of a sequence that one thread attends to alone
+    static constexpr double SERIAL_WORK = 1 << 20;    // multiply-adds that are not worth waking another thread for
     const fused_mha_module_arguments& call;
-    const int64_t N, threads, group_size;
-    fused_mha_tensor projections[3], heads;  // of a group, where the caller does not keep them
-    uintptr_t packed[4], stage;              // the weights in, joined, and out; the workspace of one step at a time
-    int64_t bytes;
+    const int64_t N, threads;
+    const Parts groups;
+    const int64_t workers;  // that take groups; each has the other threads for its steps where it is the only one
+    uintptr_t packed[4];    // the weights in, joined, and out, where they are packed
+    uintptr_t of_workers;   // what each has beside them: projections and heads, where the caller keeps none, and a workspace
+    int64_t of_worker, bytes;
 
-    int64_t most_of_group() const {
-        const int64_t rows = max(FEWEST_ROWS, ROWS_OF_THREAD * threads);
-        return max(min(rows / max(call.query.size[1], call.key.size[1]), N), 1);
+    int64_t longest() const { return max(call.query.size[1], call.key.size[1]); }
+    int64_t most_of_group() const { return max(min(max(FEWEST_ROWS, ROWS_OF_THREAD * threads) / longest(), N), 1); }
+
+    // How many groups are tasks; 0 where the sequences are long, or too few to keep all threads busy to the end.
+    int64_t groups_in_tasks() const {
+        if (threads == 1 || longest() > LONGEST_OF_TASK) return 0;
+        const int64_t most = max(ROWS_OF_THREAD / longest(), 1);
+        const int64_t rounds = ceil_div(ceil_div(N, most), threads), tasks = min(rounds * threads, N);
+        return tasks >= threads && ceil_div(tasks, threads) * threads * 10 <= tasks * 11 ? tasks : 0;
     }
 
     double work() const {
@@ -123,25 +141,34 @@ private:
                double(N * call.query.size[1]) * double(call.key.size[1]) * double(a.query.size[2] * 2 * a.query.size[3]);
     }
 
-    Product<P> product(const Group& g, int64_t i) const {
-        const Matrices matrices = (i < g.in_count ? g.in[i] : g.out).matrices(threads);
-        return Product<P>(group_size < N ? matrices : matrices.with_fewer_to_pack());
+    int64_t threads_of_group() const { return workers > 1 ? 1 : threads; }
+
+    Product<P> product(const Group& g, int64_t i, int64_t with_threads) const {
+        const Projection& projection = i < g.in_count ? g.in[i] : g.out;
+        return Product<P>(projection.matrices(with_threads).with_least_to_pack(N * projection.x.size[1]));
     }
+    Product<P> product(const Group& g, int64_t i) const { return product(g, i, threads_of_group()); }
 
     void project(const Group& g, int64_t i) const {
         Product<P> projection = product(g, i);
-        if (!projection.packs_right_alone()) projection.pack(packed[i]);
-        projection.multiply(packed[i], stage);
+        if (projection.packs_right_alone()) return projection.multiply(packed[i], g.stage());
+        projection.pack(g.stage());
+        projection.multiply(g.stage(), g.stage() + uintptr_t(projection.packed_bytes()));
     }
 
-    int64_t stage_bytes(const Group& g) const {
+    // Of one group: its own projections and heads, and the workspace of one step at a time.
+    int64_t bytes_of(const Group& g) const {
         int64_t most = Forward<P>(g.core).workspace();
-        for (int64_t i = 0; i <= g.in_count; ++i) most = max(most, workspace_bytes(0, product(g, i).worker_bytes(), threads));
-        return most;
+        for (int64_t i = 0; i <= g.in_count; ++i) {
+            const Product<P> projection = product(g, i);
+            const int64_t own = projection.packs_right_alone() ? 0 : projection.packed_bytes();
+            most = max(most, workspace_bytes(own, projection.worker_bytes(), threads_of_group()));
+        }
+        return workspace_bytes(g.own_bytes, most, 1);
     }
 
     // Those of one input lie side by side, so that one product makes them.
-    void place_projections(Arena& arena) {
+    void place_projections(Arena& arena, int64_t count, fused_mha_tensor (&projections)[3]) const {
         const fused_mha_attention& a = call.core.attention;
         const fused_mha_tensor* const inputs[] = {&call.query, &call.key, &call.value};
         const fused_mha_tensor* const results[] = {&a.query, &a.key, &a.value};
@@ -151,43 +178,51 @@ private:
             do width += results[end]->size[2] * results[end]->size[3];
             while (++end < 3 && inputs[end]->data == inputs[i]->data && inputs[end]->size[1] == inputs[i]->size[1]);
             const int64_t rows = inputs[i]->size[1];
-            char* at = arena.take<char>(group_size * rows * width * item_size(a.query.dtype));
+            char* at = arena.take<char>(count * rows * width * item_size(a.query.dtype));
             for (; i < end; ++i) {
-                projections[i] = sequences(at, *results[i], rows, width);
+                projections[i] = sequences(at, *results[i], count, rows, width);
                 at += results[i]->size[2] * results[i]->size[3] * item_size(a.query.dtype);
             }
         }
-        const int64_t L = call.query.size[1], width = call.core.output.size[2] * call.core.output.size[3];
-        heads = sequences(arena.take<char>(group_size * L * width * item_size(a.query.dtype)), call.core.output, L, width);
     }
 
-    // A tensor (group, rows, H, D) like `of`, in rows of `width`.
-    fused_mha_tensor sequences(char* data, const fused_mha_tensor& of, int64_t rows, int64_t width) const {
+    // A tensor (count, rows, H, D) like `of`, in rows of `width`.
+    static fused_mha_tensor sequences(char* data, const fused_mha_tensor& of, int64_t count, int64_t rows, int64_t width) {
         const int64_t D = of.size[3];
-        return {data, of.dtype, 0, {group_size, rows, of.size[2], D}, {rows * width, width, D, 1}};
+        return {data, of.dtype, 0, {count, rows, of.size[2], D}, {rows * width, width, D, 1}};
     }
 
-    Group group(int64_t first) const {
-        const int64_t count = min(group_size, N - first);
+    // With what it has of its own from `base` on.
+    Group group(int64_t index, uintptr_t base) const {
+        const int64_t first = groups.begin(index), count = groups.size(index);
         const auto part = [&](const fused_mha_tensor& t, int dim = 0) { return of_batch(t, first, count, dim); };
-        // The caller's tensor, or the one of every group in its place.
-        const auto kept = [&](const fused_mha_tensor& t, fused_mha_tensor own) {
-            own.size[0] = count;
-            return t.data ? part(t) : own;
-        };
-        Group g{call.core, {}, {{}, call.out_weight, call.out_bias, part(call.output)}, 0};
+        Group g{call.core, {}, {{}, call.out_weight, call.out_bias, part(call.output)}, 0, 0};
         fused_mha_attention& a = g.core.attention;
-        a.query = kept(a.query, projections[0]);
-        a.key = kept(a.key, projections[1]);
-        a.value = kept(a.value, projections[2]);
-        g.core.output = g.out.x = kept(g.core.output, heads);
+        if (a.query.data) {
+            a.query = part(a.query);
+            a.key = part(a.key);
+            a.value = part(a.value);
+            g.core.output = part(g.core.output);
+        } else {
+            Arena arena{base};
+            fused_mha_tensor projections[3];
+            place_projections(arena, count, projections);
+            a.query = projections[0];
+            a.key = projections[1];
+            a.value = projections[2];
+            const int64_t L = call.query.size[1], width = call.core.output.size[2] * call.core.output.size[3];
+            char* const heads = arena.take<char>(count * L * width * item_size(a.query.dtype));
+            g.core.output = sequences(heads, call.core.output, count, L, width);
+            g.own_bytes = arena.used;
+        }
+        g.out.x = g.core.output;
         a.attn_mask = part(a.attn_mask);
         a.key_padding_mask = part(a.key_padding_mask);
         a.stats = part(a.stats, 1);
         g.core.weights = part(g.core.weights);
         g.core.lse = part(g.core.lse);
-        a.workspace.data = reinterpret_cast<void*>(stage);
-        a.threads = threads;
+        a.workspace.data = reinterpret_cast<void*>(base + uintptr_t(g.own_bytes));
+        a.threads = threads_of_group();
         const Projection all[] = {{part(call.query), call.query_weight, call.query_bias, a.query},
                                   {part(call.key), call.key_weight, call.key_bias, a.key},
                                   {part(call.value), call.value_weight, call.value_bias, a.value}};

@@ -117,6 +117,20 @@ FMHA_INLINE void transpose_steps(V* x) {
     }
 }
 
+// Lane i of the result is the sum of the lanes of x[i], of as many vectors as they have lanes; x is overwritten.
+template <class T, int WIDTH = LANES<T> / 2>
+FMHA_INLINE Vec<T> sum_lanes(Vec<T>* x) {
+    if constexpr (WIDTH == 0) {
+        return x[0];
+    } else {
+        constexpr auto all = std::make_index_sequence<LANES<T>>{};
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; ++i)
+            x[i] = exchange<Vec<T>, WIDTH, false>(x[i], x[i + WIDTH], all) + exchange<Vec<T>, WIDTH, true>(x[i], x[i + WIDTH], all);
+        return sum_lanes<T, WIDTH / 2>(x);
+    }
+}
+
 // NR rows as the columns of one panel: to[column][NR].
 template <class T, class Data>
 void pack_transposed_of(const void* const* rows, int64_t columns, T* to) {

@@ -1,74 +1,29 @@
 // Matrix products of whole tensors: C = A B, plus a bias on every row. The projections and their gradients are such.
 //
 // B is packed once for all tasks; a task packs some rows of A and multiplies them with some panels of B. The three
-// products of a linear layer differ in which operands lie transposed: y = x W^T, dx = dy W, dW = dy^T x. Where x has few
-// rows, packing W would cost as much as the product: y^T = W x^T takes its place, with the same sums.
+// products of a linear layer differ in which operands lie transposed: y = x W^T, dx = dy W, dW = dy^T x. Where x has less
+// to pack than W, y^T = W x^T takes its place, with the same sums; where it has a few rows, few_rows.h packs nothing.
 #pragma once
 
-#include "generic/attention.h"
-#include "parallel.h"
+#include "generic/few_rows.h"
 
 namespace fused_mha::FMHA_ISA {
 namespace {
 
-// The rows of a tensor (outer, inner, columns), one after the other.
-class Rows {
-public:
-    int64_t dtype;
-
-    explicit Rows(const fused_mha_tensor& t)
-        : dtype(t.dtype), data(static_cast<char*>(t.data)), inner(t.size[1]), outer_stride(t.stride[0] * item_size(dtype)),
-          inner_stride(t.stride[1] * item_size(dtype)) {
-        if (t.size[0] == 1 || outer_stride == inner * inner_stride) inner = INT64_MAX;  // rows of one stride: no division
-    }
-
-    FMHA_INLINE void* operator()(int64_t i, int64_t column = 0) const {
-        return data + (i < inner ? i * inner_stride : i / inner * outer_stride + i % inner * inner_stride) +
-               column * item_size(dtype);
-    }
-
-    // Bytes from row to row; 0 where that differs.
-    int64_t stride() const { return inner == INT64_MAX ? inner_stride : 0; }
-
-private:
-    char* data;
-    int64_t inner, outer_stride, inner_stride;  // strides in bytes
-};
-
-// What is multiplied: A (M, K), or (K, M) where it lies transposed, with B (K, N), or (N, K), to C (M, N).
-struct Matrices {
-    Rows left, right, output;
-    const void* bias;  // (N), of C's type, or null
-    int64_t M, N, K;
-    bool left_is_transposed, right_is_transposed;
-    int64_t threads;
-    bool output_is_transposed = false;  // C lies as (N, M), and the bias belongs to its columns there, (M)
-
-    static constexpr int64_t FEW_ROWS = 128;
-
-    // C^T = B^T A^T where that is less to pack.
-    Matrices with_fewer_to_pack() const {
-        if (M > FEW_ROWS || M >= N || left_is_transposed || !right_is_transposed) return *this;
-        return {right, left, output, bias, N, M, K, false, true, threads, true};
-    }
-};
-
 template <class P>
-class Product {
+class TiledProduct {
 public:
     using T = typename P::Accumulator;
     static constexpr int COLUMNS = NR<T>, W = LANES<T>;
     static constexpr int64_t A_WIDTH = Panels<P>::A_WIDTH;
 
-    explicit Product(const Matrices& matrices)
+    explicit TiledProduct(const Matrices& matrices)
         : of(matrices),
           column_panels(ceil_div(of.N, COLUMNS)),
           row_panels(of.left_is_transposed ? ceil_div(of.M, COLUMNS) : 0),
           panel_size(Panels<P>::steps(of.K) * COLUMNS),
           reads_left_in_place((of.output_is_transposed || (P::KSTEP == 1 && !of.left_is_transposed)) && of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 &&
                               of.left.stride() % CRITICAL_STRIDE != 0),
-          reads_right_in_place(of.M <= Matrices::FEW_ROWS && !of.right_is_transposed && !of.left_is_transposed &&
-                               of.right.dtype == P::OPERAND && P::KSTEP == 1 && of.N % COLUMNS == 0 && of.right.stride()),
           row_tiles(of.left_is_transposed ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
                                           : Parts{of.M, ceil_div(of.M, MR)}) {
         // Tasks of some row tiles by some panels of columns: enough for the threads, as long as packing A stays cheap.
@@ -85,7 +40,7 @@ public:
     // Bytes of what is packed for all tasks, and of what each thread needs beside it.
     int64_t packed_bytes() const {
         Arena shared{0};
-        shared.take<T>(right_size());
+        shared.take<T>(column_panels * panel_size);
         shared.take<T>(row_panels * panel_size);
         return shared.used;
     }
@@ -97,7 +52,7 @@ public:
     void pack(uintptr_t packed) {
         place(packed);
         const int64_t blocks = max(ceil_div(of.K, PACKED_ROWS), 1);
-        const int64_t of_right = reads_right_in_place ? 0 : of.right_is_transposed ? column_panels : blocks;
+        const int64_t of_right = of.right_is_transposed ? column_panels : blocks;
         auto pack = [&](int64_t index, int64_t) {
             if (index >= of_right)
                 pack_rows(of.left, index - of_right, of.M, left);
@@ -106,7 +61,8 @@ public:
             else
                 pack_rows(of.right, index, of.N, right);
         };
-        fused_mha::run(of_right + (of.left_is_transposed ? blocks : 0), of.threads, pack);
+        const int64_t threads = packed_bytes() < SERIAL_BYTES ? 1 : of.threads;
+        fused_mha::run(of_right + (of.left_is_transposed ? blocks : 0), threads, pack);
     }
 
     void multiply(uintptr_t packed, uintptr_t workers) {
@@ -121,20 +77,19 @@ public:
 private:
     static constexpr int64_t TILES_OF_TASK = 12, TASKS_OF_THREAD = 8, FEWEST_PANELS = 2, PACKED_ROWS = 128;
     static constexpr int64_t TILES_OF_PANEL = (COLUMNS + MR - 1) / MR;
+    static constexpr int64_t SERIAL_BYTES = 256 * 1024;  // that are packed before another thread has woken
     static constexpr int64_t CRITICAL_STRIDE = 4096;  // bytes; rows so far apart fall into one set of the cache
     const Matrices of;
     const int64_t column_panels, row_panels, panel_size;
-    const bool reads_left_in_place, reads_right_in_place;  // the few rows of the other operand do not pay for packing
+    const bool reads_left_in_place;  // the few rows of the other operand do not pay for packing
     const Parts row_tiles;
     Parts row_chunks, column_chunks;
     int64_t worker_size;
     T *right, *left;  // packed: [panel of N or M][step along K][COLUMNS]
 
-    int64_t right_size() const { return reads_right_in_place ? 0 : column_panels * panel_size; }
-
     void place(uintptr_t packed) {
         Arena shared{packed};
-        right = shared.take<T>(right_size());
+        right = shared.take<T>(column_panels * panel_size);
         left = shared.take<T>(row_panels * panel_size);
     }
 
@@ -158,7 +113,7 @@ private:
 
     class Worker {
     public:
-        Worker(const Product& product, Arena& arena)
+        Worker(const TiledProduct& product, Arena& arena)
             : product(product),
               of(product.of),
               tile_size(of.left_is_transposed || product.reads_left_in_place ? 0 : MR * A_WIDTH * Panels<P>::panels(of.K)),
@@ -175,7 +130,7 @@ private:
         }
 
     private:
-        const Product& product;
+        const TiledProduct& product;
         const Matrices& of;
         const int64_t tile_size;
         T *const tiles, *const result;
@@ -189,9 +144,7 @@ private:
 
         void multiply(int64_t t, const T* tile, int64_t panel) const {
             const int64_t steps = Panels<P>::steps(of.K);
-            const bool in_place = product.reads_right_in_place;
-            const void* const b = in_place ? of.right(0, panel * COLUMNS) : product.right + panel * product.panel_size;
-            const int64_t b_row_stride = in_place ? of.right.stride() / int64_t(sizeof(T)) : COLUMNS;
+            const T* const b = product.right + panel * product.panel_size;
             const int64_t columns = min(of.N - panel * COLUMNS, COLUMNS);
             int64_t first, rows;
             void* to[MR];
@@ -209,7 +162,7 @@ private:
                 place_output();
                 gemm_in_blocks<P, Layout::TRANSPOSED>(int(rows), columns,
                                         {product.left + m * product.panel_size + of_panel.begin(part), COLUMNS,
-                                         COLUMNS * COLUMNS, b, b_row_stride, result, steps, false});
+                                         COLUMNS * COLUMNS, b, COLUMNS, result, steps, false});
             } else {
                 first = product.row_tiles.begin(t);
                 rows = product.row_tiles.size(t);
@@ -217,10 +170,10 @@ private:
                 if (product.reads_left_in_place)
                     gemm_in_blocks<P, Layout::ROWS>(
                         int(rows), columns,
-                        {of.left(first), A_WIDTH, A_WIDTH, b, b_row_stride, result, steps, false, of.left.stride()});
+                        {of.left(first), A_WIDTH, A_WIDTH, b, COLUMNS, result, steps, false, of.left.stride()});
                 else
                     gemm_in_blocks<P>(int(rows), columns,
-                                      {tile, A_WIDTH, rows * A_WIDTH, b, b_row_stride, result, steps, false});
+                                      {tile, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, false});
             }
             if (of.output_is_transposed)
                 write_transposed(first, rows, panel * COLUMNS, columns);
@@ -269,6 +222,29 @@ private:
             });
         }
     };
+};
+
+// A product in the way that its matrices ask for.
+template <class P>
+class Product {
+public:
+    explicit Product(const Matrices& matrices) : is_few(matrices.has_few_rows), few(matrices), tiled(matrices) {}
+
+    // Bytes of what is packed for all tasks, and of what each thread needs beside it.
+    int64_t packed_bytes() const { return is_few ? few.packed_bytes() : tiled.packed_bytes(); }
+    int64_t worker_bytes() const { return is_few ? few.worker_bytes() : tiled.worker_bytes(); }
+    // Whether that is the right operand, as given, and may be packed before the left one is there.
+    bool packs_right_alone() const { return !is_few && tiled.packs_right_alone(); }
+
+    void pack(uintptr_t packed) { is_few ? few.pack(packed) : tiled.pack(packed); }
+    void multiply(uintptr_t packed, uintptr_t workers) {
+        is_few ? few.multiply(packed, workers) : tiled.multiply(packed, workers);
+    }
+
+private:
+    const bool is_few;
+    const FewRows<P> few;
+    TiledProduct<P> tiled;
 };
 
 }  // namespace

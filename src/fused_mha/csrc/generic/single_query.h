@@ -131,7 +131,7 @@ private:
             for (int64_t c = 0; key && c < columns; c += W)
                 sums[i] = sums[i] + load(query_of(i) + c) * load_some<T, Data>(key + c, columns - c);
         }
-        return sum_lanes(sums);
+        return sum_lanes<T>(sums);
     }
     template <class Data, int VECTORS, class Q, class K>
     static FMHA_INLINE Vec<T> dots_of(const Q& query_of, const K& key_of) {
@@ -145,18 +145,8 @@ private:
                 for (int v = 0; v < VECTORS; ++v)
                     sums[i] = sums[i] + load(query_of(i) + v * W) * Data::load(key + v * W);
         }
-        return sum_lanes(sums);
+        return sum_lanes<T>(sums);
     }
-    // Lane i of the result is the sum of the lanes of x[i].
-    static FMHA_INLINE Vec<T> sum_lanes(Vec<T>* x) {
-        transpose_steps<Vec<T>, W, W / 2>(x);
-#pragma GCC unroll 16
-        for (int width = W / 2; width > 0; width /= 2)
-#pragma GCC unroll 16
-            for (int i = 0; i < width; ++i) x[i] = x[i] + x[i + width];
-        return x[0];
-    }
-
     template <class Data, int ROWS>
     static FMHA_INLINE void add_rows(const T* weights, const void* const* values, int64_t columns, T* output,
                                      bool accumulate) {

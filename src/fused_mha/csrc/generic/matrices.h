@@ -1,0 +1,60 @@
+// What a product of matrices is made of: the rows of tensors. product.h and few_rows.h compute it.
+#pragma once
+
+#include "generic/attention.h"
+#include "parallel.h"
+
+namespace fused_mha::FMHA_ISA {
+namespace {
+
+// The rows of a tensor (outer, inner, columns), one after the other.
+class Rows {
+public:
+    int64_t dtype;
+
+    explicit Rows(const fused_mha_tensor& t)
+        : dtype(t.dtype), data(static_cast<char*>(t.data)), inner(t.size[1]), outer_stride(t.stride[0] * item_size(dtype)),
+          inner_stride(t.stride[1] * item_size(dtype)) {
+        if (t.size[0] == 1 || outer_stride == inner * inner_stride) inner = INT64_MAX;  // rows of one stride: no division
+    }
+
+    FMHA_INLINE void* operator()(int64_t i, int64_t column = 0) const {
+        return data + (i < inner ? i * inner_stride : i / inner * outer_stride + i % inner * inner_stride) +
+               column * item_size(dtype);
+    }
+
+    // Bytes from row to row; 0 where that differs.
+    int64_t stride() const { return inner == INT64_MAX ? inner_stride : 0; }
+
+private:
+    char* data;
+    int64_t inner, outer_stride, inner_stride;  // strides in bytes
+};
+
+// What is multiplied: A (M, K), or (K, M) where it lies transposed, with B (K, N), or (N, K), to C (M, N).
+struct Matrices {
+    Rows left, right, output;
+    const void* bias;  // (N), of C's type, or null
+    int64_t M, N, K;
+    bool left_is_transposed, right_is_transposed;
+    int64_t threads;
+    bool output_is_transposed = false;  // C lies as (N, M), and the bias belongs to its columns there, (M)
+
+    bool has_few_rows = false;  // few_rows.h computes it
+
+    static constexpr int64_t FEW_ROWS = 32, LESS_TO_PACK = 128;  // rows
+
+    // As it has least to pack: by a few rows, or C^T = B^T A^T. `all_rows` counts those of the whole call, of which this
+    // may be a part: the sums must not depend on how it is cut.
+    Matrices with_least_to_pack(int64_t all_rows) const {
+        Matrices m = *this;
+        m.has_few_rows = right_is_transposed ? !left_is_transposed && all_rows <= FEW_ROWS
+                                             : all_rows <= (left_is_transposed ? FEW_ROWS : LESS_TO_PACK);
+        if (m.has_few_rows || all_rows > LESS_TO_PACK || M >= N || left_is_transposed || !right_is_transposed) return m;
+        return {right, left, output, bias, N, M, K, false, true, threads, true};
+    }
+    Matrices with_least_to_pack() const { return with_least_to_pack(left_is_transposed ? K : M); }
+};
+
+}  // namespace
+}  // namespace fused_mha::FMHA_ISA
