@@ -31,7 +31,7 @@ public:
         row_chunks = {row_tiles.parts, ceil_div(row_tiles.parts, TILES_OF_TASK)};
         if (of.output_is_transposed) row_chunks.parts = max(row_chunks.parts, min(wanted, row_tiles.parts));
         const int64_t columns = ceil_div(wanted, max(row_chunks.parts, 1));
-        column_chunks = {column_panels, max(min(columns, column_panels / FEWEST_PANELS), 1)};
+        column_chunks = {column_panels, max(max(min(columns, column_panels / FEWEST_PANELS), ceil_div(column_panels, MOST_PANELS)), 1)};
         Arena measure{0};
         Worker(*this, measure);
         worker_size = measure.used;
@@ -75,7 +75,7 @@ public:
     }
 
 private:
-    static constexpr int64_t TILES_OF_TASK = 12, TASKS_OF_THREAD = 8, FEWEST_PANELS = 2, PACKED_ROWS = 128;
+    static constexpr int64_t TILES_OF_TASK = 12, TASKS_OF_THREAD = 8, FEWEST_PANELS = 2, MOST_PANELS = 12, PACKED_ROWS = 128;
     static constexpr int64_t TILES_OF_PANEL = (COLUMNS + MR - 1) / MR;
     static constexpr int64_t SERIAL_BYTES = 256 * 1024;  // that are packed before another thread has woken
     static constexpr int64_t CRITICAL_STRIDE = 4096;  // bytes; rows so far apart fall into one set of the cache
@@ -86,6 +86,8 @@ private:
     Parts row_chunks, column_chunks;
     int64_t worker_size;
     T *right, *left;  // packed: [panel of N or M][step along K][COLUMNS]
+
+    int64_t most_panels() const { return ceil_div(column_panels, column_chunks.parts); }  // of a task
 
     void place(uintptr_t packed) {
         Arena shared{packed};
@@ -118,22 +120,32 @@ private:
               of(product.of),
               tile_size(of.left_is_transposed || product.reads_left_in_place ? 0 : MR * A_WIDTH * Panels<P>::panels(of.K)),
               tiles(arena.take<T>(TILES_OF_TASK * tile_size)),
-              result(arena.take<T>(MR * COLUMNS)) {}
+              results(arena.take<T>(TILES_OF_TASK * product.most_panels() * RESULT_SIZE)) {}
 
+        // Along K in blocks: that of a panel of B stays in the first-level cache for all row tiles of the task.
         void run(int64_t row_chunk, int64_t column_chunk) {
             const int64_t begin = product.row_chunks.begin(row_chunk), end = product.row_chunks.begin(row_chunk + 1);
             if (tile_size > 0)
                 for (int64_t t = begin; t < end; ++t) pack_tile(t, tiles + (t - begin) * tile_size);
             const Parts& columns = product.column_chunks;
-            for (int64_t p = columns.begin(column_chunk); p < columns.begin(column_chunk + 1); ++p)
-                for (int64_t t = begin; t < end; ++t) multiply(t, tiles + (t - begin) * tile_size, p);
+            const int64_t first = columns.begin(column_chunk), last = columns.begin(column_chunk + 1);
+            const int64_t steps = Panels<P>::steps(of.K), block = BLOCK_PANELS * (of.left_is_transposed ? COLUMNS : A_WIDTH);
+            int64_t k = 0;
+            do {  // also with nothing to sum: C is written
+                T* result = results;
+                for (int64_t p = first; p < last; ++p)
+                    for (int64_t t = begin; t < end; ++t, result += RESULT_SIZE)
+                        multiply(t, tiles + (t - begin) * tile_size, p, k, min(block, steps - k), k + block >= steps, result);
+                k += block;
+            } while (k < steps);
         }
 
     private:
+        static constexpr int64_t RESULT_SIZE = MR * COLUMNS, BLOCK_PANELS = 4;
         const TiledProduct& product;
         const Matrices& of;
         const int64_t tile_size;
-        T *const tiles, *const result;
+        T *const tiles, *const results;  // of the task, [panel][tile]
 
         void pack_tile(int64_t t, T* to) const {
             const Parts& parts = product.row_tiles;
@@ -142,43 +154,38 @@ private:
             Panels<P>::pack_a(of.left.dtype, rows, parts.size(t), of.K, to);
         }
 
-        void multiply(int64_t t, const T* tile, int64_t panel) const {
-            const int64_t steps = Panels<P>::steps(of.K);
-            const T* const b = product.right + panel * product.panel_size;
+        // A row tile by a panel for `steps` along K from `k` on, added to `result`; with the last of them, C is written.
+        void multiply(int64_t t, const T* tile, int64_t panel, int64_t k, int64_t steps, bool is_last, T* result) const {
+            const T* const b = product.right + panel * product.panel_size + k * COLUMNS;
             const int64_t columns = min(of.N - panel * COLUMNS, COLUMNS);
-            int64_t first, rows;
+            const Parts of_panel{COLUMNS, TILES_OF_PANEL};
+            const int64_t m = t / TILES_OF_PANEL, part = t % TILES_OF_PANEL;
+            const bool is_transposed = of.left_is_transposed;
+            const int64_t first = is_transposed ? m * COLUMNS + of_panel.begin(part) : product.row_tiles.begin(t);
+            const int64_t rows = is_transposed ? min(of_panel.size(part), of.M - first) : product.row_tiles.size(t);
+            if (rows <= 0) return;
             void* to[MR];
-            const auto place_output = [&] {
-                if (of.output_is_transposed) return;
+            if (is_last && !of.output_is_transposed) {
                 for (int64_t r = 0; r < rows; ++r) to[r] = of.output(first + r, panel * COLUMNS);
                 prefetch_output(to, rows, columns * item_size(of.output.dtype));
-            };
-            if (of.left_is_transposed) {
-                const Parts of_panel{COLUMNS, TILES_OF_PANEL};
-                const int64_t m = t / TILES_OF_PANEL, part = t % TILES_OF_PANEL;
-                first = m * COLUMNS + of_panel.begin(part);
-                rows = min(of_panel.size(part), of.M - first);
-                if (rows <= 0) return;
-                place_output();
-                gemm_in_blocks<P, Layout::TRANSPOSED>(int(rows), columns,
-                                        {product.left + m * product.panel_size + of_panel.begin(part), COLUMNS,
-                                         COLUMNS * COLUMNS, b, COLUMNS, result, steps, false});
-            } else {
-                first = product.row_tiles.begin(t);
-                rows = product.row_tiles.size(t);
-                place_output();
-                if (product.reads_left_in_place)
-                    gemm_in_blocks<P, Layout::ROWS>(
-                        int(rows), columns,
-                        {of.left(first), A_WIDTH, A_WIDTH, b, COLUMNS, result, steps, false, of.left.stride()});
-                else
-                    gemm_in_blocks<P>(int(rows), columns,
-                                      {tile, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, false});
             }
-            if (of.output_is_transposed)
-                write_transposed(first, rows, panel * COLUMNS, columns);
+            using E = typename P::Element;
+            const bool accumulate = k > 0;
+            if (is_transposed)
+                gemm<P, Layout::TRANSPOSED>(int(rows), columns,
+                                            {product.left + m * product.panel_size + of_panel.begin(part) + k * COLUMNS, COLUMNS,
+                                             COLUMNS * COLUMNS, b, COLUMNS, result, steps, accumulate});
+            else if (product.reads_left_in_place)
+                gemm<P, Layout::ROWS>(int(rows), columns,
+                                      {static_cast<const E*>(of.left(first)) + k, A_WIDTH, A_WIDTH, b, COLUMNS, result, steps,
+                                       accumulate, of.left.stride()});
             else
-                write(to, rows, panel * COLUMNS, columns);
+                gemm<P>(int(rows), columns, {tile + k * rows, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, accumulate});
+            if (!is_last) return;
+            if (of.output_is_transposed)
+                write_transposed(result, first, rows, panel * COLUMNS, columns);
+            else
+                write(result, to, rows, panel * COLUMNS, columns);
         }
 
         // The rows of a tile of C are far from each other: each would miss its page and its cache lines at `write`.
@@ -187,7 +194,7 @@ private:
                 for (int64_t at = 0; at < bytes; at += CACHE_LINE) __builtin_prefetch(static_cast<const char*>(to[r]) + at, 1);
         }
 
-        void write(void* const* to, int64_t rows, int64_t first_column, int64_t columns) const {
+        void write(const T* result, void* const* to, int64_t rows, int64_t first_column, int64_t columns) const {
             with_data<T>(of.output.dtype, [&](auto data) {
                 using Data = decltype(data);
                 using Stored = typename Data::Stored;
@@ -201,7 +208,7 @@ private:
             });
         }
 
-        void write_transposed(int64_t first, int64_t rows, int64_t first_column, int64_t columns) const {
+        void write_transposed(const T* result, int64_t first, int64_t rows, int64_t first_column, int64_t columns) const {
             with_data<T>(of.output.dtype, [&](auto data) {
                 using Data = decltype(data);
                 using Stored = typename Data::Stored;
