@@ -83,7 +83,9 @@ def _instruction(text):
             number = int(register[1])
             reads.update(range(number, number + _width(name, operand, register)))
         if "gdesc[" in operand and re.match(r"R\d+", operands[1]):
-            number = int(REGISTER.search(operand)[1])  # a product whose first factor is in registers: the second's alone
+            number = int(
+                REGISTER.search(operand)[1]
+            )  # a product whose first factor is in registers: the second's alone
             reads -= {number, number + 1}
     return Instruction(text, frozenset(reads), frozenset(sets))
 
