@@ -1,7 +1,8 @@
 """Compiles the Triton kernels of some calls for GPUs that need not be there; `test_compilation` runs it by itself.
 
 It is given a JSON list of calls and prints a list for each: of its kernels the name, the registers, the bytes of stack
-and of shared memory, and the reads of registers that nothing has set.
+and of shared memory, and the reads of registers that nothing has set. After `variants`, it compiles nothing and prints
+how many variants of each kernel Triton would compile for all the calls.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 import triton
 from sass import disassembled, reads_of_nothing
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from fused_mha.backends.triton import assembler, launch
 from fused_mha.backends.triton.entry import entry
@@ -80,6 +82,20 @@ def compiled(kernel, call, operands, tile, how, architecture, made_by):
     }
 
 
+def variants(calls):
+    """How many of each kernel Triton would compile, by what it looks at of the arguments."""
+    bind = create_function_from_signature(entry.signature, entry.params, make_backend(GPUTarget("cuda", 90, 32)))
+    found = {}
+
+    def note(kernel, call, operands, tile, how, *_):
+        _, looked_at, _ = bind(kernel, call[:TENSORS], *call[TENSORS:], operands, tile)
+        found.setdefault(kernel.fn.__name__, set()).add(str((looked_at, how)))
+
+    for call in calls:
+        kernels(**call, compile_one=note)
+    return {name: len(kinds) for name, kinds in found.items()}
+
+
 def kernels(
     architecture,
     dtype,
@@ -96,6 +112,7 @@ def kernels(
     virtual=False,
     weights=False,
     newer_assembler=True,
+    compile_one=compiled,
 ):
     """All kernels of one call and its backward."""
     D_v, H_kv = D_v or D, H_kv or H
@@ -106,7 +123,7 @@ def kernels(
     launch._shared_memory = lambda _: SHARED_MEMORY[architecture]
     launch._assembler_is_right = lambda _: made_by.is_right
     launch._run = lambda kernel, _, how, call, *operands: found.append(
-        compiled(kernel, call, operands[:-1], operands[-1], how, architecture, made_by)
+        compile_one(kernel, call, operands[:-1], operands[-1], how, architecture, made_by)
     )
 
     def empty(*shape, dtype=dtype):
@@ -137,5 +154,5 @@ def kernels(
 
 
 if __name__ == "__main__":
-    cases = json.loads(sys.argv[1])
-    print(json.dumps([kernels(**case | {"dtype": getattr(torch, case["dtype"])}) for case in cases]))
+    cases = [case | {"dtype": getattr(torch, case["dtype"])} for case in json.loads(sys.argv[-1])]
+    print(json.dumps(variants(cases) if "variants" in sys.argv else [kernels(**case) for case in cases]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -51,14 +52,19 @@ UNEVEN = {
 }
 
 
+def printed(*arguments):
+    """By the script, which runs without the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
 def compiled(architecture, cases):
     """The kernels of each."""
     calls = [{"architecture": architecture, "dtype": "bfloat16"} | case for case in cases.values()]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(cases, json.loads(done.stdout), strict=True))
+    return dict(zip(cases, printed(json.dumps(calls)), strict=True))
 
 
 @pytest.mark.parametrize(("architecture", "cases"), [(80, ON_SM_80), (86, ON_SM_86), (90, ON_SM_90), (90, UNEVEN)])
@@ -76,3 +82,17 @@ def test_without_the_newer_assembler_the_code_is_whole_too():
     for name, kernels in compiled(90, cases).items():
         for kernel in kernels:
             assert not kernel["reads of nothing"], (name, kernel)
+
+
+@pytest.mark.parametrize("kind", [{}, {"padding": True}, {"dropout": True, "weights": True, "virtual": True}], ids=str)
+def test_one_variant_of_each_kernel_serves_all_lengths_batches_and_heads(kind):
+    draw = random.Random(0)
+    calls = [
+        {"architecture": 90, "dtype": "bfloat16", "D": 64, **kind}
+        | {"N": draw.choice([1, 2, 3, 16, 32]), "H": draw.choice([1, 2, 12, 16])}
+        | {"L": draw.choice([1, 2, 16, 128, draw.randint(1, 500)]), "S": draw.choice([1, 48, draw.randint(1, 500)])}
+        for _ in range(30)
+    ]
+    if "weights" in kind:  # whose rows are of 16 bytes or not
+        calls = [call | {"S": call["S"] // 8 * 8 + 6} for call in calls]
+    assert set(printed("variants", json.dumps(calls)).values()) == {1}
