@@ -5,6 +5,7 @@ pass through registers (triton issues 10486, 10573, 11366; `tests/triton_kernels
 bring a newer one for later chips, which `entry` takes here, around its compilations only; `info` prints the choice.
 """
 
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import contextlib

@@ -176,7 +176,7 @@ def _readable_arguments(a: Arguments) -> Arguments:
     padding = None if padding is None else _readable(padding, PADDING_UNIT.value)
     biases = (None if x is None else _readable(x.contiguous(), unit) for x in a[5:7])
     seed = None if a.seed is None else _readable(a.seed.contiguous(), 1)
-    return Arguments(query, key, value, mask, padding, *biases, seed, *a[8:])
+    return Arguments.of((query, key, value, mask, padding, *biases, seed), a[8:])
 
 
 def prepare(arguments: Arguments) -> tuple[Call, Config]:
@@ -201,7 +201,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         *_strides(key),
         *_strides(value),
         *((0, 0, 0) if mask is None else _strides(mask)),
-        *((0, 0) if mask is None else mask.shape[:2]),
+        0 if mask is None else mask.shape[0],
+        0 if mask is None else mask.shape[1],
         0,  # of squares
         0,
         0 if padding is None or padding.shape[0] == 1 else padding.stride(0),
