@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ GROUPS = {
 CELLS = tuple(Cell(N, H, L, L, D) for D in (64, 128) for N, H, L in ((8, 12, 512), (4, 16, 2048), (1, 16, 4096)))
 LONG = tuple(Cell(4, 16, 4096, 4096, D) for D in (64, 128))
 QUICK = (Cell(2, 2, 40, 40, 64),)
+COMPILED = tuple(Cell(1, 16, 1024, 1024, D) for D in (64, 128))  # of every length the kernels are the same
 MODULES = ((8, 512, 768, 12), (1, 4096, 1024, 16))  # N, L, E, H
 SMALL_MODULES = ((1, 16, 256, 8),)
 QUICK_MODULES = ((2, 20, 64, 4),)
@@ -61,21 +63,42 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
         for cell in long:
             yield _case(f"own kernels, {steps}", str(cell), cell, training, own=HAS_GPU)
     for cell in cells:
-        N, L = cell.N, cell.L
-        padding = torch.arange(L, device=DEVICE).expand(N, L) >= L // 2
-        mask = torch.randn(1, cell.H, L, L, device=DEVICE, dtype=DTYPE)
-        yield _case("padding, forward and backward", str(cell), cell, True, key_padding_mask=padding)
-        yield _case(
-            "causal and padding, forward and backward", str(cell), cell, True, key_padding_mask=padding, is_causal=True
-        )
-        hidden = torch.ones(L, L, dtype=torch.bool, device=DEVICE).triu(1)
-        yield _case("causal mask as a tensor, forward and backward", str(cell), cell, True, attn_mask=hidden)
-        yield _case("float mask, forward and backward", str(cell), cell, True, attn_mask=mask)
-        yield _case("dropout, forward and backward", str(cell), cell, True, dropout_p=DROPOUT)
+        for name, arguments in _masked(cell).items():
+            yield _case(f"{name}, forward and backward", str(cell), cell, True, **arguments)
     for sizes in QUICK_MODULES if options.quick else MODULES:
         yield _module_case("module with averaged weights, forward", sizes, need_weights=True)
     for sizes in QUICK_MODULES if options.quick else SMALL_MODULES:
         yield _module_case("small module, forward", sizes, need_weights=False)
+
+
+def _masked(cell: Cell) -> dict[str, dict[str, Any]]:
+    N, L = cell.N, cell.L
+    padding = torch.arange(L, device=DEVICE).expand(N, L) >= L // 2
+    return {
+        "padding": {"key_padding_mask": padding},
+        "causal and padding": {"key_padding_mask": padding, "is_causal": True},
+        "causal mask as a tensor": {"attn_mask": torch.ones(L, L, dtype=torch.bool, device=DEVICE).triu(1)},
+        "float mask": {"attn_mask": torch.randn(1, cell.H, L, L, device=DEVICE, dtype=DTYPE)},
+        "dropout": {"dropout_p": DROPOUT},
+    }
+
+
+PARTS = len(COMPILED) * 6  # which `warm` divides the kernels into
+
+
+def warm(part: int) -> None:
+    """Compile the kernels of a part of the cases into Triton's cache of files, for the processes that come."""
+    cell = COMPILED[part % len(COMPILED)]
+    kinds = list(_masked(cell).values())
+    inputs = [torch.randn(1, 1024, 16, cell.D, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(3)]
+    kind = part // len(COMPILED)
+    if kind < len(kinds):
+        fused_mha.attention(*inputs, **kinds[kind]).output.sum().backward()
+        return
+    with fused_mha.backend("triton"):
+        fused_mha.attention(*inputs).output.sum().backward()
+    with torch.no_grad():
+        fused_mha.attention(*inputs, need_weights=True)
 
 
 def _merged(cell: Cell, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor | None:

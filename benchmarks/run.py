@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import json
 import math
 import platform
@@ -256,15 +256,16 @@ def _line(row: Row) -> str:
 
 
 def _environment(options: argparse.Namespace) -> dict[str, object]:
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
+    commit = "unknown"
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no Git, or no repository
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": options.threads,
         "torch": torch.__version__,
         "fused_mha": fused_mha.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
         "python": platform.python_version(),
         "seconds_per_case": options.seconds,
     }
@@ -279,6 +280,9 @@ def _cpu_name() -> str:
 
 
 def _plot(rows: Iterable[Row], groups: Iterable[Group], path: Path, title: str) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
     import matplotlib as mpl  # noqa: PLC0415  a bench extra that the table does without
 
     mpl.use("Agg")

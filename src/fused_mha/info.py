@@ -7,6 +7,7 @@ import platform
 import torch
 
 from fused_mha import __version__
+from fused_mha.backends.triton import assemblers
 from fused_mha.dispatch import BACKENDS
 
 
@@ -21,6 +22,7 @@ def main() -> None:
         "cpu": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices),
+        "assembler": "; ".join(assemblers()) or "none, without a GPU for the Triton kernels",
     }
     for name, value in rows.items():
         print(f"{name:<10} {value}")

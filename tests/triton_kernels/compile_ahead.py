@@ -1,7 +1,8 @@
 """Compiles the Triton kernels of some calls for GPUs that need not be there; `test_compilation` runs it by itself.
 
-It is given a JSON list of calls and prints a list for each: of its kernels the name, the registers, and the bytes of
-stack and of shared memory.
+It is given a JSON list of calls and prints a list for each: of its kernels the name, the registers, the bytes of stack
+and of shared memory, and the reads of registers that nothing has set. After `variants`, it compiles nothing and prints
+how many variants of each kernel Triton would compile for all the calls.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from pathlib import Path
 
 import torch
 import triton
+from sass import disassembled, reads_of_nothing
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from fused_mha.backends.triton import launch
+from fused_mha.backends.triton import assembler, launch
+from fused_mha.backends.triton.entry import entry
+from fused_mha.backends.triton.tiles import TENSORS
 from fused_mha.ops.schema import Arguments
 
 POINTERS = {
@@ -36,62 +41,102 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def describe(x, path, constants, attributes):
     """The type of an argument, as Triton tells it when it is launched; fills the other two."""
     if isinstance(x, tuple):
-        return type(x)(*(describe(field, (*path, i), constants, attributes) for i, field in enumerate(x)))
-    if x is None or (isinstance(x, int) and x == 1):
-        constants[path] = x
+        fields = [describe(field, (*path, i), constants, attributes) for i, field in enumerate(x)]
+        return type(x)(*fields) if hasattr(x, "_fields") else tuple(fields)
+    if x is None:
+        constants[path] = None
         return "constexpr"
     if isinstance(x, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return POINTERS[x.dtype]
-    if isinstance(x, int) and x % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    return "i32" if isinstance(x, int) else "fp32"
+    return "i32" if isinstance(x, int) else "fp32"  # which `entry` is not specialized by
 
 
-def compiled(kernel, arguments, how, architecture):
+def compiled(kernel, call, operands, tile, how, architecture, made_by):
     """What a kernel takes of the chip."""
     constants, attributes, signature = {}, {}, {}
-    for i, (parameter, x) in enumerate(zip(kernel.params, arguments, strict=True)):
+    arguments = (kernel, call[:TENSORS], *call[TENSORS:], operands, tile)
+    for i, (parameter, x) in enumerate(zip(entry.params, arguments, strict=True)):
         if parameter.is_constexpr:
             constants[i,] = x
             signature[parameter.name] = "constexpr"
         else:
             signature[parameter.name] = describe(x, (i,), constants, attributes)
-    result = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
-        target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": how.num_warps, "num_stages": how.num_stages},
-    )
+    with assembler.used(made_by) as options:
+        result = triton.compile(
+            ASTSource(entry, signature, constants, attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": how.num_warps, "num_stages": how.num_stages, **options},
+        )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
-        "name": kernel.fn.__name__,
+        "name": result.name,
         "registers": int(registers),
         "stack": int(stack),
         "shared": result.metadata.shared,
+        "reads of nothing": reads_of_nothing(disassembled(result.asm["cubin"])),
     }
 
 
-def kernels(architecture, dtype, D, N=8, H=12, masks=None, padding=False, dropout=False, virtual=False, weights=False):
+def variants(calls):
+    """How many of each kernel Triton would compile, by what it looks at of the arguments."""
+    bind = create_function_from_signature(entry.signature, entry.params, make_backend(GPUTarget("cuda", 90, 32)))
+    found = {}
+
+    def note(kernel, call, operands, tile, how, *_):
+        _, looked_at, _ = bind(kernel, call[:TENSORS], *call[TENSORS:], operands, tile)
+        found.setdefault(kernel.fn.__name__, set()).add(str((looked_at, how)))
+
+    for call in calls:
+        kernels(**call, compile_one=note)
+    return {name: len(kinds) for name, kinds in found.items()}
+
+
+def kernels(
+    architecture,
+    dtype,
+    D,
+    D_v=None,
+    N=8,
+    H=12,
+    H_kv=None,
+    L=512,
+    S=512,
+    masks=None,
+    padding=False,
+    dropout=False,
+    virtual=False,
+    weights=False,
+    newer_assembler=True,
+    compile_one=compiled,
+):
     """All kernels of one call and its backward."""
-    L = S = 512
+    D_v, H_kv = D_v or D, H_kv or H
     found = []
+    made_by = assembler.choice(architecture // 10)
+    if not newer_assembler:
+        made_by = assembler.Assembler(None, False, "Triton's")
     launch._shared_memory = lambda _: SHARED_MEMORY[architecture]
-    launch._run = lambda kernel, _, how, *arguments: found.append(compiled(kernel, arguments, how, architecture))
+    launch._assembler_is_right = lambda _: made_by.is_right
+    launch._run = lambda kernel, _, how, call, *operands: found.append(
+        compile_one(kernel, call, operands[:-1], operands[-1], how, architecture, made_by)
+    )
 
     def empty(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    bias = empty(H, D) if virtual else None
     arguments = Arguments(
-        *(empty(N, length, H, D) for length in (L, S, S)),
+        empty(N, L, H, D),
+        empty(N, S, H_kv, D),
+        empty(N, S, H_kv, D_v),
         None if masks is None else empty(N, 1, L, S, dtype=getattr(torch, masks)),
         empty(N, S, dtype=torch.bool) if padding else None,
-        bias,
-        bias,
+        empty(H_kv, D) if virtual else None,
+        empty(H_kv, D_v) if virtual else None,
         empty(2, dtype=torch.int64) if dropout else None,
         None,
         0 if padding else None,
@@ -109,5 +154,5 @@ def kernels(architecture, dtype, D, N=8, H=12, masks=None, padding=False, dropou
 
 
 if __name__ == "__main__":
-    cases = json.loads(sys.argv[1])
-    print(json.dumps([kernels(**case | {"dtype": getattr(torch, case["dtype"])}) for case in cases]))
+    cases = [case | {"dtype": getattr(torch, case["dtype"])} for case in json.loads(sys.argv[-1])]
+    print(json.dumps(variants(cases) if "variants" in sys.argv else [kernels(**case) for case in cases]))

@@ -26,6 +26,15 @@ def _kernels() -> Any:
     return launch
 
 
+def assemblers() -> list[str]:
+    """Which assembler makes the kernels' code for each GPU, for `python -m fused_mha.info`."""
+    if not _IS_INSTALLED:
+        return []
+    from fused_mha.backends.triton import assembler  # noqa: PLC0415
+
+    return [f"cuda:{i}: {assembler.of_device(i).summary}" for i in range(torch.cuda.device_count())]
+
+
 def _attention(*inputs: Any) -> tuple[Tensor, ...]:
     query, key, value = inputs[:3]
     has_elements = query.numel() > 0 and key.numel() > 0

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from fused_mha.backends.triton.tiles import (
     EDGE,
-    all_rows,
+    MOST_ROWS,
     block_of_queries,
     full,
     head_of,
@@ -23,6 +23,7 @@ from fused_mha.backends.triton.tiles import (
     load_rows,
     load_stats,
     load_values,
+    multiple,
     softmax_tile,
     store_rows,
     tile_of_matrices,
@@ -48,7 +49,7 @@ class Given(NamedTuple):
     grad_lse: Any  # (N, H, L) or None
     output: Any  # (N, L, H, D_v)
     stats: Any  # (2, N, H, L)
-    terms: Any  # (3, N, H, L): the shift, the factor and the delta of each query, which `grad_query` stores
+    terms: Any  # (N, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
     cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
 
 
@@ -65,14 +66,28 @@ class Queries(NamedTuple):
 @triton.jit
 def _load_queries(call, given, head, rows, is_read, TILE: tl.constexpr):
     """The queries and their deltas, after `grad_query`."""
+    at, length = _terms(call, given, head, rows)
     queries = Queries(
         rows=rows,
         query=load_rows(head.query, call.query_l, rows, is_read, TILE.D, TILE.BLOCK_D),
         grad_output=_merged_rows(given.grad_output, call, head, rows, is_read, TILE),
-        shift=load_of_rows(given.terms, call, head, rows),
-        factor=load_of_rows(given.terms + all_rows(call), call, head, rows),
+        shift=_load(at, is_read),
+        factor=_load(at + length, is_read),
     )
-    return queries, load_of_rows(given.terms + 2 * all_rows(call), call, head, rows)
+    return queries, _load(at + 2 * length, is_read)
+
+
+@triton.jit
+def _load(at, is_read):
+    """Of a block of terms, zeros where it is False: a load that stops there is not of 16 bytes."""
+    return tl.load(at) if is_read is None else tl.where(is_read, tl.load(at), 0.0)
+
+
+@triton.jit
+def _terms(call, given, head, rows):
+    """Where the shifts of rows are, and how far from them the factors: L', a multiple of every BLOCK_M."""
+    length = tl.cdiv(call.L, MOST_ROWS) * MOST_ROWS
+    return given.terms + (head.n * call.H + head.h) * 3 * length + rows, length
 
 
 @triton.jit
@@ -83,12 +98,13 @@ def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
 
 
 @triton.jit
-def _grad_weights(call, given, head, weights, rows, columns, AVERAGED: tl.constexpr):
+def _grad_weights(call, given, head, weights, rows, columns, TILE: tl.constexpr):
     """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
-    matrix = head.n if AVERAGED else head.n * call.H + head.h
-    at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * call.columns + columns
+    matrix = head.n if TILE.AVERAGED else head.n * call.H + head.h
+    row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)
+    at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * row_stride + columns
     grad = tl.load(at, mask=(rows < call.L) & (columns < call.columns), other=0.0).to(tl.float32)
-    if AVERAGED:
+    if TILE.AVERAGED:
         grad /= call.H
     return tl.where(weights == 0.0, 0.0, grad)  # that of log(0) is infinite
 
@@ -104,7 +120,6 @@ def _weights_and_gradients(
     start,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
-    AVERAGED: tl.constexpr,
     BY_KEYS: tl.constexpr,
 ):
     """Of a tile: the softmax, the weights after dropout, and the gradients of the softmax, (rows, BLOCK_N).
@@ -129,14 +144,14 @@ def _weights_and_gradients(
         kept = kept.to(tl.float32) * call.kept_factor
         weights = softmax * kept
     if value is None:
-        grad = _grad_weights(call, given, head, weights, i, j, AVERAGED)
+        grad = _grad_weights(call, given, head, weights, i, j, TILE)
     else:
         if BY_KEYS:
             grad = tl.dot(value, tl.trans(queries.grad_output), input_precision=TILE.PRECISION)
         else:
             grad = tl.dot(queries.grad_output, tl.trans(value), input_precision=TILE.PRECISION)
         if given.grad_weights is not None:
-            grad += _grad_weights(call, given, head, weights, i, j, AVERAGED)
+            grad += _grad_weights(call, given, head, weights, i, j, TILE)
     if call.seed is not None:
         grad *= kept
     return softmax, weights, grad
@@ -152,15 +167,12 @@ def _add_to_delta(
     total,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
-    AVERAGED: tl.constexpr,
     BY_OUTPUT: tl.constexpr,
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = None if BY_OUTPUT else load_values(call, head, columns, TILE, KIND)
-    softmax, _, grad = _weights_and_gradients(
-        call, given, head, queries, key, value, start, TILE, KIND, AVERAGED, False
-    )
+    softmax, _, grad = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
     return total + tl.sum(softmax * grad, 1)
 
 
@@ -175,26 +187,24 @@ def _add_grad_query(
     total,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
-    AVERAGED: tl.constexpr,
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = load_values(call, head, columns, TILE, KIND)
-    softmax, _, grad = _weights_and_gradients(
-        call, given, head, queries, key, value, start, TILE, KIND, AVERAGED, False
-    )
+    softmax, _, grad = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
     grad = softmax * (grad - delta[:, None])
     return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION)
 
 
 @triton.jit
-def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, BY_OUTPUT: tl.constexpr):
+def grad_query(call, given, result, TILE: tl.constexpr):
     """The gradients of a block of queries, (N, L, H, D), and of `Given` what the kernels below read.
 
     A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
-    log-sum-exp. dW is dO V^T and what comes through the weights. BY_OUTPUT, the first part is taken as rowsum(dO * O),
-    which reads no key, but differs from the sum that it stands for by the rounding of O.
+    log-sum-exp. dW is dO V^T and what comes through the weights. Of half types, the first part is taken as
+    rowsum(dO * O), which reads no key, but differs from the sum that it stands for by the rounding of O.
     """
+    BY_OUTPUT: tl.constexpr = call.query.dtype.element_ty != tl.float32
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
@@ -218,17 +228,17 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
                 bits, count = found[KIND]
                 for i in range(count):
                     start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
-                    delta = _add_to_delta(call, given, head, queries, start, delta, TILE, KIND, AVERAGED, BY_OUTPUT)
+                    delta = _add_to_delta(call, given, head, queries, start, delta, TILE, KIND, BY_OUTPUT)
                     bits &= bits - 1
         for i in range(edge_count(tiles, call, TILE)):
             start = edge(i, tiles, call, TILE)
-            delta = _add_to_delta(call, given, head, queries, start, delta, TILE, EDGE, AVERAGED, BY_OUTPUT)
+            delta = _add_to_delta(call, given, head, queries, start, delta, TILE, EDGE, BY_OUTPUT)
     if given.grad_lse is not None:
         delta -= tl.where(factor == 0.0, 0.0, load_of_rows(given.grad_lse, call, head, rows))
-    at = given.terms + (head.n * call.H + head.h) * call.L + rows
+    at, length = _terms(call, given, head, rows)
     tl.store(at, shift, mask=rows < call.L)
-    tl.store(at + all_rows(call), factor, mask=rows < call.L)
-    tl.store(at + 2 * all_rows(call), delta, mask=rows < call.L)
+    tl.store(at + length, factor, mask=rows < call.L)
+    tl.store(at + 2 * length, delta, mask=rows < call.L)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
     for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
         found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
@@ -236,11 +246,11 @@ def grad_query(call, given, result, TILE: tl.constexpr, AVERAGED: tl.constexpr, 
             bits, count = found[KIND]
             for i in range(count):
                 start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
-                total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, KIND, AVERAGED)
+                total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, KIND)
                 bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, EDGE, AVERAGED)
+        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, EDGE)
     at = result + (head.n * call.L * call.H + head.h) * TILE.D
     store_rows(at, call.H * TILE.D, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
@@ -265,13 +275,12 @@ def _add_grad_key(
     sums,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
-    AVERAGED: tl.constexpr,
 ):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     is_read = rows < call.L if KIND == EDGE else None
     queries, delta = _load_queries(call, given, head, rows, is_read, TILE)
     softmax, weights, grad = _weights_and_gradients(
-        call, given, head, queries, key, value, first_column, TILE, KIND, AVERAGED, True
+        call, given, head, queries, key, value, first_column, TILE, KIND, True
     )
     grad = softmax * (grad - delta[None, :])
     return Sums(
@@ -291,7 +300,6 @@ def grad_key_value(
     grad_bias_k,
     grad_bias_v,
     TILE: tl.constexpr,
-    AVERAGED: tl.constexpr,
 ):
     """The gradients of a block of keys (N, S, H_kv, D) and values, of their columns of scores (N, H, S), of the biases.
 
@@ -319,15 +327,13 @@ def grad_key_value(
                 bits, count = found[KIND]
                 for i in range(count):
                     first_row = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_M
-                    sums = _add_grad_key(
-                        call, given, head, key, value, first_row, first_column, sums, TILE, KIND, AVERAGED
-                    )
+                    sums = _add_grad_key(call, given, head, key, value, first_row, first_column, sums, TILE, KIND)
                     bits &= bits - 1
         for i in range((tiles.whole_begin - tiles.begin + tiles.end - tiles.whole_end) // TILE.BLOCK_M):
             first_row = tiles.begin + i * TILE.BLOCK_M
             if first_row >= tiles.whole_begin:
                 first_row += tiles.whole_end - tiles.whole_begin
-            sums = _add_grad_key(call, given, head, key, value, first_row, first_column, sums, TILE, EDGE, AVERAGED)
+            sums = _add_grad_key(call, given, head, key, value, first_row, first_column, sums, TILE, EDGE)
         grad_k = sums.key
         grad_v = sums.value
         if grad_columns is not None:
@@ -353,23 +359,23 @@ def grad_key_value(
 
 
 @triton.jit
-def grad_mask(call, given, result, mask_batches, mask_heads, TILE: tl.constexpr, AVERAGED: tl.constexpr):
+def grad_mask(call, given, result, TILE: tl.constexpr):
     """One tile of an attn_mask's gradient, (N|1, H|1, L, S), summed over the batch or the heads that share it."""
     matrix, first_row, first_column = tile_of_matrices(call, call.S, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
-    batches, heads = call.N // mask_batches, call.H // mask_heads  # that share one
-    of_mask = head_of(call, matrix // mask_heads, matrix % mask_heads)
+    batches, heads = call.N // call.mask_batches, call.H // call.mask_heads  # that share one
+    of_mask = head_of(call, matrix // call.mask_heads, matrix % call.mask_heads)
     is_visible = tile_is_visible(call, of_mask, first_row, first_column, batches > 1, False, TILE)
     sequences = tl.where(is_visible, batches * heads, 0)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
-        head = head_of(call, matrix // mask_heads + i // heads, matrix % mask_heads + i % heads)
+        head = head_of(call, matrix // call.mask_heads + i // heads, matrix % call.mask_heads + i % heads)
         queries, delta = _load_queries(call, given, head, rows, rows < call.L, TILE)
         key = load_keys(call, head, columns, TILE, EDGE)
         value = load_values(call, head, columns, TILE, EDGE)
         softmax, _, grad = _weights_and_gradients(
-            call, given, head, queries, key, value, first_column, TILE, EDGE, AVERAGED, False
+            call, given, head, queries, key, value, first_column, TILE, EDGE, False
         )
         total += softmax * (grad - delta[:, None])
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.S + columns[None, :]

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_mha.backends.triton import assembler
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton.backward import Given
+from fused_mha.backends.triton.entry import entry
 from fused_mha.backends.triton.forward import forward
-from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Launch, config
-from fused_mha.backends.triton.tiles import Call, Tile
+from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Config, Kind, Launch, config
+from fused_mha.backends.triton.tiles import MOST_ROWS, PADDING_UNIT, TENSORS, Call, Searched, Tile
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.ops import gradients
@@ -30,12 +32,13 @@ LEAST_SCORES = 1 << 24  # of a call, from which on its mask is searched for tile
 
 def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, weights or an empty tensor, log-sum-exp, and the rows' maxima and sums."""
-    arguments = Arguments(*inputs)
-    query, (N, L, H, _) = arguments.query, arguments.query.shape
+    wanted = Arguments(*inputs)
+    arguments, query, D_v = _readable_arguments(wanted), wanted.query, wanted.value.shape[3]
+    N, L, H, _ = query.shape
     weights = query.new_empty(arguments.weights_shape)
     with _on_device_of(query):
         call, launch = prepare(arguments)
-        if arguments.need_weights and _flash_serves(arguments):
+        if arguments.need_weights and _flash_serves(wanted):
             output, lse, stats = _flash_forward(arguments)
         else:
             output = query.new_empty((N, L, H, arguments.value.shape[3]))
@@ -47,9 +50,9 @@ def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             tiling = launch.weights
             matrices = N if arguments.average_attn_weights else N * H
             tiles = _blocks(L, tiling.BLOCK_M) * _blocks(arguments.columns, tiling.BLOCK_N)
-            tile = tile_of(arguments, tiling)
-            _run(weights_kernel, matrices * tiles, tiling, call, stats, weights, tile, arguments.average_attn_weights)
-    return output, weights, lse, stats
+            tile = with_weights(tile_of(arguments, tiling), arguments)
+            _run(weights_kernel, matrices * tiles, tiling, call, stats, weights, tile)
+    return _first(output, D_v), weights, lse, stats
 
 
 def attention_gradients(
@@ -63,44 +66,49 @@ def attention_gradients(
     *inputs: Any,
 ) -> tuple[Tensor, ...]:
     """Those of query, key, value, mask, columns of scores, and of the biases for each batch element."""
-    arguments = Arguments(*inputs)
+    wanted = Arguments(*inputs)
+    arguments = _readable_arguments(wanted)
     query, key, value = arguments[:3]
     N, L, H, _ = query.shape
     S, H_kv = key.shape[1:3]
+    unit = _unit(query)
 
     def empty(is_wanted: bool, *shape: int) -> Tensor:
         return query.new_empty(shape if is_wanted else (0,), dtype=torch.float32)
 
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    mask = arguments.attn_mask
+    mask = wanted.attn_mask
     grad_mask = empty(False) if mask is None else empty(mask_grad, *mask.shape[:2], L, S)
     grad_columns = empty(columns_grad, N, H, S)
     has_bias = arguments.bias_k is not None
     grad_bias_k, grad_bias_v = (empty(has_bias, N, H_kv, x.shape[3]) for x in (key, value))
+    output = _readable(output.contiguous(), unit)
     given = Given(
-        grad_output.contiguous(),
-        None if grad_weights is None else grad_weights.contiguous(),
-        None if grad_lse is None else grad_lse.contiguous(),
-        output.contiguous(),
-        stats.contiguous(),
-        empty(True, 3, N, H, L),
+        _readable(grad_output.contiguous(), unit),
+        None if grad_weights is None else _readable(grad_weights.contiguous(), 1),
+        None if grad_lse is None else _readable(grad_lse.contiguous(), 1),
+        output,
+        _readable(stats.contiguous(), 1),
+        empty(True, N, H, 3, _blocks(L, MOST_ROWS.value) * MOST_ROWS.value),
         output.new_empty(output.shape) if _may_hide_queries(arguments) else None,
     )
-    averaged = arguments.average_attn_weights
+
+    def tile(tiling: Launch) -> Tile:
+        found = tile_of(arguments, tiling)
+        return found if grad_weights is None else with_weights(found, arguments)
+
     with _on_device_of(query):
         call, launch = prepare(arguments)
         tiling = launch.grad_query
-        tile, programs = tile_of(arguments, tiling), N * H * _blocks(L, tiling.BLOCK_M)
-        by_output = query.dtype != torch.float32  # whose gradients are to be as exact as they can
-        _run(kernels_of_backward.grad_query, programs, tiling, call, given, grad_query, tile, averaged, by_output)
+        programs = N * H * _blocks(L, tiling.BLOCK_M)
+        _run(kernels_of_backward.grad_query, programs, tiling, call, given, grad_query, tile(tiling))
         if given.cleaned is not None:
             given = given._replace(grad_output=given.cleaned, cleaned=None)
         if mask_grad and mask is not None:
             batches, heads = mask.shape[:2]
             programs = batches * heads * _blocks(L, tiling.BLOCK_M) * _blocks(S, tiling.BLOCK_N)
-            _run(
-                kernels_of_backward.grad_mask, programs, tiling, call, given, grad_mask, batches, heads, tile, averaged
-            )
+            of_mask = call._replace(mask_batches=batches, mask_heads=heads)
+            _run(kernels_of_backward.grad_mask, programs, tiling, of_mask, given, grad_mask, tile(tiling))
         tiling = launch.grad_key_value
         _run(
             kernels_of_backward.grad_key_value,
@@ -113,10 +121,13 @@ def attention_gradients(
             grad_columns if columns_grad else None,
             grad_bias_k if has_bias else None,
             grad_bias_v if has_bias else None,
-            tile_of(arguments, tiling),
-            averaged,
+            tile(tiling),
         )
-    return grad_query, grad_key, grad_value, grad_mask, grad_columns, grad_bias_k, grad_bias_v
+    D, D_v = wanted.query.shape[3], wanted.value.shape[3]
+    grad_query, grad_key = _first(grad_query, D), _first(grad_key, D)
+    if has_bias:
+        grad_bias_k, grad_bias_v = _first(grad_bias_k, D), _first(grad_bias_v, D_v)
+    return grad_query, grad_key, _first(grad_value, D_v), grad_mask, grad_columns, grad_bias_k, grad_bias_v
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
@@ -157,11 +168,20 @@ def _has_flash(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _readable_arguments(a: Arguments) -> Arguments:
+    """The same call, of tensors as `Call` has them; odd head sizes are filled up by zeros."""
+    unit = _unit(a.query)
+    query, key, value = (_readable(x, unit) for x in a[:3])
+    mask, padding = (None if x is None else _bytes(_last_contiguous(_unexpanded(x))) for x in a[3:5])
+    padding = None if padding is None else _readable(padding, PADDING_UNIT.value)
+    biases = (None if x is None else _readable(x.contiguous(), unit) for x in a[5:7])
+    seed = None if a.seed is None else _readable(a.seed.contiguous(), 1)
+    return Arguments.of((query, key, value, mask, padding, *biases, seed), a[8:])
+
+
 def prepare(arguments: Arguments) -> tuple[Call, Config]:
-    """The arguments as kernels take them, and how these are launched."""
-    query, key, value = (_last_contiguous(x) for x in arguments[:3])
-    mask, padding = (None if x is None else _bytes(_last_contiguous(_unexpanded(x))) for x in arguments[3:5])
-    bias_k, bias_v, seed = (None if x is None else x.contiguous() for x in arguments[5:8])
+    """What `_readable_arguments` gives as kernels take it, and how these are launched."""
+    query, key, value, mask, padding, bias_k, bias_v, seed = arguments[:8]
     N, L, H, D = query.shape
     S, H_kv = key.shape[1:3]
     far = L + S + 1  # beyond every key
@@ -181,6 +201,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         *_strides(key),
         *_strides(value),
         *((0, 0, 0) if mask is None else _strides(mask)),
+        0 if mask is None else mask.shape[0],
+        0 if mask is None else mask.shape[1],
         0,  # of squares
         0,
         0 if padding is None or padding.shape[0] == 1 else padding.stride(0),
@@ -198,18 +220,47 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
     )
     if mask is not None and _pays_to_search(mask, arguments):
         call = _with_squares(call, mask)
-    return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]))
+    return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]), _kind(arguments))
+
+
+def _kind(a: Arguments) -> Kind:
+    if a.attn_mask is not None and a.attn_mask.dtype != torch.uint8:
+        return Kind.FLOAT_MASK
+    if a.seed is not None:
+        return Kind.DROPOUT
+    return Kind.PLAIN if a.attn_mask is None else Kind.BOOL_MASK
 
 
 def tile_of(arguments: Arguments, launch: Launch) -> Tile:
-    """What a kernel is compiled for."""
-    masks = (x for x in (arguments.attn_mask, arguments.key_padding_mask) if x is not None)
-    is_natural = not arguments.scale > 0 or any(mask.dtype != torch.bool for mask in masks)
+    """What a kernel is compiled for that reads and writes no weights."""
+    mask, padding = arguments.attn_mask, arguments.key_padding_mask
+    is_natural = not arguments.scale > 0 or any(x is not None and x.dtype != torch.uint8 for x in (mask, padding))
     D, D_v = arguments.query.shape[3], arguments.value.shape[3]
     block_d, block_dv = (max(1 << (size - 1).bit_length(), SMALLEST_BLOCK) for size in (D, D_v))
-    precision = "tf32" if arguments.query.dtype == torch.float32 and _allows_tf32() else "ieee"
-    has_virtual = arguments.columns > arguments.key.shape[1]
-    return Tile(D, D_v, launch.BLOCK_M, launch.BLOCK_N, block_d, block_dv, has_virtual, is_natural, precision)
+    if not _assembler_is_right(arguments.query.device):
+        block_d = block_dv = max(block_d, block_dv)  # its code is wrong where these differ
+    return Tile(
+        D,
+        D_v,
+        launch.BLOCK_M,
+        launch.BLOCK_N,
+        block_d,
+        block_dv,
+        VIRTUAL=arguments.columns > arguments.key.shape[1],
+        NATURAL=is_natural,
+        GROUPED=arguments.query.shape[2] > arguments.key.shape[2],
+        AVERAGED=False,
+        MASK_UNIT=1 if mask is None else _mask_unit(mask),
+        WEIGHTS_UNIT=1,
+        PRECISION="tf32" if arguments.query.dtype == torch.float32 and _allows_tf32() else "ieee",
+    )
+
+
+def with_weights(tile: Tile, arguments: Arguments) -> Tile:
+    """The same of one that does."""
+    unit = _unit(arguments.query)
+    rows_are_aligned = arguments.columns % unit == 0
+    return tile._replace(AVERAGED=arguments.average_attn_weights, WEIGHTS_UNIT=unit if rows_are_aligned else 1)
 
 
 def _pays_to_search(mask: Tensor, a: Arguments) -> bool:
@@ -225,7 +276,7 @@ def _with_squares(call: Call, mask: Tensor) -> Call:
     sizes = (_blocks(call.L, SQUARE.value), _blocks(call.S, SQUARE.value))
     squares = mask.new_empty((batches, heads, *sizes), dtype=torch.uint8)
     programs = batches * heads * sizes[0] * _blocks(call.S, MASK.BLOCK_N)
-    _run(mask_squares, programs, MASK, call, heads, squares, MASK.BLOCK_N)
+    _run(mask_squares, programs, MASK, call, squares, Searched(MASK.BLOCK_N, GROUPED=False, MASK_UNIT=_mask_unit(mask)))
     squares_n, squares_h, _ = _strides(squares)
     return call._replace(squares=squares, squares_n=squares_n, squares_h=squares_h)
 
@@ -234,8 +285,10 @@ def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _run(kernel: Any, programs: int, launch: Launch, *arguments: Any) -> None:
-    kernel[(programs,)](*arguments, num_warps=launch.num_warps, num_stages=launch.num_stages)
+def _run(kernel: Any, programs: int, launch: Launch, call: Call, *operands_and_tile: Any) -> None:
+    *operands, tile = operands_and_tile
+    how = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    entry[(programs,)](kernel, call[:TENSORS], *call[TENSORS:], tuple(operands), tile, **how)
 
 
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -248,6 +301,10 @@ def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _assembler_is_right(device: torch.device) -> bool:
+    return device.type != "cuda" or assembler.of_device(device.index).is_right
 
 
 def _allows_tf32() -> bool:
@@ -264,6 +321,35 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 def _unexpanded(x: Tensor) -> Tensor:
     """Size 1 in the dimensions but the last along which nothing changes."""
     return x[tuple(slice(1) if stride == 0 else slice(None) for stride in x.stride()[:-1])] if 0 in x.stride() else x
+
+
+def _unit(x: Tensor) -> int:
+    """How many elements 16 bytes have, which the memory gives at once."""
+    return 16 // x.element_size()
+
+
+def _readable(x: Tensor, unit: int) -> Tensor:
+    """The tensor at a multiple of 16 bytes, with rows and strides that ``unit`` divides; else a copy, with zeros."""
+    size = x.shape[-1]
+    if size % unit:
+        filled = x.new_zeros((*x.shape[:-1], size + -size % unit))
+        filled[..., :size] = x
+        return filled
+    strides = (stride % unit for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1)
+    if x.stride(-1) == 1 and not any(strides) and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _first(x: Tensor, size: int) -> Tensor:
+    """So many elements of each row, without what `_readable` filled up."""
+    return x if x.shape[-1] == size else x[..., :size].contiguous()
+
+
+def _mask_unit(mask: Tensor) -> int:
+    """Of its elements, 16 bytes if its address and its strides are multiples of that, else 1."""
+    unit = _unit(mask)
+    return unit if mask.data_ptr() % 16 == 0 and not any(stride % unit for stride in _strides(mask)) else 1
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 # Kinds of tiles: no mask touches it; one may; and it may be at an edge of the band or hold the end of the keys.
 PLAIN, MASKED, EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PADDING_UNIT = tl.constexpr(16)  # elements, which divides the rows of the padding in memory
+MOST_ROWS = tl.constexpr(128)  # BLOCK_M, which divides this
 
 
 class Tile(NamedTuple):
@@ -30,11 +32,26 @@ class Tile(NamedTuple):
     BLOCK_DV: int
     VIRTUAL: bool  # there are virtual keys
     NATURAL: bool  # scores are scaled before the softmax, since masks are added or the scale is not positive
+    GROUPED: bool  # query heads share the heads of keys
+    AVERAGED: bool  # the weights are means over the heads
+    MASK_UNIT: int  # which divides the strides of attn_mask: the elements of 16 bytes, or 1
+    WEIGHTS_UNIT: int  # which divides the rows of the weights, likewise
     PRECISION: str  # of fp32 products, as `tl.dot` names it
 
 
+class Searched(NamedTuple):
+    """What `mask_squares` is compiled for."""
+
+    BLOCK_N: int
+    GROUPED: bool
+    MASK_UNIT: int
+
+
 class Call(NamedTuple):
-    """What every kernel is given of a call; `launch` makes it. Strides are in elements, 0 where a mask broadcasts."""
+    """What every kernel is given of a call: tensors, then numbers. Strides are in elements, 0 where a mask broadcasts.
+
+    Addresses, strides and head sizes of query, key, value and the biases are multiples of 16 bytes.
+    """
 
     query: Any  # (N, L, H, D), as all of them with contiguous last dimensions
     key: Any  # (N, S, H_kv, D)
@@ -57,6 +74,8 @@ class Call(NamedTuple):
     mask_n: Any
     mask_h: Any
     mask_l: Any
+    mask_batches: Any  # how many of them attn_mask is of, and how many heads
+    mask_heads: Any
     squares_n: Any
     squares_h: Any
     padding_n: Any
@@ -71,6 +90,9 @@ class Call(NamedTuple):
     scale: Any
     threshold: Any  # of 16 random bits, from which on dropout keeps
     kept_factor: Any  # 1 / (1 - dropout_p), 0 where it keeps nothing
+
+
+TENSORS = Call._fields.index("query_n")  # how many of the fields
 
 
 class Head(NamedTuple):
@@ -105,6 +127,12 @@ def head_of(call, n, h):
         n=n,
         h=h,
     )
+
+
+@triton.jit
+def multiple(x, UNIT: tl.constexpr):
+    """x, which UNIT divides: the compiler sees it here, and then loads and stores 16 bytes at once."""
+    return x // UNIT * UNIT
 
 
 @triton.jit

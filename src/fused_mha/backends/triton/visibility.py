@@ -117,15 +117,16 @@ def tile_is_visible(call, head, first_row, first_column, without_padding, withou
 
 
 @triton.jit
-def mask_squares(call, mask_heads, result, BLOCK: tl.constexpr):
+def mask_squares(call, result, TILE: tl.constexpr):
     """The flags of an attn_mask's squares, uint8 (N|1, H|1, ceil(L / SQUARE), ceil(S / SQUARE))."""
     row_squares = tl.cdiv(call.L, SQUARE)
+    BLOCK: tl.constexpr = TILE.BLOCK_N
     blocks = tl.cdiv(call.S, BLOCK)
     row_square = tl.program_id(0) // blocks  # of all matrices
     matrix = (row_square // row_squares).to(tl.int64)
     rows = row_square % row_squares * SQUARE + tl.arange(0, SQUARE)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    at = call.attn_mask + matrix // mask_heads * call.mask_n + matrix % mask_heads * call.mask_h
+    at = call.attn_mask + matrix // call.mask_heads * call.mask_n + matrix % call.mask_heads * call.mask_h
     at = at + rows.to(tl.int64)[:, None] * call.mask_l + columns[None, :]
     is_read = (rows < call.L)[:, None] & (columns < call.S)[None, :]
     of_columns = _any(_flags(tl.load(at, mask=is_read, other=0), is_read), 0)

@@ -16,6 +16,7 @@ from fused_mha.backends.triton.tiles import (
     load_keys,
     load_rows,
     load_stats,
+    multiple,
     softmax_tile,
     tile_of_matrices,
     zeros,
@@ -24,13 +25,13 @@ from fused_mha.backends.triton.visibility import tile_is_visible
 
 
 @triton.jit
-def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
+def weights(call, stats, result, TILE: tl.constexpr):
     """One tile of the weights after dropout: (N, L, S') as means over the heads if AVERAGED, else (N, H, L, S')."""
     matrix, first_row, first_column = tile_of_matrices(call, call.columns, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
-    if AVERAGED:
+    if TILE.AVERAGED:
         n, first_head, heads = matrix, 0, call.H
     else:
         n, first_head, heads = matrix // call.H, matrix % call.H, 1
@@ -49,7 +50,8 @@ def weights(call, stats, result, TILE: tl.constexpr, AVERAGED: tl.constexpr):
         if call.seed is not None:
             of_head *= kept_weights(call, head, rows, first_column, TILE)
         total += of_head
-    factor = call.kept_factor / call.H if AVERAGED else call.kept_factor
-    at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.columns + columns[None, :]
+    factor = call.kept_factor / call.H if TILE.AVERAGED else call.kept_factor
+    row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)
+    at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * row_stride + columns[None, :]
     is_written = (rows < call.L)[:, None] & (columns < call.columns)[None, :]
     tl.store(at, (total * factor).to(result.dtype.element_ty), mask=is_written)

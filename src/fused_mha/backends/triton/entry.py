@@ -1,0 +1,93 @@
+"""The one kernel that is launched: it makes the `Call` of its arguments and runs the kernel that it is given.
+
+`launch` calls it. Triton compiles a kernel anew for a number that is 1 and for one that 16 divides, unless the number
+is an argument of its own that is not to be looked at; so these are, and any lengths and strides run the same code.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fused_mha.backends.triton.assembler import assembled
+from fused_mha.backends.triton.tiles import PADDING_UNIT, TENSORS, Call, multiple
+
+
+def _name(specialized: Any) -> str:
+    """What profilers show."""
+    return specialized.constants["KERNEL"].__name__
+
+
+@assembled
+@triton.jit(do_not_specialize=Call._fields[TENSORS:], repr=_name)
+def entry(
+    KERNEL: tl.constexpr,
+    tensors,
+    query_n,
+    query_l,
+    query_h,
+    key_n,
+    key_l,
+    key_h,
+    value_n,
+    value_l,
+    value_h,
+    mask_n,
+    mask_h,
+    mask_l,
+    mask_batches,
+    mask_heads,
+    squares_n,
+    squares_h,
+    padding_n,
+    N,
+    L,
+    S,
+    columns,
+    H,
+    group,
+    first_visible,
+    last_visible,
+    scale,
+    threshold,
+    kept_factor,
+    operands,
+    TILE: tl.constexpr,
+):
+    """Runs `KERNEL(call, *operands, TILE)`."""
+    UNIT: tl.constexpr = 128 // tensors[0].dtype.element_ty.primitive_bitwidth  # elements of 16 bytes
+    call = Call(
+        *tensors,
+        multiple(query_n, UNIT),
+        multiple(query_l, UNIT),
+        multiple(query_h, UNIT),
+        multiple(key_n, UNIT),
+        multiple(key_l, UNIT),
+        multiple(key_h, UNIT),
+        multiple(value_n, UNIT),
+        multiple(value_l, UNIT),
+        multiple(value_h, UNIT),
+        multiple(mask_n, TILE.MASK_UNIT),
+        multiple(mask_h, TILE.MASK_UNIT),
+        multiple(mask_l, TILE.MASK_UNIT),
+        mask_batches,
+        mask_heads,
+        squares_n,
+        squares_h,
+        multiple(padding_n, PADDING_UNIT),
+        N,
+        L,
+        S,
+        columns,
+        H,
+        group if TILE.GROUPED else 1,
+        first_visible,
+        last_visible,
+        scale,
+        threshold,
+        kept_factor,
+    )
+    KERNEL(call, *operands, TILE)
