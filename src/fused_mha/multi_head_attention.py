@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
 from fused_mha import dispatch, masks, nested, one_call, projections
-from fused_mha.inputs import AttentionInputs, check_dropout, check_module_inputs, default_scale
+from fused_mha.inputs import AttentionInputs, check_are_tensors, check_dropout, check_module_inputs, default_scale
 
 _PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
@@ -242,17 +242,22 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError: ranks, embedding sizes, mask types or ``key_padding_mask``'s shape do not fit.
-            RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree.
+            RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree; key and value
+                both have one wrong size beside a packed weight.
             ValueError: ``dropout`` is outside [0, 1] in training.
+            AttributeError: ``query``, ``key`` or ``value`` is no tensor.
+            TypeError: a mask is no tensor, or ``num_heads`` no int.
 
         Source:
             `torch.nn.MultiheadAttention.forward`.
         """
         given = (query, key, value, key_padding_mask, attn_mask)
-        if not _PLAIN_TYPES.issuperset(map(type, given)) and any(isinstance(x, fx.Proxy) for x in given):
-            return self._traced_call(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+        if not _PLAIN_TYPES.issuperset(map(type, given)) or query is None or key is None or value is None:
+            if any(isinstance(x, fx.Proxy) for x in given):
+                return self._traced_call(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
+            check_are_tensors(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             padded, padding, repack = self._unpack_nested(query, key, value, key_padding_mask, attn_mask)
             output, weights = self.forward(
