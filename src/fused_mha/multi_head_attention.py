@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
@@ -38,7 +39,7 @@ def remove_forward_hook(module: nn.Module) -> None:
             del module._forward_pre_hooks[handle_id]
 
 
-class MultiHeadAttention(nn.MultiheadAttention):
+class MultiHeadAttention(TorchAttention):
     """Multi-head attention: softmax(Q K^T / sqrt(head_dim) + masks) V per head, projected in and out.
 
     A drop-in for `torch.nn.MultiheadAttention`: the same arguments, parameters, ``state_dict``, initial values under
@@ -165,7 +166,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         super().__setstate__(state)
         ensure_forward_hook(self)
 
-    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+    def __prepare_scriptable__(self) -> TorchAttention:
         """What `torch.jit.script` compiles: torch's module on the same parameters."""
         warnings.warn(
             "torch.jit.script puts torch.nn.MultiheadAttention in the place of fused_mha.MultiHeadAttention, in the "
@@ -173,7 +174,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             "fused_mha.convert(model) again.",
             stacklevel=2,
         )
-        stock = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        stock = TorchAttention.__new__(TorchAttention)
         stock.__dict__ = dict(self.__dict__)
         stock._forward_pre_hooks = self._forward_pre_hooks.copy()
         remove_forward_hook(stock)
