@@ -42,6 +42,14 @@ attention_gradients = torch.ops.fused_mha.attention_gradients.default
 dropout_mask = torch.ops.fused_mha.dropout_mask.default
 
 
+def drawn_probability(dropout_p: float) -> float:
+    """With which 16 random bits drop an element: a multiple of 2^-16, 1 only where ``dropout_p`` is.
+
+    `csrc/generic/philox.h` has the same. What is kept is scaled by 1 / (1 - this), so that dropout changes no mean.
+    """
+    return min(int(dropout_p * 65536 + 0.5), 65535) / 65536 if dropout_p < 1.0 else 1.0
+
+
 class Arguments(NamedTuple):
     """What forward and backward share, in the order of the op's arguments.
 
