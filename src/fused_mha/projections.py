@@ -146,7 +146,7 @@ def split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:
     Returns:
         (N, L, H, D), N = 1 for (L, E).
     """
-    x = x.unflatten(-1, (-1, head_dim))
+    x = x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
     if x.dim() == 3:
         return x.unsqueeze(0)
     return x if batch_first else x.transpose(0, 1)
