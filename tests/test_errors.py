@@ -171,7 +171,9 @@ NO_TENSORS = [
     *(Mistake(f"an array as {name}", f"{name} must be a Tensor, not numpy.ndarray", {name: ARRAY}) for name in ROLES),
     Mistake("a number as the value", "value must be a Tensor, not float", {"value": 1.0}),
     *(
-        Mistake(f"{type(mask).__name__} as {name}", f"{name} must be a Tensor, not {text}: torch.as_tensor", {name: mask})
+        Mistake(
+            f"{type(mask).__name__} as {name}", f"{name} must be a Tensor, not {text}: torch.as_tensor", {name: mask}
+        )
         for name in ("attn_mask", "key_padding_mask")
         for mask, text in ((ARRAY, "numpy.ndarray"), (ARRAY == 0, "numpy.ndarray"), ([[False]], "list"))
     ),

@@ -266,6 +266,8 @@ class MultiHeadAttention(TorchAttention):
             )
             return repack(output, weights)
 
+        if torch.is_grad_enabled():
+            query, key, value = projections.recordable(query, key, value)
         arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         N, is_batched, dropout_p = self._checked(*arguments)
         result = one_call.forward(self, *arguments, dropout_p)
@@ -333,7 +335,9 @@ class MultiHeadAttention(TorchAttention):
         head_dim = self.embed_dim // self.num_heads
         hidden = None
         if key_padding_mask is not None:
+            # A copy where autograd records: callers fill their mask anew for the next call.
             hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
+            hidden = hidden.clone() if torch.is_grad_enabled() else hidden
             if not is_batched:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
             elif not self.batch_first:
