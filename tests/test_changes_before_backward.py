@@ -1,4 +1,4 @@
-"""What may be changed between a module's forward and its backward, and inputs from `torch.inference_mode`, on each path."""
+"""What may be changed between forward and backward, and training on tensors of `torch.inference_mode`, on each path."""
 
 import contextlib
 
@@ -143,5 +143,5 @@ def test_copies_of_one_tensor_are_one():
     query, key, value = projections.recordable(x, y, y)
     assert key is value
     assert torch.equal(query, x)
-    assert not (query.is_inference() or key.is_inference())
+    assert not any(copied.is_inference() for copied in (query, key))
     assert projections.recordable(query, x, query)[0] is query

@@ -18,6 +18,7 @@ from torch.nn.parameter import Parameter, is_lazy
 
 from fused_mha import dispatch, masks, nested, one_call, projections
 from fused_mha.inputs import AttentionInputs, check_are_tensors, check_dropout, check_module_inputs, default_scale
+from fused_mha.quantization import QConfig
 
 _PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
@@ -75,6 +76,8 @@ class MultiHeadAttention(TorchAttention):
     Source:
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.2.2; `torch.nn.MultiheadAttention`.
     """
+
+    qconfig = QConfig()
 
     def __init__(
         self,
@@ -266,7 +269,7 @@ class MultiHeadAttention(TorchAttention):
             )
             return repack(output, weights)
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
             query, key, value = projections.recordable(query, key, value)
         arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         N, is_batched, dropout_p = self._checked(*arguments)

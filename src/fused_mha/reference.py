@@ -113,9 +113,8 @@ def attention(
 
     returned_weights = None
     if need_weights:
-        returned_weights = _visible_weights(weights.view(N, H, L, k.shape[1]), visible, average_attn_weights).to(
-            out_dtype
-        )
+        weights = weights.view(N, H, L, k.shape[1])
+        returned_weights = _visible_weights(weights, visible, average_attn_weights).to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
 
 
