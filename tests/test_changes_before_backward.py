@@ -103,6 +103,17 @@ def test_a_changed_mask_that_is_larger_than_the_query_is_noticed(one_calls, size
     assert one_calls == [True]
 
 
+def test_a_padding_mask_larger_than_the_query_may_be_filled_anew(path):
+    def gradients_of(change):
+        module = make(MultiHeadAttention, {"batch_first": True})
+        query, key, padding = torch.ones(N, 1, E), torch.ones(N, 50, E).cumsum(1), torch.zeros(N, 50)
+        padding[:, 20:] = -1e4
+        return gradients(module, (query, key, key), {"key_padding_mask": padding}, lambda _: change(padding))
+
+    for x, y in zip(gradients_of(lambda padding: padding.zero_()), gradients_of(lambda padding: None), strict=True):
+        assert torch.equal(x, y)
+
+
 @each_module
 def test_the_output_may_be_changed_before_the_backward(path, options):
     theirs, ours = (make(kind, options) for kind in (nn.MultiheadAttention, MultiHeadAttention))

@@ -53,13 +53,14 @@ def drawn_probability(dropout_p: float) -> float:
 def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """The mask as a backward may save it: callers fill theirs anew for the next call.
 
-    A copy, unless it is larger than the query: then autograd notices a change. One of inference mode has to be copied.
+    A copy, unless it is an attn_mask, (.., L, S), that is larger than the query: then autograd notices a change. One of
+    inference mode has to be copied.
     """
     if mask is None or mask.requires_grad:
         return mask
     sizes = (mask.numel(), query.numel())
     is_small = all(type(size) is int for size in sizes) and sizes[0] <= sizes[1]  # no guard on symbolic sizes
-    return mask.clone() if is_small or mask.is_inference() else mask
+    return mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask
 
 
 class Arguments(NamedTuple):
