@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 import fused_mha
 from fused_mha.multi_head_attention import MultiHeadAttention, keep_forward_called
+from fused_mha.testing.cases import Case
 
 SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
@@ -191,6 +192,14 @@ class TestSkipped:
         assert model[0] is scripted
         x = torch.randn(3, 1, 8)
         assert model[0](x, x, x)[0].shape == (3, 1, 8)
+
+    def test_torchs_class_is_known_where_its_name_stands_for_ours(self, monkeypatch):
+        model, theirs = Block(), nn.MultiheadAttention
+        monkeypatch.setattr(nn, "MultiheadAttention", MultiHeadAttention)
+        for change, kind in ((fused_mha.convert, MultiHeadAttention), (fused_mha.revert, theirs)):
+            assert change(model).changed == ["first", "inner.1.0"]
+            assert type(model.first) is type(model.inner[1][0]) is kind
+        assert type(Case().build()[1]) is theirs
 
     def test_name_filter_selects_by_dotted_name(self):
         model, seen = Block(), []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class Mistake(NamedTuple):
 
 
 SHAPES_OF_A_MASK = "attn_mask must have shape (L, S) = (4, 6), (N*num_heads, L, S) = (6, 4, 6)"
+ROLES = ("query", "key", "value")
+ARRAY = np.zeros((N, L, E), dtype=np.float32)
 UNBATCHED = {"query": torch.randn(L, E), "key": torch.randn(S, E), "value": torch.randn(S, E)}
 
 RANKS_AND_SIZES = [
@@ -63,6 +66,28 @@ RANKS_AND_SIZES = [
         "size of the value",
         "key and value must have sizes kdim = 8 and vdim = 8; got (3, 6, 8) and (3, 6, 5)",
         {"value": torch.zeros(N, S, 5)},
+    ),
+    Mistake(
+        "one size of key and value",
+        "key and value must have sizes kdim = 8 and vdim = 8; got (3, 6, 5) and (3, 6, 5)",
+        {"key": torch.zeros(N, S, 5), "value": torch.zeros(N, S, 5)},
+    ),
+    Mistake(
+        "one size of key and value, sequence first",
+        "got (6, 3, 10) and (6, 3, 10)",
+        {"query": torch.zeros(L, N, E), "key": torch.zeros(S, N, 10), "value": torch.zeros(S, N, 10)},
+        {"batch_first": False},
+    ),
+    Mistake(
+        "one size of unbatched key and value",
+        "got (6, 5) and (6, 5)",
+        {**UNBATCHED, **dict.fromkeys(("key", "value"), torch.zeros(S, 5))},
+    ),
+    Mistake(
+        "one size of key and value, with kdim and vdim",
+        "key and value must have sizes kdim = 5 and vdim = 7; got (3, 6, 8) and (3, 6, 8)",
+        {},
+        {"kdim": 5, "vdim": 7},
     ),
     Mistake(
         "length of the value with kdim",
@@ -141,6 +166,19 @@ MASKS = [
     ),
 ]
 
+NO_TENSORS = [
+    *(Mistake(f"no {name}", f"{name} must be a Tensor, not NoneType", {name: None}) for name in ROLES),
+    *(Mistake(f"an array as {name}", f"{name} must be a Tensor, not numpy.ndarray", {name: ARRAY}) for name in ROLES),
+    Mistake("a number as the value", "value must be a Tensor, not float", {"value": 1.0}),
+    *(
+        Mistake(
+            f"{type(mask).__name__} as {name}", f"{name} must be a Tensor, not {text}: torch.as_tensor", {name: mask}
+        )
+        for name in ("attn_mask", "key_padding_mask")
+        for mask, text in ((ARRAY, "numpy.ndarray"), (ARRAY == 0, "numpy.ndarray"), ([[False]], "list"))
+    ),
+]
+
 DTYPES_AND_DEVICES = [
     Mistake(
         "fp64 input of an fp32 module",
@@ -190,7 +228,7 @@ DTYPES_AND_DEVICES = [
     Mistake("module on another device", "got the module's projection weight on meta", {}, {"device": "meta"}),
 ]
 
-MISTAKES = RANKS_AND_SIZES + MASKS + DTYPES_AND_DEVICES
+MISTAKES = RANKS_AND_SIZES + MASKS + NO_TENSORS + DTYPES_AND_DEVICES
 
 
 def _arguments(mistake: Mistake) -> dict[str, Any]:
@@ -240,7 +278,7 @@ def test_mistake_raises_the_type_of_torch_and_says_what_came(mistake, need_weigh
 def test_mistake_raises_the_same_error_in_inference(mistake, training):
     module = MultiHeadAttention(E, H, **{"batch_first": True, **mistake.module})
     arguments = _arguments(mistake)
-    with pytest.raises((AssertionError, RuntimeError)) as expected:
+    with pytest.raises((AssertionError, RuntimeError, TypeError, AttributeError)) as expected:
         module(**arguments)
     with torch.no_grad(), pytest.raises(type(expected.value)) as raised:
         module.train(training)(**arguments)
@@ -267,6 +305,21 @@ def test_constructor_raises_the_type_of_torch_and_draws_nothing(arguments, text)
         MultiHeadAttention(*arguments)
     assert text in str(raised.value)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_number_of_heads_that_is_no_integer_raises_the_type_of_torch(batch_first, training):
+    x = torch.randn(N, L, E)
+    theirs, ours = (
+        kind(E, 2.0, batch_first=batch_first).train(training) for kind in (nn.MultiheadAttention, MultiHeadAttention)
+    )
+    with pytest.raises(TypeError):
+        theirs(x, x, x)
+    with pytest.raises(TypeError, match=r"num_heads must be an int; got 2\.0"):
+        ours(x, x, x)
+    ours.num_heads = np.int64(2)
+    ours(x, x, x)
 
 
 @pytest.mark.parametrize("shape", [(N, H, S, L), (N, 3, L, S), (2, 1, L, S), (1, 1, L, 1)], ids=str)

@@ -52,3 +52,9 @@ def test_torchs_linear_beside_another_back_end(module):
 def test_a_mask_that_needs_a_gradient(module):
     mask = torch.zeros(5, 5, requires_grad=True)
     assert "a mask needs a gradient" in projections(module, attn_mask=mask)
+
+
+def test_inputs_of_inference_mode_are_explained_in_training():
+    with torch.inference_mode():
+        x = torch.randn(2, 5, 8)
+    assert fused_mha.explain(fused_mha.MultiHeadAttention(8, 2), x).chosen is not None

@@ -154,6 +154,12 @@ ROWS = [
         for window in ((-1, 0), (0, -2), (None, -1), (1,), (1, 2, 3))
     ),
     *(
+        error(
+            TypeError, f"{name} must be a Tensor, not list: torch.as_tensor makes one of an array", **{name: [[False]]}
+        )
+        for name in ("attn_mask", "key_padding_mask")
+    ),
+    *(
         error(ValueError, f"dropout probability has to be between 0 and 1, but got {p}", dropout_p=p)
         for p in (-0.1, 1.5, float("nan"))
     ),

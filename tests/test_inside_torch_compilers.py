@@ -110,6 +110,15 @@ def test_script_of_a_converted_encoder_is_torchs_module_on_the_same_parameters(t
     assert {name: parameter.data_ptr() for name, parameter in scripted.named_parameters()} == before
 
 
+def test_script_where_torchs_name_stands_for_our_class(monkeypatch):
+    monkeypatch.setattr(nn, "MultiheadAttention", MultiHeadAttention)
+    module = nn.MultiheadAttention(8, 2)
+    x = torch.randn(3, 1, 8)
+    with pytest.warns(UserWarning, match="in the place of"):
+        scripted = torch.jit.script(module)
+    torch.testing.assert_close(scripted(x, x, x), module(x, x, x))
+
+
 @pytest.mark.parametrize(
     ("back_end", "arguments"),
     [(name, a) for name, weights in CALLS for a in ARGUMENTS if a.get("need_weights", True) == weights],

@@ -1,10 +1,14 @@
 """`fused_mha.projections`: the linear maps around the attention core."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fused_mha import projections
+from fused_mha import convert, projections
+from fused_mha.testing import assert_parity
 from fused_mha.testing.tolerances import tolerance
 
 E = 6
@@ -109,3 +113,23 @@ def test_merge_heads_is_contiguous_for_any_strides():
 
 def test_split_heads_takes_a_shard_of_the_heads():
     assert projections.split_heads(draw(2, 5, 2 * 4), 4, True).shape == (2, 5, 2, 4)
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize(
+    ("dtype", "bias_dtype"),
+    [(torch.float32, torch.float64), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_a_bias_of_another_dtype_is_added_as_torch_does(sharing, dtype, bias_dtype):
+    theirs = nn.MultiheadAttention(E, 2, batch_first=True, dtype=dtype)
+    theirs.in_proj_bias = nn.Parameter(torch.randn(3 * E, dtype=bias_dtype))
+    ours = copy.deepcopy(theirs)
+    convert(ours)
+    drawn, cast = inputs_of(sharing), {}
+    inputs = [cast.setdefault(id(x), x.to(dtype)) for x in drawn]
+    assert_parity(ours, theirs, *inputs)
+    ours.batch_first = False  # which torch refuses
+    transposed, _ = ours(*(x.transpose(0, 1) for x in inputs))
+    ours.batch_first = True
+    torch.testing.assert_close(transposed.transpose(0, 1), ours(*inputs)[0])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 
 from fused_mha.multi_head_attention import MultiHeadAttention, ensure_forward_hook, remove_forward_hook
 
@@ -113,7 +114,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
         swaps.append(module)
         changed += names
     for module in swaps:
-        module.__class__ = nn.MultiheadAttention
+        module.__class__ = TorchAttention
         remove_forward_hook(module)
     return ConversionReport(changed, skipped)
 
@@ -136,11 +137,11 @@ def _why_not_convertible(module: nn.Module, names: list[str], name_filter: NameF
     if isinstance(module, torch.jit.ScriptModule):
         is_attention = getattr(module, "original_name", "") == "MultiheadAttention"
         return "compiled by torch.jit.script: convert before scripting" if is_attention else ""
-    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, MultiHeadAttention):
+    if not isinstance(module, TorchAttention) or isinstance(module, MultiHeadAttention):
         return ""
     if not _passes(names, name_filter):
         return "not selected by name_filter"
-    if type(module) is not nn.MultiheadAttention:
+    if type(module) is not TorchAttention:
         return f"a subclass, {type(module).__module__}.{type(module).__qualname__}: its own behaviour would be lost"
     if "forward" in vars(module):
         return FORWARD_REPLACED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_mha import linear, one_call
@@ -57,7 +58,8 @@ def explain(
         padded, padding, _ = module._unpack_nested(**given)
         arguments |= {**dict.fromkeys(roles, padded), "key_padding_mask": padding}
     N, is_batched, dropout_p = module._checked(**arguments)
-    inputs = module._attention_inputs(**arguments, N=N, is_batched=is_batched, dropout_p=dropout_p)
+    with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
+        inputs = module._attention_inputs(**arguments, N=N, is_batched=is_batched, dropout_p=dropout_p)
     explanation = explain_inputs(inputs)
     tensors = [arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")]
     return explanation._replace(projections=_projections(module, *tensors))

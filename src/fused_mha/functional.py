@@ -55,8 +55,8 @@ def attention(
         bias_k: (H_kv, D), a virtual key after the S real ones, visible to every query.
         bias_v: (H_kv, D_v), its value.
         add_zero_attn: append a virtual key and value of zeros, visible to every query.
-        dropout_p: probability of dropping a weight; the others are scaled by 1 / (1 - dropout_p). Always applied;
-            the core in C++ rounds it to a multiple of 2^-16.
+        dropout_p: probability p of dropping a weight; the others are scaled by 1 / (1 - p). Always applied; the fused
+            cores round p to a multiple of 2^-16 (below 1 if it is), and scale by what they round it to.
         scale: factor of the scores; 1 / sqrt(D) if None.
         need_weights: return the attention weights too, after dropout.
         average_attn_weights: the weights' mean over the heads, (N, L, S'), not per head, (N, H, L, S').

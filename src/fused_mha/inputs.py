@@ -69,6 +69,18 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def _type_name(x: object) -> str:
+    kind = type(x)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_are_tensors(query: object, key: object, value: object) -> None:
+    """Raise AttributeError, as torch's module does, unless they are tensors."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise AttributeError(f"{name} must be a Tensor, not {_type_name(x)}")
+
+
 def _check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise error(
@@ -79,7 +91,11 @@ def _check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
 def _check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
     device = query.device
     for name, other in others:
-        if other is not None and other.device != device:
+        if other is None:
+            continue
+        if not isinstance(other, Tensor):
+            raise TypeError(f"{name} must be a Tensor, not {_type_name(other)}: torch.as_tensor makes one of an array")
+        if other.device != device:
             raise RuntimeError(f"all tensors must be on query's device, {device}; got {name} on {other.device}")
 
 
@@ -252,8 +268,12 @@ def check_module_inputs(
 
     Raises:
         AssertionError: ranks, embedding sizes, mask types, key_padding_mask's shape.
-        RuntimeError: attn_mask's shape, batch sizes, dtypes and devices that disagree.
+        RuntimeError: attn_mask's shape, batch sizes, dtypes and devices that disagree, one wrong size of key and value
+            beside a packed weight.
+        TypeError: a mask that is no tensor, num_heads that is no int.
     """
+    if not hasattr(num_heads, "__index__"):
+        raise TypeError(f"num_heads must be an int; got {num_heads!r}")
     rank = query.dim()
     if rank not in (2, 3):
         raise AssertionError(f"query must be unbatched 2-D or batched 3-D; got a {rank}-D tensor, {_shape(query)}")
@@ -276,7 +296,9 @@ def check_module_inputs(
             f"key and value must agree in length and batch size; got {_shape(key)} and {_shape(value)}"
         )
     if key.shape[-1] != kdim or value.shape[-1] != vdim:
-        raise AssertionError(
+        # Where both are wrong alike, torch's product with the packed weight is the first to see it.
+        is_of_product = kdim == vdim == embed_dim and key.shape[-1] == value.shape[-1]
+        raise (RuntimeError if is_of_product else AssertionError)(
             f"key and value must have sizes kdim = {kdim} and vdim = {vdim}; got {_shape(key)} and {_shape(value)}"
         )
     if is_batched and key.shape[batch_dim] != N:

@@ -27,7 +27,7 @@ def per_head(attn_mask: Tensor, N: int, num_heads: int) -> Tensor:
     """A module's attn_mask, (L, S), (N * H, L, S) or 4-D, as (N|1, H|1, L|1, S)."""
     if attn_mask.dim() == 2:
         return attn_mask.view(1, 1, *attn_mask.shape)
-    return attn_mask.unflatten(0, (N, num_heads)) if attn_mask.dim() == 3 else attn_mask
+    return attn_mask.view(N, num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask
 
 
 def without_hidden_keys(key: Tensor, value: Tensor, key_padding_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
 from fused_mha import dispatch, masks, nested, one_call, projections
-from fused_mha.inputs import AttentionInputs, check_dropout, check_module_inputs, default_scale
+from fused_mha.inputs import AttentionInputs, check_are_tensors, check_dropout, check_module_inputs, default_scale
+from fused_mha.quantization import QConfig
 
 _PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
@@ -38,7 +40,7 @@ def remove_forward_hook(module: nn.Module) -> None:
             del module._forward_pre_hooks[handle_id]
 
 
-class MultiHeadAttention(nn.MultiheadAttention):
+class MultiHeadAttention(TorchAttention):
     """Multi-head attention: softmax(Q K^T / sqrt(head_dim) + masks) V per head, projected in and out.
 
     A drop-in for `torch.nn.MultiheadAttention`: the same arguments, parameters, ``state_dict``, initial values under
@@ -74,6 +76,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
     Source:
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), section 3.2.2; `torch.nn.MultiheadAttention`.
     """
+
+    qconfig = QConfig()
 
     def __init__(
         self,
@@ -165,7 +169,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
         super().__setstate__(state)
         ensure_forward_hook(self)
 
-    def __prepare_scriptable__(self) -> nn.MultiheadAttention:
+    def __prepare_scriptable__(self) -> TorchAttention:
         """What `torch.jit.script` compiles: torch's module on the same parameters."""
         warnings.warn(
             "torch.jit.script puts torch.nn.MultiheadAttention in the place of fused_mha.MultiHeadAttention, in the "
@@ -173,7 +177,7 @@ class MultiHeadAttention(nn.MultiheadAttention):
             "fused_mha.convert(model) again.",
             stacklevel=2,
         )
-        stock = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        stock = TorchAttention.__new__(TorchAttention)
         stock.__dict__ = dict(self.__dict__)
         stock._forward_pre_hooks = self._forward_pre_hooks.copy()
         remove_forward_hook(stock)
@@ -242,17 +246,22 @@ class MultiHeadAttention(nn.MultiheadAttention):
 
         Raises:
             AssertionError: ranks, embedding sizes, mask types or ``key_padding_mask``'s shape do not fit.
-            RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree.
+            RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree; key and value
+                both have one wrong size beside a packed weight.
             ValueError: ``dropout`` is outside [0, 1] in training.
+            AttributeError: ``query``, ``key`` or ``value`` is no tensor.
+            TypeError: a mask is no tensor, or ``num_heads`` no int.
 
         Source:
             `torch.nn.MultiheadAttention.forward`.
         """
         given = (query, key, value, key_padding_mask, attn_mask)
-        if not _PLAIN_TYPES.issuperset(map(type, given)) and any(isinstance(x, fx.Proxy) for x in given):
-            return self._traced_call(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
+        if not _PLAIN_TYPES.issuperset(map(type, given)) or query is None or key is None or value is None:
+            if any(isinstance(x, fx.Proxy) for x in given):
+                return self._traced_call(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
+            check_are_tensors(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             padded, padding, repack = self._unpack_nested(query, key, value, key_padding_mask, attn_mask)
             output, weights = self.forward(
@@ -260,6 +269,8 @@ class MultiHeadAttention(nn.MultiheadAttention):
             )
             return repack(output, weights)
 
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
+            query, key, value = projections.recordable(query, key, value)
         arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         N, is_batched, dropout_p = self._checked(*arguments)
         result = one_call.forward(self, *arguments, dropout_p)
@@ -327,7 +338,9 @@ class MultiHeadAttention(nn.MultiheadAttention):
         head_dim = self.embed_dim // self.num_heads
         hidden = None
         if key_padding_mask is not None:
+            # A copy where autograd records: callers fill their mask anew for the next call.
             hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
+            hidden = hidden.clone() if torch.is_grad_enabled() else hidden
             if not is_batched:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
             elif not self.batch_first:

@@ -35,7 +35,7 @@ def packed_in_projection(
     if hidden is not None:
         query, key, value = without_hidden_keys(query, key, value, hidden)
     if query is key and key is value:
-        packed = linear(query, weight, bias)
+        packed = _project(query, weight, bias)
         if hidden is None:
             q, k, v = packed.chunk(3, dim=-1)
         else:  # finite numbers may overflow in the product
@@ -45,8 +45,8 @@ def packed_in_projection(
     if key is value:
         w_q, w_kv = weight.split([E, 2 * E])
         b_q, b_kv = bias.split([E, 2 * E]) if bias is not None else (None, None)
-        k, v = linear(key, w_kv, b_kv).chunk(2, dim=-1)
-        return linear(query, w_q, b_q), k, v
+        k, v = _project(key, w_kv, b_kv).chunk(2, dim=-1)
+        return _project(query, w_q, b_q), k, v
     w_q, w_k, w_v = weight.chunk(3)
     return separate_in_projection(query, key, value, w_q, w_k, w_v, bias)
 
@@ -75,7 +75,23 @@ def separate_in_projection(
         The three projections, each (..., E).
     """
     b_q, b_k, b_v = bias.chunk(3) if bias is not None else (None, None, None)
-    return linear(query, w_q, b_q), linear(key, w_k, b_k), linear(value, w_v, b_v)
+    return _project(query, w_q, b_q), _project(key, w_k, b_k), _project(value, w_v, b_v)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear`; a bias of another dtype is added in the wider one, as torch's module does with ``batch_first``."""
+    if bias is None or bias.dtype == weight.dtype:
+        return linear(x, weight, bias)
+    product = linear(x, weight, None)
+    return (product + bias).to(product.dtype)
+
+
+def recordable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three, with copies of those from `torch.inference_mode`, which autograd can't save; what is one stays one."""
+    if not (query.is_inference() or key.is_inference() or value.is_inference()):
+        return query, key, value
+    copies = {id(x): x.clone() if x.is_inference() else x for x in (query, key, value)}
+    return copies[id(query)], copies[id(key)], copies[id(value)]
 
 
 def without_hidden_keys(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +162,7 @@ def split_heads(x: Tensor, head_dim: int, batch_first: bool) -> Tensor:
     Returns:
         (N, L, H, D), N = 1 for (L, E).
     """
-    x = x.unflatten(-1, (-1, head_dim))
+    x = x.view(*x.shape[:-1], x.shape[-1] // head_dim, head_dim)
     if x.dim() == 3:
         return x.unsqueeze(0)
     return x if batch_first else x.transpose(0, 1)

@@ -86,7 +86,7 @@ def attention(
     if bias is not None and not virtual_keys:
         # The softmax of a row of -inf alone is NaN, and so is its gradient: such a row scores as if it were not
         # masked, and what it gives is multiplied by zero below.
-        empty = bias.isneginf().all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
+        empty = (bias == masks.NEGATIVE_INFINITY).all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
         visible = empty.logical_not().to(dtype)
         bias = bias.masked_fill(empty, 0.0)
 
@@ -107,13 +107,14 @@ def attention(
         weights = weights * (dropout_mask.flatten(0, 1).to(dtype) * kept)
     elif dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
-    output = torch.bmm(weights, v).unflatten(0, (N, H)).transpose(1, 2)  # [N, L, H, D_v]
+    output = torch.bmm(weights, v).view(N, H, L, v.shape[2]).transpose(1, 2)  # [N, L, H, D_v]
     if visible is not None:
         output = output * visible.transpose(1, 2)
 
     returned_weights = None
     if need_weights:
-        returned_weights = _visible_weights(weights.unflatten(0, (N, H)), visible, average_attn_weights).to(out_dtype)
+        weights = weights.view(N, H, L, k.shape[1])
+        returned_weights = _visible_weights(weights, visible, average_attn_weights).to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
 
 

@@ -16,6 +16,7 @@ import fused_mha
 from attention_oracle import DEFAULTS
 from fused_mha.inputs import AttentionResult
 from fused_mha.testing.tolerances import FLOOR, tolerance
+from native.philox import drawn_probability
 
 INF = float("inf")
 HALF = (torch.float16, torch.bfloat16)
@@ -85,7 +86,7 @@ def dense_attention(keep=None, **arguments):
     scores = scores.masked_fill(hidden & ~empty, -INF)
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
     if keep is not None:
-        p = a["dropout_p"]
+        p = drawn_probability(a["dropout_p"])
         weights = weights * keep.to(dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
     returned = None
     if a["need_weights"]:

@@ -29,13 +29,22 @@ def philox4x32(counter, key):
     return words
 
 
-def kept(seed, shape, dropout_p):
-    """The bool array (N, H, L, S), True = keep, of a seed of two signed 64-bit integers."""
+def drawn_probability(dropout_p):
+    """With which 16 random bits drop an element: the nearest multiple of 2^-16, 1 for no other than 1."""
+    return 1.0 if dropout_p == 1.0 else min(round(dropout_p * 65536) / 65536, 1 - 2.0**-16)
+
+
+def random_bits(seed, shape):
+    """Sixteen of them for each element of (N, H, L, S), of a seed of two signed 64-bit integers."""
     N, H, L, S = shape
     groups = np.arange((S + 7) // 8)[None, None, :]
     queries = np.arange(L)[None, :, None]
     heads = np.arange(N * H)[:, None, None]
     words = philox4x32((groups, queries, heads, seed[1] & WORD), (seed[0] & WORD, (seed[0] >> 32) & WORD))
     halves = [half for word in words for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))]
-    bits = np.stack(halves, axis=-1).reshape(N * H, L, 8 * groups.size)[..., :S]
-    return (bits >= round(dropout_p * 65536)).reshape(N, H, L, S)
+    return np.stack(halves, axis=-1).reshape(N * H, L, 8 * groups.size)[..., :S].reshape(N, H, L, S)
+
+
+def kept(seed, shape, dropout_p):
+    """The bool array (N, H, L, S), True = keep."""
+    return random_bits(seed, shape) >= drawn_probability(dropout_p) * 65536

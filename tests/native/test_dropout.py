@@ -6,14 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_oracle import make_arguments
+from attention_oracle import DEFAULTS, make_arguments
+from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.cpu import LIBRARY
-from fused_mha.ops import fallback
+from fused_mha.inputs import check_attention
+from fused_mha.ops import fallback, schema
 from fused_mha.testing.tolerances import tolerance
-from native.dense_oracle import drawn_seed, native_attention, run
-from native.philox import kept, philox4x32
+from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention, run
+from native.philox import drawn_probability, kept, philox4x32, random_bits
 
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
+NEAR_NOTHING_OR_EVERYTHING = [1e-6, 2e-5, 0.999, 0.99999, 0.9999999]  # rounded to 2^-16, off by up to all
 SEEDS = [(0, 0), (1, 2), (-1, -1), (-(2**63), 2**63 - 1), (0x0123456789ABCDEF, 0x7EDCBA9876543210), (2**32, 2**32)]
 
 each_seed = pytest.mark.parametrize("seed", SEEDS, ids=str)
@@ -91,9 +94,40 @@ def test_attention_drops_exactly_the_weights_of_the_mask(isa, L, S, band, virtua
     keep = torch.from_numpy(kept((11, -12), plain.weights.shape, 0.4))
     assert torch.equal(dropped.weights != 0, keep & (plain.weights != 0))
     assert torch.equal(dropped.lse, plain.lse)
-    expected = plain.weights.double() * keep / 0.6
+    expected = plain.weights.double() * keep / (1 - drawn_probability(0.4))
     bound = tolerance(dtype, 0.0, expected.max().item())
     assert (dropped.weights.double() - expected).abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("p", NEAR_NOTHING_OR_EVERYTHING)
+def test_dropout_changes_no_mean(isa, p):
+    arguments = make_arguments(N=1, L=64, S=2048, H=4, H_kv=4, D=4, scale=0.1, **PER_HEAD)
+    plain = native_attention(**arguments).weights
+    with drawn_seed(11, -12):
+        dropped = native_attention(**arguments, dropout_p=p).weights
+    bits, keep = random_bits((11, -12), plain.shape), (dropped != 0).numpy()
+    least_that_keeps = int(bits[keep].min())
+    assert np.array_equal(keep, bits >= least_that_keeps)
+    mean = dropped.double() * (65536 - least_that_keeps) / 65536  # each of the 65,536 values is drawn as often
+    bound = tolerance(torch.float32, 0.0, plain.max().item())
+    assert (mean - plain)[dropped != 0].abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("p", NEAR_NOTHING_OR_EVERYTHING)
+def test_results_and_gradients_are_scaled_by_what_is_kept(isa, p):
+    arguments = make_arguments(N=1, L=33, S=2048, H=2, H_kv=2, D=4, D_v=4, dropout_p=p, **PER_HEAD)
+    with drawn_seed(11, -12):
+        assert_matches_dense(arguments, torch.from_numpy(kept((11, -12), (1, 2, 33, 2048), p)))
+
+
+@pytest.mark.parametrize("p", NEAR_NOTHING_OR_EVERYTHING)
+def test_a_draw_is_replayed_with_the_same_scale(p):
+    arguments = make_arguments(N=1, L=33, S=2048, H=2, H_kv=2, D=4, dtype=torch.float64, dropout_p=p)
+    with drawn_seed(11, -12):
+        drawn = arguments_of(check_attention(**DEFAULTS | arguments))
+    (output, *_), (replayed, *_) = schema.attention(*drawn), fallback.reference_attention(drawn)
+    bound = tolerance(torch.float64, 0.0, output.abs().max().item(), terms=2048)
+    assert (replayed - output).abs().max().item() <= bound
 
 
 def test_the_backward_drops_the_same_weights(isa):

@@ -117,7 +117,7 @@ private:
             x /= sum;
             if (call.dropout_p > 0)
                 factor[size_t(j)] = call.dropout_p < 1 && kept[size_t(((n * H + h) * call.L + i) * columns + j)] != 0
-                                        ? 1 / (1 - call.dropout_p)
+                                        ? 1 / (1 - std::round(call.dropout_p * 65536) / 65536)
                                         : 0;
             const double dropped = x * factor[size_t(j)];
             weights[size_t(weights_row * columns + j)] += dropped * share;

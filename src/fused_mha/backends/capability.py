@@ -24,7 +24,7 @@ class Capability(NamedTuple):
     reads_hidden_keys: bool = True  # 0 * NaN = NaN: zeros have to take the place of keys that are hidden from all
     empty_tensors: bool = True
     cpu_dropout: bool = True
-    off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU
+    off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU, ONNX too
     most_head_size: int | None = None  # None is any
     cuda_capability: tuple[int, int] | None = None  # the least; None is any
 
@@ -65,8 +65,9 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
             reasons.append(f"it knows no {' and no '.join(sorted(unknown))}")
     if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
-    if inputs.needs_mask_tensor and not capability.off_cpu_masks and device != "cpu":
-        reasons.append(f"its kernels for {device} are not known to be right on rows that a mask hides everywhere")
+    if inputs.needs_mask_tensor and not capability.off_cpu_masks and (device != "cpu" or onnx_export_is_active()):
+        where = "ONNX" if device == "cpu" else device
+        reasons.append(f"its kernels for {where} are not known to be right on rows that a mask hides everywhere")
     head_size = max(inputs.query.shape[3], inputs.value.shape[3])
     if capability.most_head_size is not None and head_size > capability.most_head_size:
         reasons.append(f"its largest head size is {capability.most_head_size} (it is {head_size})")

@@ -9,6 +9,7 @@ from fused_mha import masks
 from fused_mha.backends.capability import Backend, Capability
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import is_plain
+from fused_mha.ops import schema
 from fused_mha.reference import append_virtual_keys
 
 
@@ -50,6 +51,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
             torch.float32 if is_half else query.dtype,
             query.device,
         )
+        mask = schema.own_mask(mask, query) if torch.is_grad_enabled() else mask
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

@@ -25,7 +25,9 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     result, _, _, stats = output
     ctx.set_materialize_grads(False)  # no gradient of the weights or of the log-sum-exp: no work for it
     ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(*inputs[:_TENSORS], result, stats)
+    query, key, value, attn_mask, key_padding_mask, *others = inputs[:_TENSORS]
+    masks = (schema.own_mask(mask, query) for mask in (attn_mask, key_padding_mask))
+    ctx.save_for_backward(query, key, value, *masks, *others, result, stats)
     ctx.numbers = inputs[_TENSORS:]
 
 

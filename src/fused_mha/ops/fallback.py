@@ -43,7 +43,7 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
             bias_k=a.bias_k,
             bias_v=a.bias_v,
             add_zero_attn=a.add_zero_attn,
-            dropout_p=a.dropout_p,
+            dropout_p=schema.drawn_probability(a.dropout_p),
             scale=a.scale,
             need_weights=a.need_weights,
             average_attn_weights=a.average_attn_weights,
@@ -83,7 +83,7 @@ def _dropout_mask(seed: Tensor, shape: list[int], dropout_p: float) -> Tensor:
         keys = [keys[0] + 0x9E3779B9 & _WORD, keys[1] + 0xBB67AE85 & _WORD]
     halves = [half for word in torch.broadcast_tensors(*counter) for half in (word & 0xFFFF, word >> 16)]
     bits = torch.stack(halves, dim=-1).flatten(2)[..., :S]  # [N * H, L, S], 16 of them for each key
-    return (bits >= int(dropout_p * 65536 + 0.5)).unflatten(0, (N, H))
+    return (bits >= int(schema.drawn_probability(dropout_p) * 65536)).unflatten(0, (N, H))
 
 
 _WORD = 0xFFFFFFFF

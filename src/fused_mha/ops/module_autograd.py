@@ -16,7 +16,7 @@ from fused_mha.ops.module import GRADIENTS, TENSORS, Call, multi_head_attention,
 from fused_mha.ops.product import product
 
 _NAMES = Call._fields[:GRADIENTS]
-_PADDING = Call._fields.index("key_padding_mask")
+_MASKS = (Call._fields.index("attn_mask"), Call._fields.index("key_padding_mask"))
 # By which gradients the values of a tensor are read; those of the biases of linear maps by none.
 _BIASES = ("in_bias", "out_bias")
 _INPUTS, _WEIGHTS = ("query", "key", "value"), ("query_weight", "key_weight", "value_weight")
@@ -42,8 +42,8 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         if x is not None and before_heads.isdisjoint(_READ_FOR.get(name, before_heads)):
             saved[i] = None if name in _BIASES else x.new_empty(1).expand(x.shape)  # of which the shape alone is read
             ctx.unread.append((i, x, None if x.is_inference() else x._version))
-    if saved[_PADDING] is not None:  # which callers fill anew for the next batch
-        saved[_PADDING] = saved[_PADDING].clone()
+    for i in _MASKS:
+        saved[i] = schema.own_mask(inputs[i], inputs[0])
     ctx.save_for_backward(*saved, *kept)
     *ctx.numbers, ctx.keeps = inputs[TENSORS:]
 

@@ -42,6 +42,27 @@ attention_gradients = torch.ops.fused_mha.attention_gradients.default
 dropout_mask = torch.ops.fused_mha.dropout_mask.default
 
 
+def drawn_probability(dropout_p: float) -> float:
+    """With which 16 random bits drop an element: a multiple of 2^-16, 1 only where ``dropout_p`` is.
+
+    `csrc/generic/philox.h` has the same. What is kept is scaled by 1 / (1 - this), so that dropout changes no mean.
+    """
+    return min(int(dropout_p * 65536 + 0.5), 65535) / 65536 if dropout_p < 1.0 else 1.0
+
+
+def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """The mask as a backward may save it: callers fill theirs anew for the next call.
+
+    A copy, unless it is an attn_mask, (.., L, S), that is larger than the query: then autograd notices a change. One of
+    inference mode has to be copied.
+    """
+    if mask is None or mask.requires_grad:
+        return mask
+    sizes = (mask.numel(), query.numel())
+    is_small = all(type(size) is int for size in sizes) and sizes[0] <= sizes[1]  # no guard on symbolic sizes
+    return mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask
+
+
 class Arguments(NamedTuple):
     """What forward and backward share, in the order of the op's arguments.
 

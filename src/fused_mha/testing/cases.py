@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 
 from fused_mha.multi_head_attention import MultiHeadAttention
 
@@ -53,7 +54,7 @@ class Case(NamedTuple):
 
     def build(
         self, device: str = "cpu", seed: int = 0
-    ) -> tuple[MultiHeadAttention, nn.MultiheadAttention, tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    ) -> tuple[MultiHeadAttention, TorchAttention, tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """Make the two modules and the arguments of the call.
 
         Args:
@@ -79,7 +80,7 @@ class Case(NamedTuple):
                 "dtype",
             )
         }
-        theirs = nn.MultiheadAttention(**constructor_arguments, device=device).train(self.training)
+        theirs = TorchAttention(**constructor_arguments, device=device).train(self.training)
         with torch.no_grad():
             for parameter in theirs.parameters():
                 spread = parameter.shape[-1] ** -0.5

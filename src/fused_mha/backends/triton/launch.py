@@ -22,7 +22,7 @@ from fused_mha.backends.triton.tiles import MOST_ROWS, PADDING_UNIT, TENSORS, Ca
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.ops import gradients
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import Arguments, drawn_probability
 
 SMALLEST_BLOCK = 16  # of a side of a product
 LARGEST_OF_FLASH = 128  # head size
@@ -185,8 +185,7 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
     N, L, H, D = query.shape
     S, H_kv = key.shape[1:3]
     far = L + S + 1  # beyond every key
-    first, last, p = arguments.first_visible, arguments.last_visible, arguments.dropout_p
-    threshold = int(p * 65536 + 0.5)
+    first, last, p = arguments.first_visible, arguments.last_visible, drawn_probability(arguments.dropout_p)
     call = Call(
         query,
         key,
@@ -215,8 +214,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         -far if first is None else max(first, -far),
         far if last is None else min(last, far),
         arguments.scale,
-        min(threshold, 65535),
-        1 / (1 - p) if threshold < 65536 else 0.0,
+        min(int(p * 65536), 65535),
+        1 / (1 - p) if p < 1.0 else 0.0,
     )
     if mask is not None and _pays_to_search(mask, arguments):
         call = _with_squares(call, mask)

@@ -97,7 +97,10 @@ struct Attention {
 
     Parts rows_of_head() const { return {L, row_tiles}; }
     bool drops() const { return a.dropout_p > 0; }
-    T kept_factor() const { return drops() ? T(a.dropout_p < 1 ? 1 / (1 - a.dropout_p) : 0) : T(1); }
+    T kept_factor() const {
+        const double p = drawn_probability(a.dropout_p);
+        return p < 1 ? T(1 / (1 - p)) : T(0);
+    }
     DropoutSeed seed() const { return {drops() ? static_cast<const int64_t*>(a.seed.data) : NO_SEED, a.dropout_p}; }
 
     // Which columns of a panel dropout keeps in each row.

@@ -10,6 +10,13 @@
 namespace fused_mha::FMHA_ISA {
 namespace {
 
+// The probability with which sixteen random bits drop an element: dropout_p as a multiple of 2^-16. Only dropout_p = 1
+// drops everything; below it the factor 1 / (1 - probability) makes up for what is dropped.
+inline double drawn_probability(double dropout_p) {
+    const double steps = double(uint32_t(dropout_p * 65536.0 + 0.5)) / 65536.0;
+    return steps < 1 || dropout_p == 1 ? steps : 65535.0 / 65536.0;
+}
+
 struct DropoutSeed {
     uint32_t key[2];
     uint32_t offset;
@@ -19,7 +26,7 @@ struct DropoutSeed {
         key[0] = uint32_t(seed[0]);
         key[1] = uint32_t(uint64_t(seed[0]) >> 32);
         offset = uint32_t(seed[1]);  // a counter has 32 bits for it
-        threshold = uint32_t(dropout_p * 65536.0 + 0.5);
+        threshold = uint32_t(drawn_probability(dropout_p) * 65536.0);
     }
 };
 
