@@ -77,6 +77,8 @@ def test_any_call(attention, part):
     def search(call):
         sizes = [call.arguments[name].shape[3] for name in ("query", "value")]
         assume(min(sizes) >= 4)  # torch's error in smaller heads, the measure, is luck
+        tensors = [x for x in call.arguments.values() if isinstance(x, torch.Tensor)]
+        assume(all(x.dtype != torch.float64 for x in tensors))  # no Triton kernel reads it, not even as a mask
         matches_oracle(attention, call.arguments, call.seed)
 
     search()

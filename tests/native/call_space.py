@@ -44,6 +44,11 @@ class Call(NamedTuple):
     arguments: dict
     seed: tuple[int, int]
 
+    def __repr__(self):
+        """Without the numbers, which Hypothesis would print by the thousand; its blob repeats the call."""
+        shown = {name: (x.dtype, tuple(x.shape)) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
+        return f"Call({shown}, seed={self.seed})"
+
     def keep(self):
         """The dropout mask of the call, or None."""
         if not self.arguments["dropout_p"]:
