@@ -65,7 +65,7 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
             reasons.append(f"it knows no {' and no '.join(sorted(unknown))}")
     if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
-    if inputs.needs_mask_tensor and not capability.off_cpu_masks and device != "cpu":
+    if inputs.needs_mask_tensor() and not capability.off_cpu_masks and device != "cpu":
         reasons.append(f"its kernels for {device} are not known to be right on rows that a mask hides everywhere")
     head_size = max(inputs.query.shape[3], inputs.value.shape[3])
     if capability.most_head_size is not None and head_size > capability.most_head_size:

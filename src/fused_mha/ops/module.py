@@ -89,7 +89,7 @@ class Call(NamedTuple):
         if not self.need_weights:
             return (0,)
         N, L, S, _ = self.sizes()
-        shape = (L, S + (self.bias_k is not None) + self.add_zero_attn)
+        shape = (L, S + int(self.bias_k is not None) + int(self.add_zero_attn))
         shape = shape if self.average_attn_weights else (self.num_heads, *shape)
         return shape if self.query.dim() == 2 else (N, *shape)
 
