@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fused_mha.ops import schema
+from fused_mha.ops.flop_counter import register_flop_formula
 
 _INPUTS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? in_weight, Tensor? query_weight, Tensor? key_weight, "
