@@ -156,7 +156,10 @@ def of_method_inside(model, compiler):
 
 
 def of_function(model, compiler):
-    return torch.compile(lambda x: model(x), **compiler)
+    def step(x):
+        return model(x)
+
+    return torch.compile(step, **compiler)
 
 
 @pytest.mark.parametrize("compiled_by", [of_wrapper, of_method, of_wrapper_inside, of_method_inside, of_function])
