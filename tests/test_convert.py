@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 import fused_mha
 from fused_mha.multi_head_attention import MultiHeadAttention, keep_forward_called
 
-SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
 class Block(nn.Module):

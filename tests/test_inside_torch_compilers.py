@@ -13,7 +13,7 @@ from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
 
 # torch's compilers script some of their own code
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")
 
 ARGUMENTS = [
     {},
@@ -241,7 +241,7 @@ def test_symbolic_trace_takes_a_module_of_which_only_the_mask_is_traced():
     assert torch.equal(fx.symbolic_trace(model)(mask), model(mask))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
 def test_jit_trace_holds_at_other_sizes(back_end, need_weights):
     block = Block(need_weights=need_weights)
