@@ -125,8 +125,8 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
 
 
 def _forget_compiled_graphs() -> None:
-    # Any compiled function may call the model. Torch before 2.13 does not see that a module's class is another, and every
-    # torch can be told not to look (`guard_filter_fn`).
+    # Any compiled function may call the model. Torch before 2.12 does not see that a module's class is another, and
+    # every torch can be told not to look (`guard_filter_fn`).
     if "torch._dynamo" in sys.modules:  # without it nothing was compiled, and its import takes a second
         torch.compiler.reset()
 

@@ -27,7 +27,7 @@ def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-# Dynamo before torch 2.13 cannot trace that question, but takes the answer for a constant that it asks for itself.
+# Dynamo before torch 2.12 cannot trace that question, but takes the answer for a constant that it asks for itself.
 # `torch.compiler.assume_constant_result` sets the same mark, and imports Dynamo for it.
 vars(_knows_autocast)["_dynamo_marked_constant"] = True
 
