@@ -4,7 +4,7 @@ import logging
 
 _log = logging.getLogger("torch.utils.flop_counter")
 _was_disabled = _log.disabled
-# CUDA builds of torch 2.11 to 2.13 warn here where there is no Triton, whose kernels no formula of ours is for.
+# CUDA builds of torch warn here from 2.11 on where there is no Triton, whose kernels no formula of ours is for.
 _log.disabled = True
 try:
     from torch.utils.flop_counter import register_flop_formula
