@@ -10,7 +10,7 @@ import fused_mha
 from fused_mha.multi_head_attention import MultiHeadAttention, keep_forward_called
 from fused_mha.testing.cases import Case
 
-SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
 class Block(nn.Module):

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -133,6 +135,67 @@ def test_a_compiled_model_goes_on():
     torch._dynamo.reset()
     assert torch.equal(weights, torch.zeros(2, 5, 5))
     assert torch.equal(output, model(x, everything)[0])
+
+
+def of_wrapper(model, compiler):
+    return torch.compile(model, **compiler)
+
+
+def of_method(model, compiler):
+    model.compile(**compiler)
+    return model
+
+
+def of_wrapper_inside(model, compiler):
+    return nn.Sequential(torch.compile(model, **compiler))
+
+
+def of_method_inside(model, compiler):
+    model.compile(**compiler)
+    return nn.Sequential(model)
+
+
+def of_function(model, compiler):
+    def step(x):
+        return model(x)
+
+    return torch.compile(step, **compiler)
+
+
+@pytest.mark.parametrize("compiled_by", [of_wrapper, of_method, of_wrapper_inside, of_method_inside, of_function])
+@pytest.mark.parametrize("swaps", [(fused_mha.convert, fused_mha.revert), (fused_mha.revert, fused_mha.convert)])
+def test_graphs_that_were_compiled_before_are_compiled_anew(swaps, compiled_by):
+    # Without guards on modules torch sees no change by itself; with them, before torch 2.13, not every one.
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    operators = []
+
+    def record(graph, example_inputs, **_):
+        operators.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+        return graph.forward
+
+    model = Classifier()
+    if swaps[0] is fused_mha.revert:
+        fused_mha.convert(model)
+    compiled, x = compiled_by(model, {"backend": record, "options": options}), draw(2, 5, 16)
+    torch._dynamo.reset()
+    results = [compiled(x)[0]]
+    for swap in swaps:
+        assert swap(model).changed == ["attention"]
+        results.append(compiled(x)[0])
+    torch._dynamo.reset()
+    assert len(operators) == 3
+    assert operators[0] == operators[2] != operators[1]
+    torch.testing.assert_close(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
+def test_conversion_of_a_model_does_not_import_the_compiler():
+    program = """
+import sys, torch, fused_mha
+assert fused_mha.convert(torch.nn.TransformerEncoderLayer(8, 2)).changed == ["self_attn"]
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_conversion_of_the_compiled_wrapper_reaches_the_model():

@@ -187,7 +187,7 @@ class TestReasons:
         reasons = reasons_on_the_cpu(fused_mha.explain(module, x, need_weights=False))
         assert reasons == {"cpu": [reason], "sdpa": [], "reference": []}
 
-    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
     @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual level"])
     def test_transforms_go_to_the_reference(self, transform, module, x, served_by):
         def function(x):

@@ -13,7 +13,7 @@ from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
 
 # torch's compilers script some of their own code
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")
 
 ARGUMENTS = [
     {},
@@ -204,7 +204,9 @@ def test_module_compiled_by_inductor_agrees_forward_and_backward(back_end):
 
 
 @pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
-def test_exported_module_with_dynamic_shapes_agrees(back_end, need_weights):
+def test_exported_module_with_dynamic_shapes_agrees(back_end, need_weights, request):
+    if back_end == "reference" and torch.__version__ < (2, 13):
+        request.applymarker(pytest.mark.xfail(reason="there torch.export refuses torch's own module too"))
     module = MultiHeadAttention(8, 2, batch_first=True).eval()
     batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length", min=2)
     x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
@@ -248,7 +250,7 @@ def test_symbolic_trace_takes_a_module_of_which_only_the_mask_is_traced():
     assert torch.equal(fx.symbolic_trace(model)(mask), model(mask))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace")
 @pytest.mark.parametrize(("back_end", "need_weights"), CALLS)
 def test_jit_trace_holds_at_other_sizes(back_end, need_weights):
     block = Block(need_weights=need_weights)

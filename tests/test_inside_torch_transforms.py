@@ -15,7 +15,7 @@ from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # torch's forward AD scripts its rules
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),  # torch's forward AD scripts its rules
     pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning"),
 ]
 

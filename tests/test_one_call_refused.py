@@ -338,7 +338,7 @@ def test_another_dtype_than_the_parameters_is_refused_as_by_torch(one_calls):
         random_module()(X.double(), X.double(), X.double())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torch_func_and_forward_mode_are_right(one_calls):
     module, x = random_module(dtype=torch.float64), X.double()
     expected = module(x, x, x)[0]
@@ -362,7 +362,7 @@ def test_functional_call_takes_the_given_parameters(one_calls):
     assert module(X, X, X)[0].any()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_compilers_and_tracers_see_operators(one_calls):
     module = random_module().eval()

@@ -5,6 +5,7 @@ Users call them, before they shard, parametrize or script.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,9 +40,10 @@ class ConversionReport(NamedTuple):
 def convert(model: nn.Module, *, name_filter: NameFilter | None = None) -> ConversionReport:
     """Turn every `torch.nn.MultiheadAttention` in ``model``, itself included, into `MultiHeadAttention`, in place.
 
-    Each module stays the same object with the same Parameters: live optimizers, ties, hooks, compiled models and
-    references held elsewhere go on. Subclasses are left alone, and so are modules whose ``forward`` was replaced.
-    Convert before you parametrize, shard or script.
+    Each module stays the same object with the same Parameters: live optimizers, ties, hooks and references held
+    elsewhere go on. So does what `torch.compile` has compiled: it is compiled anew in its next call, all of it in this
+    process, for which a conversion calls `torch.compiler.reset`. Subclasses are left alone, and so are modules whose
+    ``forward`` was replaced. Convert before you parametrize, shard or script.
 
     Args:
         model: any module.
@@ -72,6 +74,8 @@ def convert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conve
     for module in swaps:
         module.__class__ = MultiHeadAttention
         ensure_forward_hook(module)
+    if swaps:
+        _forget_compiled_graphs()
     return ConversionReport(changed, skipped)
 
 
@@ -79,7 +83,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
     """Turn every `MultiHeadAttention` in ``model``, itself included, into `torch.nn.MultiheadAttention`, in place.
 
     Takes modules that `convert` made and those built as ours alike, and removes the forward pre-hook that keeps
-    `nn.TransformerEncoderLayer` from bypassing our forward.
+    `nn.TransformerEncoderLayer` from bypassing our forward. What was compiled is compiled anew, as after `convert`.
 
     Args:
         model: any module.
@@ -116,7 +120,16 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
     for module in swaps:
         module.__class__ = TorchAttention
         remove_forward_hook(module)
+    if swaps:
+        _forget_compiled_graphs()
     return ConversionReport(changed, skipped)
+
+
+def _forget_compiled_graphs() -> None:
+    # Any compiled function may call the model. Torch before 2.12 does not see that a module's class is another, and
+    # every torch can be told not to look (`guard_filter_fn`).
+    if "torch._dynamo" in sys.modules:  # without it nothing was compiled, and its import takes a second
+        torch.compiler.reset()
 
 
 def _modules_with_names(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:

@@ -43,7 +43,6 @@ class AttentionInputs(NamedTuple):
     average_attn_weights: bool
     return_lse: bool
 
-    @property
     def needs_mask_tensor(self) -> bool:
         """Whether a core that knows no mask but "causal, top-left" needs one tensor that says the rest."""
         if self.attn_mask is not None or self.key_padding_mask is not None or self.window is not None:

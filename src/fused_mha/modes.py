@@ -18,8 +18,18 @@ def transform_is_active() -> bool:
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Whether `torch.autocast` is on for a device; there are devices, such as meta, that know no autocast."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether `torch.autocast` is on for a device."""
+    return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for a device at all; for meta, there is none."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# Dynamo before torch 2.12 cannot trace that question, but takes the answer for a constant that it asks for itself.
+# `torch.compiler.assume_constant_result` sets the same mark, and imports Dynamo for it.
+vars(_knows_autocast)["_dynamo_marked_constant"] = True
 
 
 def onnx_export_is_active() -> bool:

@@ -21,7 +21,7 @@ from fused_mha.inputs import default_scale
 from fused_mha.modes import autocast_is_on, is_eager, is_traced_by_dynamo
 
 _IN_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
-_IN_PARAMETERS, _OUT_PARAMETERS = frozenset(_IN_NAMES), frozenset(("weight", "bias"))
+_OUT_NAMES = ("weight", "bias")
 
 
 def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
@@ -35,11 +35,12 @@ def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
     of_out = out_proj._parameters
     # A parametrization, a buffer or a plain attribute may stand in a parameter's place, also in that of a bias.
     for names, parameters, others in (
-        (_IN_PARAMETERS, own, module.__dict__),
-        (_OUT_PARAMETERS, of_out, out_proj.__dict__),
+        (_IN_NAMES, own, module.__dict__),
+        (_OUT_NAMES, of_out, out_proj.__dict__),
     ):
-        if not names <= parameters.keys() or not names.isdisjoint(others):
-            return None
+        for name in names:  # in torch 2.10 and 2.11, Dynamo cannot compare sets with dictionaries
+            if name not in parameters or name in others:
+                return None
     found = (*map(own.__getitem__, _IN_NAMES), of_out["weight"], of_out["bias"], module.bias_k, module.bias_v)
     virtual = (1, 1, E)
     shapes = ((3 * E, E), (E, E), (E, module.kdim), (E, module.vdim), (3 * E,), (E, E), (E,), virtual, virtual)

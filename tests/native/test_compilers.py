@@ -13,7 +13,7 @@ from fused_mha.testing.tolerances import tolerance
 from native.dense_oracle import native_attention, run
 
 # torch's compilers script some of their own code
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 SIZES = [(2, 5), (3, 9), (7, 33)]
 CALLS = {
@@ -142,7 +142,7 @@ def test_an_exported_program_with_dynamic_sizes_runs_on_the_operator():
 def test_a_traced_module_gives_eagers_numbers(need_weights):
     block = Block(need_weights=need_weights).eval()
     example = torch.randn(2, 7, 16), torch.zeros(2, 7, dtype=torch.bool)
-    with torch.no_grad(), pytest.warns(DeprecationWarning, match=r"torch\.jit\.trace"):
+    with torch.no_grad(), pytest.warns((DeprecationWarning, FutureWarning), match=r"torch\.jit\.trace"):
         traced = torch.jit.trace(block, example, check_trace=False)
     assert "fused_mha::attention" in str(traced.inlined_graph)
     x, padding = torch.randn(2, 7, 16), torch.rand(2, 7) < 0.4

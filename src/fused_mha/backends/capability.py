@@ -65,7 +65,7 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
             reasons.append(f"it knows no {' and no '.join(sorted(unknown))}")
     if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
-    if inputs.needs_mask_tensor and not capability.off_cpu_masks and (device != "cpu" or onnx_export_is_active()):
+    if inputs.needs_mask_tensor() and not capability.off_cpu_masks and (device != "cpu" or onnx_export_is_active()):
         where = "ONNX" if device == "cpu" else device
         reasons.append(f"its kernels for {where} are not known to be right on rows that a mask hides everywhere")
     head_size = max(inputs.query.shape[3], inputs.value.shape[3])

@@ -35,7 +35,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     key = append_virtual_keys(inputs.key, inputs.bias_k, inputs.add_zero_attn)
     value = append_virtual_keys(inputs.value, inputs.bias_v, inputs.add_zero_attn)
     mask = None
-    if inputs.needs_mask_tensor:
+    if inputs.needs_mask_tensor():
         # Beside half queries the op takes an fp32 mask (on the CPU, the only place where masks come here):
         # finfo(fp32).min would be -inf in fp16.
         is_half = query.dtype in (torch.float16, torch.bfloat16)
@@ -66,7 +66,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:
-    if _without_redundant_mask(inputs).needs_mask_tensor:
+    if _without_redundant_mask(inputs).needs_mask_tensor():
         return ["the masks of the call are merged into one additive tensor, (N|1, H|1, L|1, S)"]
     return []
 

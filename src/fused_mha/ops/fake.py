@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fused_mha.ops import schema
+from fused_mha.ops.flop_counter import register_flop_formula
 from fused_mha.ops.schema import Arguments
 
 

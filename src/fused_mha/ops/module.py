@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fused_mha.ops import schema
+from fused_mha.ops.flop_counter import register_flop_formula
 
 _INPUTS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? in_weight, Tensor? query_weight, Tensor? key_weight, "
@@ -89,7 +89,7 @@ class Call(NamedTuple):
         if not self.need_weights:
             return (0,)
         N, L, S, _ = self.sizes()
-        shape = (L, S + (self.bias_k is not None) + self.add_zero_attn)
+        shape = (L, S + int(self.bias_k is not None) + int(self.add_zero_attn))
         shape = shape if self.average_attn_weights else (self.num_heads, *shape)
         return shape if self.query.dim() == 2 else (N, *shape)
 

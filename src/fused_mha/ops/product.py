@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fused_mha.ops import schema
+from fused_mha.ops.flop_counter import register_flop_formula
 
 schema.LIBRARY.define(
     "product(Tensor left, Tensor right, Tensor? bias, bool left_is_transposed, bool right_is_transposed) -> Tensor",

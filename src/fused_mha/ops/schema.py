@@ -94,7 +94,7 @@ class Arguments(NamedTuple):
     @property
     def columns(self) -> int:
         """S', the number of keys with the virtual ones."""
-        return self.key.shape[1] + (self.bias_k is not None) + self.add_zero_attn
+        return self.key.shape[1] + int(self.bias_k is not None) + int(self.add_zero_attn)
 
     @property
     def weights_shape(self) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
 
 def _leaves_to_sdpa(inputs: AttentionInputs) -> str | None:
     """Why torch's kernels serve a call as fast and as right, if they do: cuDNN's give NaN for a single query."""
-    if inputs.need_weights or inputs.return_lse or inputs.needs_mask_tensor or inputs.dropout_p > 0.0:
+    if inputs.need_weights or inputs.return_lse or inputs.needs_mask_tensor() or inputs.dropout_p > 0.0:
         return None
     N, L, H, _ = inputs.query.shape
     if inputs.bias_k is not None or inputs.add_zero_attn or L == 1 or N * H > MOST_OF_TORCH:

@@ -1,0 +1,99 @@
+"""`fused_mha.attention` under torch.compile and torch.export."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_mha
+from attention_oracle import BACKENDS, SERVE_EVERYTHING, make_arguments, run_with_gradients
+
+WITHOUT_WEIGHTS = {
+    "plain": {},
+    "causal": {"is_causal": True, "H_kv": 1},
+    "virtual keys": {"bias_kv": True, "add_zero_attn": True},
+    "masks": {"mask_dtype": torch.float32, "padding_dtype": torch.bool},
+}
+EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
+WITH_WEIGHTS = {
+    "averaged weights": {"need_weights": True},
+    "averaged weights, virtual keys": {"need_weights": True, "bias_kv": True, "add_zero_attn": True},
+    "everything, window": EVERYTHING | {"window": (2, 1), "causal_alignment": "bottom_right"},
+    "everything, virtual keys": EVERYTHING | {"bias_kv": True, "add_zero_attn": True},
+}
+CALLS = pytest.mark.parametrize(
+    ("backend", "call"),
+    [
+        *((backend, call) for call in WITHOUT_WEIGHTS.values() for backend in BACKENDS),
+        *((backend, call) for call in WITH_WEIGHTS.values() for backend in SERVE_EVERYTHING),
+    ],
+    ids=[
+        *(f"{name}-{backend}" for name in WITHOUT_WEIGHTS for backend in BACKENDS),
+        *(f"{name}-{backend}" for name in WITH_WEIGHTS for backend in SERVE_EVERYTHING),
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+class Attention(nn.Module):
+    """`attention` as a module, for torch.export."""
+
+    def __init__(self, flags: dict) -> None:
+        super().__init__()
+        self.flags = flags
+
+    def forward(self, tensors: dict[str, Tensor]) -> list[Tensor]:
+        return [x for x in fused_mha.attention(**tensors, **self.flags) if x is not None]
+
+
+@CALLS
+def test_compiled_attention_takes_other_lengths_forward_and_backward(backend, call):
+    compiled = torch.compile(fused_mha.attention, backend="aot_eager", fullgraph=True)
+    with fused_mha.backend(backend):
+        for L, S in ((4, 6), (5, 9), (7, 3)):
+            arguments = make_arguments(L=L, S=S, **call)
+            runs = [run_with_gradients(function, arguments) for function in (fused_mha.attention, compiled)]
+            torch.testing.assert_close(runs[1], runs[0])
+
+
+# By the fused core: a reshape of the others, as in torch's own module, ties torch.export to the virtual keys' number.
+@pytest.mark.parametrize("call", (WITHOUT_WEIGHTS | WITH_WEIGHTS).values(), ids=WITHOUT_WEIGHTS | WITH_WEIGHTS)
+def test_exported_attention_takes_other_lengths(call):
+    L, S = (torch.export.Dim(name, min=2) for name in "LS")
+    dynamic = {
+        "query": {1: L},
+        "key": {1: S},
+        "value": {1: S},
+        "attn_mask": {0: L, 1: S},
+        "key_padding_mask": {1: S},
+        "bias_k": {},
+        "bias_v": {},
+    }
+
+    def split(**sizes):
+        arguments = make_arguments(**sizes, **call)
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+        return tensors, {name: x for name, x in arguments.items() if name not in tensors}
+
+    tensors, flags = split(L=4, S=6)
+    shapes = {"tensors": {name: dynamic[name] for name in tensors}}
+    with fused_mha.backend("cpu"):
+        program = torch.export.export(Attention(flags), (tensors,), dynamic_shapes=shapes).module()
+        for sizes in ({"L": 4, "S": 6}, {"L": 9, "S": 7}):
+            tensors, _ = split(**sizes)
+            for result, expected in zip(program(tensors), Attention(flags)(tensors), strict=True):
+                torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_compiled_attention_follows_autocast(is_on):
+    arguments = make_arguments(need_weights=True)
+    compiled = torch.compile(fused_mha.attention, backend="aot_eager", fullgraph=True)
+    compiled(**arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+        output = compiled(**arguments).output
+        assert output.dtype == (torch.bfloat16 if is_on else torch.float32)
+        torch.testing.assert_close(output, fused_mha.attention(**arguments).output)
