@@ -1,4 +1,4 @@
-"""The faults that `run.py` puts in: a text that is once in a file, what takes its place, and which tests should notice."""
+"""The faults of `run.py`: a text that is once in a file, what takes its place, and the tests that should notice."""
 
 from typing import NamedTuple
 
