@@ -1,21 +1,49 @@
-"""Compare tensors that no two modules give, by the one table of tolerances: `fused_mha.testing.tolerances`."""
+"""Compare tensors with an fp64 oracle by the one rule of tolerances, `fused_mha.testing.tolerances`: every test that
+has an oracle comes here."""
 
+from collections.abc import Callable, Mapping
+
+import torch
 from torch import Tensor
 
-from fused_mha.testing.tolerances import tolerance
+from fused_mha.testing.tolerances import FLOOR, rounding_errors, tolerance
 
 
-def assert_close_to_oracle(ours: Tensor, theirs: Tensor, oracle: Tensor, terms: int = 1) -> None:
-    """Assert that ours is as near to the fp64 oracle as the rule asks, theirs being torch's result.
+def assert_close_to_oracle(
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    oracle: Callable[[], Mapping[str, Tensor]],
+    terms: int | Mapping[str, int],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Assert that each of ours is as near to the fp64 oracle as the rule asks.
 
     Args:
-        ours: the result under test.
+        ours: the results under test, by name.
         theirs: torch's, in the same dtype.
-        oracle: the same quantity in fp64.
-        terms: how many terms each entry sums over, for gradients of parameters and masks.
+        oracle: computes the same in fp64; once more where an error is not small anyhow.
+        terms: how many terms the longest sum has that leads to a result.
+        dtype: in which was computed, where some results are of a finer one.
     """
-    assert ours.shape == theirs.shape == oracle.shape
-    assert ours.dtype == theirs.dtype
-    error, torch_error = (float((x.detach().double() - oracle.detach()).abs().max()) for x in (ours, theirs))
-    bound = tolerance(ours.dtype, torch_error, float(oracle.detach().abs().max()), terms)
-    assert error <= bound, f"largest error {error:.3e}, tolerance {bound:.3e} (torch's own error {torch_error:.3e})"
+    exact = oracle()
+    rounded: dict[torch.dtype, dict[str, float]] = {}
+    assert set(ours) == set(exact)
+    for name, expected in exact.items():
+        result = ours[name]
+        assert result.shape == expected.shape, name
+        if not result.numel():
+            continue
+        infinite = expected.isinf()
+        assert torch.equal(result[infinite].double(), expected[infinite]), name
+        error, torch_error, magnitude = (
+            float(x.detach().masked_fill(infinite, 0.0).abs().max())
+            for x in (result.double() - expected, theirs[name].double() - expected, expected)
+        )
+        coarser = result.dtype if dtype is None or name == "lse" else max(result.dtype, dtype, key=FLOOR.__getitem__)
+        longest = terms if isinstance(terms, int) else terms[name]
+        bound = tolerance(coarser, torch_error, magnitude, longest)
+        if not error <= bound:
+            if coarser not in rounded:
+                rounded[coarser] = rounding_errors(oracle, exact, coarser)
+            bound = tolerance(coarser, torch_error, magnitude, longest, rounded[coarser][name])
+        assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed, torch {torch_error:.3e}"

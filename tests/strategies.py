@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from fused_mha.testing import Case
@@ -13,6 +14,12 @@ PADDING_MASKS = (None, "bool", "float")
 
 # torch's own error, the measure of ours, is the luck of one number where a tensor has one; examples go below.
 SMALLEST_HEAD = 4
+
+
+def examples(number: int) -> int:
+    """How many examples a test takes in the profile that is loaded, that many in the one of every day."""
+    return number * settings.default.max_examples // settings.get_profile("fixed").max_examples
+
 
 seeds = st.integers(0, 2**31 - 1)
 

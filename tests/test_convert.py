@@ -1,5 +1,7 @@
 """`convert` and `revert`: what they change, what they keep, what they leave alone, and what they report."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -275,6 +277,27 @@ class TestRevert:
         theirs = nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)
         theirs.load_state_dict(ours.state_dict())
         assert torch.equal(ours(x, x, x)[0], theirs(x, x, x)[0])
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("function", [fused_mha.convert, fused_mha.revert])
+    def test_keeps_mode_options_hooks_and_what_is_frozen(self, function, training):
+        built = nn.MultiheadAttention if function is fused_mha.convert else MultiHeadAttention
+        options = {"dropout": 0.25, "add_zero_attn": True, "batch_first": True, "kdim": 6}
+        module = built(8, 2, **options).train(training)
+        module.note = "mine"
+        module.out_proj.train(not training)
+        module.q_proj_weight.requires_grad_(False)
+        module.register_forward_hook(lambda *_: None)
+        module.register_full_backward_hook(lambda *_: None)
+        module.register_full_backward_pre_hook(lambda *_: None)
+        module.register_state_dict_post_hook(lambda *_: None)
+        module.register_load_state_dict_pre_hook(lambda *_: None)
+        before = {name: copy.copy(x) for name, x in vars(module).items() if name != "_forward_pre_hooks"}
+        function(module)
+        assert {name: x for name, x in vars(module).items() if name != "_forward_pre_hooks"} == before
+        assert module.out_proj.training is not training
+        assert not module.q_proj_weight.requires_grad
+        assert module.k_proj_weight.requires_grad
 
     def test_removes_our_hook_alone(self):
         module, calls = MultiHeadAttention(8, 2), []

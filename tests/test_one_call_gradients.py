@@ -16,7 +16,7 @@ from calls import composed, random_module
 from fused_mha import ops
 from fused_mha.testing import Case, assert_parity
 
-from strategies import cases, seeds
+from strategies import cases, examples, seeds
 
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
 
@@ -319,7 +319,7 @@ def test_dropout_in_a_second_derivative_is_the_one_that_was_drawn(one_calls):
     assert all(one_calls)
 
 
-@settings(suppress_health_check=list(HealthCheck), max_examples=20)
+@settings(suppress_health_check=list(HealthCheck), max_examples=examples(20))
 @given(case=cases(allow_empty=False), seed=seeds)
 def test_the_same_call_again_gives_the_same_bits(case, seed, one_calls):
     module, _, inputs, arguments = case.build(seed=seed)

@@ -14,7 +14,6 @@ import fused_mha
 from fused_mha import MultiHeadAttention, explain, multi_head_attention, one_call
 from fused_mha.inputs import default_scale
 from fused_mha.testing import Case, assert_parity, compare, grid
-from fused_mha.testing.tolerances import FLOOR, tolerance
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 WRONG = 1.001
@@ -362,31 +361,6 @@ class TestChangesNothing:
         for module in (ours, theirs):
             assert module.num_batches_tracked.item() == 0
             assert torch.equal(module.running_mean, torch.zeros(4))
-
-
-class TestTolerances:
-    @pytest.mark.parametrize(
-        ("dtype", "floor"),
-        [(torch.float64, 2.0**-50), (torch.float32, 2.0**-21), (torch.bfloat16, 2.0**-5), (torch.float16, 2.0**-8)],
-        ids=str,
-    )
-    def test_floor_is_four_units_in_the_last_place(self, dtype, floor):
-        assert FLOOR[dtype] == floor
-        assert tolerance(dtype, 0.0, 1.0) == floor
-
-    def test_rule_by_hand(self):
-        # 2 * torch's error + 4 eps * sqrt(terms) * magnitude
-        assert tolerance(torch.bfloat16, 0.25, 8.0) == 0.5 + 8.0 / 32.0
-        assert tolerance(torch.bfloat16, 0.25, 8.0, terms=9) == 0.5 + 3.0 * 8.0 / 32.0
-        assert tolerance(torch.float16, 0.0, 0.0, terms=100) == 0.0
-
-    def test_a_sum_of_many_terms_widens_the_floor_of_gradients_alone(self):
-        ours, theirs, inputs, arguments = build(N=4, L=9)
-        for c in assert_parity(ours, theirs, *inputs, **arguments)[1:]:
-            floor = c.tolerance - 2.0 * c.torch_error
-            if c.quantity in ("output", "weights"):
-                largest = copy.deepcopy(theirs).double()(*[x.double() for x in inputs])[c.quantity == "weights"]
-                assert floor == pytest.approx(FLOOR[torch.float32] * largest.abs().max().item())
 
 
 class TestGrid:

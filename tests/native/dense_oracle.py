@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_mha
-from attention_oracle import DEFAULTS
+from attention_oracle import DEFAULTS, longest_sums
+from closeness import assert_close_to_oracle
 from fused_mha.inputs import AttentionResult
-from fused_mha.testing.tolerances import FLOOR, tolerance
 from native.philox import drawn_probability
 
 INF = float("inf")
@@ -138,41 +138,6 @@ def run(function, arguments, dtype=None, through=("output", "weights", "lse")):
     return {name: x.detach() for name, x in results.items()}
 
 
-def assert_rule(ours, theirs, exact, dtype, scores=1):
-    """Hold results by name against the oracle: error at most twice torch's, and the floor of the one table.
-
-    Args:
-        ours: under test.
-        theirs: torch's, in the same dtype; in fp32 where ours is fp64.
-        exact: the oracle's.
-        dtype: the call's, in which also the gradients of finer masks are computed.
-        scores: how many there are: gradients of masks and biases sum over them, and their floor grows by its root.
-    """
-    assert set(ours) == set(exact)
-    finite = {name: x.masked_fill(x.isinf(), 0.0) for name, x in exact.items() if x.numel()}
-    everything = max((x.abs().max().item() for x in finite.values()), default=0.0)
-    for name, expected in exact.items():
-        result = ours[name]
-        assert result.shape == expected.shape, name
-        if not result.numel():
-            continue
-        infinite = expected.isinf()
-        assert torch.equal(result.isinf(), infinite), name
-        assert torch.equal(result[infinite].double(), expected[infinite]), name
-        error, torch_error = (
-            (x.double() - expected).masked_fill(infinite, 0.0).abs().max().item() for x in (result, theirs[name])
-        )
-        if dtype == torch.float64:  # the oracle's own precision: torch's error there is what its error in fp32 tells
-            torch_error *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        terms = 1
-        if name.startswith("grad of") and ("mask" in name or "bias" in name):
-            terms = max(1, scores // (result.numel() if "mask" in name else result[..., 0].numel()))
-        magnitude = finite[name].abs().max().item()
-        coarser = result.dtype if name == "lse" else max(result.dtype, dtype, key=FLOOR.__getitem__)
-        bound = tolerance(coarser, torch_error, magnitude, terms, everything)
-        assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed, torch {torch_error:.3e}"
-
-
 def assert_matches_dense(arguments, keep=None, through=("output", "weights", "lse"), attention=native_attention):
     """Results and gradients of the CPU library, or another, against the oracle, by the one rule; returns the former."""
 
@@ -181,11 +146,9 @@ def assert_matches_dense(arguments, keep=None, through=("output", "weights", "ls
 
     ours = run(attention, arguments, through=through)
     dtype = arguments["query"].dtype
-    exact = run(dense, arguments, torch.float64, through)
-    theirs = run(dense, arguments, torch.float32 if dtype == torch.float64 else None, through)
-    if dtype in HALF and "lse" in exact:  # the log-sum-exp is fp32
+    theirs = run(dense, arguments, through=through)
+    if dtype in HALF and "lse" in theirs:  # the log-sum-exp is fp32
         theirs["lse"] = run(dense, arguments, torch.float32, through)["lse"]
-    N, L, H, _ = arguments["query"].shape
     for name, x in ours.items():
         given = arguments.get(name.removeprefix("grad of "))
         if given is not None:
@@ -193,7 +156,9 @@ def assert_matches_dense(arguments, keep=None, through=("output", "weights", "ls
         else:
             single = torch.float32 if dtype in HALF else dtype
             assert x.dtype == (single if name == "lse" else dtype), name
-    assert_rule(ours, theirs, exact, dtype, N * H * L * arguments["key"].shape[1])
+    assert_close_to_oracle(
+        ours, theirs, lambda: run(dense, arguments, torch.float64, through), longest_sums(arguments, ours), dtype
+    )
     return ours
 
 
@@ -211,7 +176,7 @@ def assert_forward_matches_dense(arguments, keep=None):
         return dense_attention(keep, **a)
 
     dtype = arguments["query"].dtype
-    theirs = results(dense, torch.float32 if dtype == torch.float64 else None)
+    ours, theirs = results(native_attention), results(dense)
     if "lse" in theirs and dtype in HALF:
         theirs["lse"] = results(dense, torch.float32)["lse"]
-    assert_rule(results(native_attention), theirs, results(dense, torch.float64), dtype)
+    assert_close_to_oracle(ours, theirs, lambda: results(dense, torch.float64), longest_sums(arguments, ours), dtype)

@@ -167,7 +167,7 @@ class TestTransforms:
         return results, tuple(arguments[name] for name in names)
 
     def assert_close(self, ours, theirs, terms=1):
-        bound = tolerance(torch.float64, 0.0, theirs.abs().max().item(), terms, theirs.abs().max().item())
+        bound = tolerance(torch.float64, 0.0, 2.0 * theirs.abs().max().item(), terms)
         assert (ours - theirs).abs().max().item() <= bound
 
     def test_grad_gives_the_gradients_of_the_library(self):
@@ -215,9 +215,9 @@ class TestTransforms:
         for output, derivative, other in zip(outputs, derivatives, duals, strict=True):
             self.assert_close(other, derivative)
             cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-            (gradient,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True, allow_unused=True)
-            if gradient is None:
-                gradient = torch.zeros_like(leaf)
+            gradient = torch.zeros_like(leaf)
+            if output.requires_grad:  # weights and log-sum-exp are no functions of the values
+                (gradient,) = torch.autograd.grad(output, leaf, cotangent, retain_graph=True)
             products = gradient * tangent  # <cotangent, J tangent> = <J^T cotangent, tangent>
             bound = tolerance(torch.float64, 0.0, products.abs().max().item() + derivative.abs().max().item(), 1000)
             assert abs((cotangent * derivative).sum() - products.sum()).item() <= bound

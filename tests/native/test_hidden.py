@@ -176,5 +176,6 @@ def test_a_nan_gradient_of_a_hidden_rows_lse_reaches_nothing(isa, S, dtype):
     clean = torch.autograd.grad(lse, leaves, cotangent, retain_graph=True, allow_unused=True)
     cotangent[:, :, 4] = NAN
     dirty = torch.autograd.grad(lse, leaves, cotangent, allow_unused=True)
-    for x, y in zip(dirty, clean, strict=True):
+    for x, y in zip(dirty[:2], clean[:2], strict=True):
         assert torch.equal(x, y)
+    assert dirty[2] is clean[2] is None  # the log-sum-exp is no function of the values

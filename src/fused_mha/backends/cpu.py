@@ -92,7 +92,7 @@ class _Product(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         multiply = _product if _may_skip_dispatcher(grads) else product_operator.product
         return product_operator.backward(ctx, *grads, multiply=multiply)
 

@@ -17,14 +17,16 @@ from fused_mha.ops.schema import Arguments
 
 _FIELDS = Arguments._fields
 _DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v")
+_OF_VALUES = {"value", "bias_v"}  # of which the weights and the log-sum-exp are no functions
 _TENSORS = 8  # the first fields of Arguments
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Save what `backward` needs."""
-    result, _, _, stats = output
+    result, weights, lse, stats = output
     ctx.set_materialize_grads(False)  # no gradient of the weights or of the log-sum-exp: no work for it
-    ctx.mark_non_differentiable(stats)
+    needed = {name for name, is_needed in zip(_FIELDS, ctx.needs_input_grad, strict=False) if is_needed}
+    ctx.mark_non_differentiable(stats, *((weights, lse) if needed <= _OF_VALUES else ()))
     query, key, value, attn_mask, key_padding_mask, *others = inputs[:_TENSORS]
     masks = (schema.own_mask(mask, query) for mask in (attn_mask, key_padding_mask))
     ctx.save_for_backward(query, key, value, *masks, *others, result, stats)
@@ -56,7 +58,8 @@ def backward(
         *ctx.numbers,
     )
     by_name: dict[str, Tensor] = dict(zip(_DIFFERENTIABLE, grads, strict=True))
-    return tuple(by_name[name] if needed[name] else None for name in _FIELDS)
+    skipped = () if grad_output is not None else _OF_VALUES
+    return tuple(by_name[name] if needed[name] and name not in skipped else None for name in _FIELDS)
 
 
 torch.library.register_autograd(schema.attention, backward, setup_context=setup)

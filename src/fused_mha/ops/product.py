@@ -47,13 +47,16 @@ def _fallback(
 def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save what `backward` needs."""
     left, right, _, *ctx.transposed = inputs
+    ctx.set_materialize_grads(False)  # attention weights give the projection of the values none: no work for it
     ctx.save_for_backward(left, right)
 
 
 def backward(
-    ctx: Any, grad: Tensor, multiply: Callable[..., Tensor] = product
+    ctx: Any, grad: Tensor | None, multiply: Callable[..., Tensor] = product
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
     """The gradients of `product`'s arguments, by the operator itself or what computes the same."""
+    if grad is None:
+        return (None,) * 5
     left, right = ctx.saved_tensors
     needs_left, needs_right, needs_bias = ctx.needs_input_grad[:3]
     left_is_transposed, right_is_transposed = ctx.transposed

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from fused_mha.dispatch import backend
 from fused_mha.multi_head_attention import MultiHeadAttention
-from fused_mha.testing.tolerances import FLOOR, tolerance
+from fused_mha.testing.tolerances import FLOOR, rounding_errors, tolerance
 
 _ROLES = ("query", "key", "value")  # what a module's first inputs are called, by position or by keyword
 
@@ -55,10 +56,10 @@ def assert_parity(
     """Assert that two modules have one state_dict and compute the same outputs, weights and gradients.
 
     Each result of ``ours`` may be twice as far from the oracle, ``theirs`` in fp64 from the same rounded inputs and
-    parameters, as the result of ``theirs``, plus a few units in the last place. Gradients (of the inputs, of the
-    parameters, and of the tensors among ``forward_arguments`` that require one) are compared unless grad mode is off;
-    their cotangents are drawn from ``seed``, and so is dropout. Dropout is compared on the reference core, which draws
-    as torch does. Neither module is changed.
+    parameters, as the result of ``theirs``, plus what rounding moves in the oracle (`tolerance`). Gradients (of the
+    inputs, of the parameters, and of the tensors among ``forward_arguments`` that require one) are compared unless grad
+    mode is off; their cotangents are drawn from ``seed``, and so is dropout. Dropout is compared on the reference core,
+    which draws as torch does. Neither module is changed.
 
     Args:
         ours: the module under test.
@@ -115,32 +116,29 @@ def compare(
             with torch.no_grad():
                 for buffer, before in buffers.items():  # such as running statistics, which a forward updates
                     buffer.copy_(before)
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            oracle_run = _run_in(torch.float64, theirs, inputs, forward_arguments, seed)
         # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
         dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
         dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
-        error_run, error_scale = their_run, 1.0
-        if dtype == torch.float64:  # the oracle is torch's own fp64: its fp32 error tells how large its fp64 error is
-            error_run = _run_in(torch.float32, theirs, inputs, forward_arguments, seed)
-            error_scale = FLOOR[torch.float64] / FLOOR[torch.float32]
+        run_oracle = functools.partial(_run_oracle, theirs, inputs, forward_arguments, seed)
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            exact = run_oracle()
+            rounded = rounding_errors(run_oracle, exact, dtype)
     named_inputs = [*inputs, *(forward_arguments[role] for role in _ROLES if role in forward_arguments)]
     rows = max((x.numel() // max(x.shape[-1], 1) for x in named_inputs if x.dim()), default=1)
-    results = [*oracle_run.outputs.values(), *oracle_run.gradients.values()]
-    run_magnitude = max((_magnitude(tensor) for tensor in results if tensor is not None), default=0.0)
-    for part, terms in (("outputs", 1), ("gradients", max(rows, 1))):
-        mine, yours, exact, rounded = (getattr(run, part) for run in (our_run, their_run, oracle_run, error_run))
-        for name in {**yours, **mine}:
-            problem = _mismatch(mine.get(name), yours.get(name), exact.get(name))
-            if problem is not None or mine[name] is None or mine[name].numel() == 0:
-                comparisons.append(Comparison(name, 0.0, 0.0, 0.0, (), problem))
-                continue
-            distance = _distance(mine[name], exact[name])
-            largest = int(distance.argmax())
-            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), distance.shape))
-            torch_error = float(_distance(rounded[name], exact[name]).max()) * error_scale
-            bound = tolerance(dtype, torch_error, _magnitude(exact[name]), terms, run_magnitude)
-            comparisons.append(Comparison(name, float(distance.flatten()[largest]), torch_error, bound, where))
+    columns = max((x.shape[-1] for x in (*named_inputs, *theirs.parameters()) if x.dim()), default=1)
+    mine, yours = (run.outputs | run.gradients for run in (our_run, their_run))
+    for name in {**yours, **mine}:
+        our_result, result, expected = mine.get(name), yours.get(name), exact.get(name)
+        problem = _mismatch(our_result, result, expected)
+        if problem is not None or our_result is None or result is None or expected is None or not expected.numel():
+            comparisons.append(Comparison(name, 0.0, 0.0, 0.0, (), problem))
+            continue
+        distance = _distance(our_result, expected)
+        largest = int(distance.argmax())
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(largest), distance.shape))
+        torch_error = float(_distance(result, expected).max())
+        bound = tolerance(dtype, torch_error, _magnitude(expected), max(rows, columns, 1), rounded[name])
+        comparisons.append(Comparison(name, float(distance.flatten()[largest]), torch_error, bound, where))
     return comparisons
 
 
@@ -196,21 +194,22 @@ def _describe(tensor: Tensor | None) -> str:
     return "None" if tensor is None else f"shape {tuple(tensor.shape)} {tensor.dtype}"
 
 
-def _run_in(
-    dtype: torch.dtype, module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any], seed: int
-) -> _Run:
-    """`_run` of a copy in another dtype; one tensor that is passed twice stays one tensor."""
+def _run_oracle(
+    module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any], seed: int
+) -> dict[str, Tensor | None]:
+    """`_run` of a copy in fp64, outputs and gradients; one tensor that is passed twice stays one tensor."""
     memo: dict[int, Tensor] = {}
 
     def cast(argument: Any) -> Any:
         if not isinstance(argument, Tensor) or not argument.is_floating_point():
             return argument
         if id(argument) not in memo:
-            memo[id(argument)] = argument.detach().to(dtype).requires_grad_(argument.requires_grad)
+            memo[id(argument)] = argument.detach().double().requires_grad_(argument.requires_grad)
         return memo[id(argument)]
 
     cast_arguments = {name: cast(argument) for name, argument in arguments.items()}
-    return _run(copy.deepcopy(module).to(dtype), tuple(cast(x) for x in inputs), cast_arguments, seed)
+    outputs, gradients = _run(copy.deepcopy(module).double(), tuple(cast(x) for x in inputs), cast_arguments, seed)
+    return outputs | gradients
 
 
 def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any], seed: int) -> _Run:

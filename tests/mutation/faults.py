@@ -1,0 +1,252 @@
+"""The faults of `run.py`: a text that is once in a file, what takes its place, and the tests that should notice."""
+
+from typing import NamedTuple
+
+GENERIC = "src/fused_mha/csrc/generic/"
+PACKAGE = "src/fused_mha/"
+CHUNKS = "tests/native/test_several_chunks.py"
+CORE = "tests/native/test_forward.py tests/native/test_backward.py"
+CONVERT = "tests/test_convert.py"
+
+
+class Fault(NamedTuple):
+    """One fault; `tests` are arguments of pytest."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: str
+
+
+FAULTS = [
+    # Many keys beside every option.
+    Fault(
+        "delta without dropout's factor",
+        GENERIC + "attention_delta.h",
+        "reduce_add(total) * (attention.kept_factor() / sum)",
+        "reduce_add(total) * (T(1) / sum)",
+        CHUNKS,
+    ),
+    Fault(
+        "delta without dropout's mask",
+        GENERIC + "attention_delta.h",
+        "if (attention.drops()) attention.draw(seed, n, h, first, rows, panel, kept);",
+        "",
+        CHUNKS,
+    ),
+    Fault(
+        "delta without the padding's values",
+        GENERIC + "attention_delta.h",
+        "if (attention.masking.adds_padding()) attention.masking.padding_values(n, panels[p].first, padding);",
+        "for (T& x : padding) x = 0;",
+        CHUNKS,
+    ),
+    Fault(
+        "delta without the gradient of the log-sum-exp",
+        GENERIC + "attention_delta.h",
+        "deltas[i] = delta.of_output(n, h, i) - delta.of_lse(n, h, i);",
+        "deltas[i] = delta.of_output(n, h, i);",
+        CHUNKS,
+    ),
+    Fault(
+        "delta of a later chunk without the output's part",
+        GENERIC + "attention_backward.h",
+        "(backward.sees_all_keys ? 0 : backward.delta.of_output(n, h, i))",
+        "(backward.sees_all_keys || chunk > 0 ? 0 : backward.delta.of_output(n, h, i))",
+        CHUNKS,
+    ),
+    Fault(
+        "query's gradient of the last chunk alone",
+        GENERIC + "attention_backward.h",
+        "if (chunk == 0) memset(total, 0, size_t(size) * sizeof(T));",
+        "memset(total, 0, size_t(size) * sizeof(T));",
+        CHUNKS,
+    ),
+    Fault(
+        "gradient of padding in the first chunk alone",
+        GENERIC + "attention_backward.h",
+        "row[panels[p].first + c] = column_sums[p * COLUMNS + c];",
+        "row[panels[p].first + c] = chunk == 0 ? column_sums[p * COLUMNS + c] : T(0);",
+        CHUNKS,
+    ),
+    Fault(
+        "gradient of a dropped value",
+        GENERIC + "attention_backward.h",
+        "store(s + i, is_dropped ? Vec<T>{} : x);",
+        "store(s + i, is_dropped ? -x : x);",
+        CHUNKS,
+    ),
+    Fault(
+        "value's gradient without dropout's factor",
+        GENERIC + "attention_backward.h",
+        "write_key(is_visible ? value_sums + row : nullptr, j, attention.D_v, attention.kept_factor(),",
+        "write_key(is_visible ? value_sums + row : nullptr, j, attention.D_v, T(1),",
+        CHUNKS,
+    ),
+    Fault(
+        "mask's gradient in a ragged last panel",
+        GENERIC + "attention_backward.h",
+        "const int64_t real = min(masking.S - panel.first, COLUMNS);",
+        "const int64_t real = min(masking.S - panel.first, COLUMNS) & ~int64_t(1);",
+        CHUNKS,
+    ),
+    Fault(
+        "virtual keys hidden by the band",
+        GENERIC + "masking.h",
+        "if (first + COLUMNS > S && keys > S) return true;",
+        "",
+        CHUNKS + " " + CORE,
+    ),
+    # Ragged tails, and rows that are hidden.
+    Fault(
+        "a maximum that rises rescales the sum alone",
+        GENERIC + "online_softmax.h",
+        "store(output + v * W, load(output + v * W) * splat(ratio));",
+        "store(output + v * W, load(output + v * W));",
+        CORE,
+    ),
+    Fault(
+        "lse without the scale",
+        GENERIC + "online_softmax.h",
+        "tile.row_max[r] * masking.score_factor + std::log(sum)",
+        "tile.row_max[r] + std::log(sum)",
+        CORE,
+    ),
+    Fault(
+        "bottom right is top left for bool masks",
+        GENERIC + "masking.h",
+        "uint32_t hidden = ~column_bits(position + a.first_visible, position + a.last_visible, COLUMNS);",
+        "uint32_t hidden = ~column_bits(position + a.first_visible, position + !tests_keys * a.last_visible, COLUMNS);",
+        CORE + " " + CHUNKS,
+    ),
+    Fault(
+        "padding of the first element for all",
+        GENERIC + "masking.h",
+        "const int64_t index = n * mask.stride[0] + (first + c) * mask.stride[1];",
+        "const int64_t index = (first + c) * mask.stride[1];",
+        CORE,
+    ),
+    Fault(
+        "one query: the last panel of features",
+        GENERIC + "single_query.h",
+        "sums[i] = sums[i] + load(query_of(i) + c) * load_some<T, Data>(key + c, columns - c);",
+        "sums[i] = sums[i] + load(query_of(i) + c) * load_some<T, Data>(key + c, min(columns - c, W - 1));",
+        "tests/native/test_single_query.py",
+    ),
+    Fault(
+        "column sums of more than one block of rows",
+        GENERIC + "column_sums.h",
+        "first += ROWS_OF_SUM) {",
+        "first += 2 * ROWS_OF_SUM) {",
+        "tests/native/test_column_sums.py",
+    ),
+    Fault(
+        "a product's ragged last panel",
+        GENERIC + "product.h",
+        "rows[c] = j < of.N ? of.right(j) : nullptr;",
+        "rows[c] = j + 1 < of.N || of.N % COLUMNS == 0 ? of.right(min(j, of.N - 1)) : nullptr;",
+        "tests/native/test_product.py",
+    ),
+    Fault(
+        "a product's last block along K",
+        GENERIC + "product.h",
+        "const int64_t first = block * PACKED_ROWS, count = min(PACKED_ROWS, of.K - first);",
+        "const int64_t first = block * PACKED_ROWS, count = min(PACKED_ROWS, of.K) - (first > 0);",
+        "tests/native/test_product.py",
+    ),
+    Fault(
+        "a group's masks are those of the first",
+        GENERIC + "module.h",
+        "a.attn_mask = part(a.attn_mask);",
+        "",
+        "tests/native/test_module_operators.py tests/native/test_module_boundary.py tests/test_one_call.py",
+    ),
+    Fault(
+        "a group's padding is that of the first",
+        GENERIC + "module.h",
+        "a.key_padding_mask = part(a.key_padding_mask);",
+        "",
+        "tests/native/test_module_operators.py tests/native/test_module_boundary.py tests/test_one_call.py",
+    ),
+    # Flags and hooks through convert and revert.
+    Fault(
+        "revert loses the training flag",
+        PACKAGE + "convert.py",
+        "        module.__class__ = nn.MultiheadAttention\n",
+        "        module.__class__ = nn.MultiheadAttention\n        module.training = True\n",
+        CONVERT,
+    ),
+    Fault(
+        "revert loses batch_first",
+        PACKAGE + "convert.py",
+        "        module.__class__ = nn.MultiheadAttention\n",
+        "        module.__class__ = nn.MultiheadAttention\n        module.batch_first = False\n",
+        CONVERT,
+    ),
+    Fault(
+        "revert loses hooks of users",
+        PACKAGE + "convert.py",
+        "        module.__class__ = nn.MultiheadAttention\n",
+        "        module.__class__ = nn.MultiheadAttention\n        module._forward_hooks.clear()\n",
+        CONVERT,
+    ),
+    Fault(
+        "convert unfreezes parameters",
+        PACKAGE + "convert.py",
+        "        module.__class__ = MultiHeadAttention\n",
+        "        module.__class__ = MultiHeadAttention\n        module.requires_grad_()\n",
+        CONVERT,
+    ),
+    Fault(
+        "revert unfreezes parameters",
+        PACKAGE + "convert.py",
+        "        module.__class__ = nn.MultiheadAttention\n",
+        "        module.__class__ = nn.MultiheadAttention\n        module.requires_grad_()\n",
+        CONVERT,
+    ),
+    # Layouts beside options.
+    Fault(
+        "unbatched weights keep their batch",
+        PACKAGE + "multi_head_attention.py",
+        "if weights is not None and not is_batched:",
+        "if weights is not None and not is_batched and average_attn_weights:",
+        "tests/test_parity_with_torch.py tests/test_multi_head_attention.py",
+    ),
+    Fault(
+        "hidden keys of a sequence-first batch",
+        PACKAGE + "multi_head_attention.py",
+        "hidden = hidden.transpose(0, 1)",
+        "hidden = hidden.transpose(0, 1) & False",
+        "tests/test_deviations_masking.py",
+    ),
+    Fault(
+        "values that learn alone record the weights",
+        PACKAGE + "ops/autograd.py",
+        "*((weights, lse) if needed <= _OF_VALUES else ())",
+        "",
+        "tests/test_requires_grad.py",
+    ),
+    Fault(
+        "dropout in evaluation",
+        PACKAGE + "multi_head_attention.py",
+        "dropout_p = self.dropout if self.training else 0.0",
+        "dropout_p = self.dropout",
+        "tests/test_parity_with_torch.py tests/test_deviations.py",
+    ),
+    Fault(
+        "padding that is changed before the backward",
+        PACKAGE + "ops/module_autograd.py",
+        "saved[_PADDING] = saved[_PADDING].clone()",
+        "pass",
+        "tests/test_one_call_backward.py tests/test_one_call_gradients.py",
+    ),
+    # The rule itself.
+    Fault(
+        "a tolerance of one part in a thousand",
+        PACKAGE + "testing/tolerances.py",
+        "max(FLOOR[dtype] * oracle_magnitude, rounding_error)",
+        "max(FLOOR[dtype] * oracle_magnitude, rounding_error, 1e-3 * oracle_magnitude)",
+        "tests/test_tolerances.py",
+    ),
+]
