@@ -41,6 +41,7 @@ def test_our_product_apart_from_the_attention_where_a_projection_is_hooked(modul
 
 def test_torchs_linear_where_the_rule_prefers_it(module, monkeypatch):
     monkeypatch.setattr(linear, "dtypes", lambda: (torch.float16,))
+    monkeypatch.setattr(linear, "serves", lambda dtype, rows, features: False)
     assert projections(module) == f"by torch's linear, apart from the attention: {linear.RULE}"
 
 

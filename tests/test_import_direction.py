@@ -14,7 +14,7 @@ PACKAGE = Path(fused_mha.__file__).parent
 ALLOWED = {
     "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention"},
     "parity": {"", "testing"},
-    "info": {"", "dispatch"},
+    "info": {"", "backends.cpu", "backends.triton", "dispatch"},
     "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
     "testing.cases": {"multi_head_attention"},
     "testing.parity": {"dispatch", "multi_head_attention", "testing.tolerances"},
@@ -42,6 +42,7 @@ ALLOWED = {
         "backends.arguments",
         "backends.capability",
         "backends.native",
+        "backends.sdpa",
         "inputs",
         "modes",
         "ops.autograd",
@@ -55,6 +56,7 @@ ALLOWED = {
     "backends.triton": {
         "backends.arguments",
         "backends.capability",
+        "backends.triton.assembler",
         "backends.triton.launch",
         "backends.triton.tile_config",
         "inputs",
@@ -63,10 +65,12 @@ ALLOWED = {
     },
     "backends.triton.launch": {
         *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
-        *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
+        *(f"backends.triton.{name}" for name in ("assembler", "entry", "tile_config", "tiles", "visibility")),
         "ops.gradients",
         "ops.schema",
     },
+    "backends.triton.assembler": set(),
+    "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
     "backends.triton.backward": {"backends.triton.tiles", "backends.triton.visibility"},
     "backends.triton.forward": {"backends.triton.tiles", "backends.triton.visibility"},
     "backends.triton.weights": {"backends.triton.tiles", "backends.triton.visibility"},
@@ -93,7 +97,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
-    **{f"backends.triton.{name}": {"triton"} for name in ("backward", "forward", "tiles", "visibility", "weights")},
+    **{f"backends.triton.{name}": {"triton"} for name in ("assembler", "backward", "entry", "forward", "tiles", "visibility", "weights")},
 }
 ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation"}
 

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
+import pytest
 import torch
 
 from fused_mha import dispatch, info
@@ -24,8 +26,30 @@ def test_names_versions_and_platform(capsys):
     assert found["torch"] == torch.__version__
     assert found["python"] == platform.python_version()
     assert found["platform"] == platform.platform()
-    assert found["cpu"] == f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}"
+    assert found["cpu"].endswith(f", torch uses {torch.backends.cpu.get_cpu_capability()}")
+    assert platform.machine() in found["cpu"]
     assert found["devices"].split(", ")[0] == "cpu"
+
+
+@pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no C++ library")
+@pytest.mark.parametrize(("tiles", "text"), [((), "none (AMX)"), ((torch.bfloat16,), "AMX: torch's kernels get bfloat16")])
+def test_names_the_processor_and_what_its_tiles_leave_to_torch(tiles, text, capsys, monkeypatch):
+    monkeypatch.setattr(cpu.LIBRARY, "cpu_name", "A processor")
+    monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", tiles)
+    info.main()
+    found = rows(capsys.readouterr().out)
+    assert found["cpu"].startswith(f"A processor ({platform.machine()})")
+    assert found["tiles"].startswith(text)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux lists what the processor has")
+def test_the_library_names_the_processor_as_linux_does():
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    if cpu.LIBRARY is None or "model name" not in cpuinfo:
+        pytest.skip("no C++ library, or a processor without a name")
+    assert cpu.LIBRARY.cpu_name.strip() == re.search(r"model name\s*: (.*)", cpuinfo)[1].strip()
+    for dtype, flag in ((torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16")):
+        assert (dtype in cpu.LIBRARY.tile_dtypes) == bool(re.search(rf"\b{flag}\b", cpuinfo))
 
 
 def test_names_the_number_of_threads(capsys):

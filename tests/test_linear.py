@@ -17,7 +17,7 @@ def ours(monkeypatch):
     """The rule as on a processor where ours serves fp32."""
     if cpu.LIBRARY is None:
         pytest.skip("this installation has no C++ library")
-    monkeypatch.setattr(linear, "dtypes", lambda: (torch.float32, torch.float16))
+    monkeypatch.setattr(linear, "serves", lambda dtype, rows, features: dtype in (torch.float32, torch.float16))
 
 
 def operands(rows=40, dtype=torch.float32):
@@ -27,19 +27,54 @@ def operands(rows=40, dtype=torch.float32):
 
 @needs_library
 @pytest.mark.parametrize(
-    ("isa", "vendor", "dtypes"),
+    ("isa", "tiles", "dtypes"),
     [
-        ("avx512_bf16", "AuthenticAMD", (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
-        ("avx512", "AuthenticAMD", (torch.float16, torch.float32, torch.float64)),
-        ("avx512_bf16", "GenuineIntel", (torch.float16,)),
-        ("avx2", "AuthenticAMD", (torch.float16,)),
-        ("neon", "", (torch.float16,)),
+        ("avx512_bf16", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        ("avx512", (), (torch.float16, torch.float32, torch.float64)),
+        ("avx512_bf16", (torch.bfloat16,), (torch.float16, torch.float32, torch.float64)),
+        ("avx512_bf16", (torch.bfloat16, torch.float16), (torch.float16, torch.float32, torch.float64)),
+        ("avx2", (), (torch.float16,)),
+        ("neon", (), (torch.float16,)),
     ],
 )
-def test_the_rule_goes_by_instruction_set_and_maker(isa, vendor, dtypes, monkeypatch):
+def test_the_rule_goes_by_instruction_set_and_tiles(isa, tiles, dtypes, monkeypatch):
     monkeypatch.setattr(cpu.LIBRARY, "isa", isa)
-    monkeypatch.setattr(cpu.LIBRARY, "cpu_vendor", vendor)
+    monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", tiles)
     assert set(linear.dtypes()) == set(dtypes)
+
+
+@needs_library
+def test_few_rows_and_tiny_calls_are_ours_in_every_dtype(monkeypatch):
+    monkeypatch.setattr(cpu.LIBRARY, "isa", "avx2")
+    monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", (torch.bfloat16,))
+    for dtype, most in ((torch.float32, 32), (torch.float64, 32), (torch.bfloat16, 8)):
+        assert linear.serves(dtype, 1, 4096)
+        assert linear.serves(dtype, most, 4096)
+        assert not linear.serves(dtype, most + 1, 4096)
+        assert linear.serves(dtype, 128, 128)
+        assert not linear.serves(dtype, 256, 128)
+    monkeypatch.setattr(cpu.LIBRARY, "isa", "scalar")  # which is for processors that nobody measured
+    assert not linear.serves(torch.float32, 1, 8)
+    assert linear.serves(torch.float16, 1000, 1000)
+
+
+@needs_library
+def test_attention_between_long_sequences_is_left_to_the_processors_tiles(monkeypatch):
+    monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", (torch.bfloat16,))
+
+    def chosen(length, dtype=torch.bfloat16, **arguments):
+        module = fused_mha.MultiHeadAttention(64, 4, batch_first=True, dtype=dtype)
+        x = torch.zeros(1, length, 64, dtype=dtype)
+        return fused_mha.explain(module, x, **{"need_weights": False} | arguments)
+
+    assert chosen(256).chosen == "sdpa"
+    assert "AMX" in chosen(256).left["cpu"]
+    assert chosen(255).chosen == "cpu"
+    assert chosen(256, torch.float32).chosen == "cpu"
+    assert chosen(256, need_weights=True).chosen == "cpu"
+    assert chosen(256, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)).chosen == "cpu"
+    with fused_mha.backend("cpu"):
+        assert chosen(256).chosen == "cpu"
 
 
 @pytest.mark.usefixtures("ours")

@@ -7,6 +7,7 @@ import platform
 import torch
 
 from fused_mha import __version__
+from fused_mha.backends import cpu
 from fused_mha.backends.triton import assemblers
 from fused_mha.dispatch import BACKENDS
 
@@ -19,7 +20,8 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{_processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
+        "tiles": _left_to_torch(),
         "threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices),
         "assembler": "; ".join(assemblers()) or "none, without a GPU for the Triton kernels",
@@ -29,6 +31,22 @@ def main() -> None:
     print("back ends, in order of preference:")
     for candidate in BACKENDS:
         print(f"  {candidate.name:<10} {candidate.summary}")
+
+
+def _processor() -> str:
+    name = cpu.LIBRARY.cpu_name if cpu.LIBRARY is not None else ""
+    return f"{name} ({platform.machine()})" if name else platform.machine()
+
+
+def _left_to_torch() -> str:
+    """What goes to torch's kernels because of the processor's tiles."""
+    dtypes = () if cpu.LIBRARY is None else cpu.LIBRARY.tile_dtypes
+    if torch.bfloat16 not in dtypes:
+        return "none (AMX) for bfloat16"
+    return (
+        "AMX: torch's kernels get bfloat16 products of many rows, and bfloat16 attention between long sequences "
+        "(fused_mha.explain says which calls)"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`linear`, x W^T + b, by our own product where that is faster than torch's. The projections and the module call it.
+"""`linear`, x W^T + b, by our own product where that is at least as fast as torch's. The projections and the module call it.
 
-The rule is static. fp16 torch multiplies slowly on every CPU. In fp32 and fp64 torch's library, Intel's MKL, takes its
-slower path on processors of other makers: there ours serves, given AVX-512. In bfloat16 torch's is as fast as ours
-where both have AVX-512 BF16, but ours is part of one call with the attention; elsewhere, and on Intel, which has tiles
-for it, torch's serves. Where `backend` forces another one, torch multiplies.
+The rule is static. fp16 torch multiplies slowly on every CPU. In fp32 and fp64, given AVX-512, torch's library is slower
+on AMD's processors and up to a tenth faster on Intel's, where ours makes that good as a part of one call with the
+attention. In bfloat16 the same holds with AVX-512 BF16, but not beside AMX: torch's library uses these tiles, and ours
+has none. A few rows, and calls so small that each operator shows, ours serves in any dtype: it reads weights where they
+lie. Where `backend` forces another one, torch multiplies.
 """
 
 from __future__ import annotations
@@ -14,22 +15,45 @@ from torch import Tensor
 
 from fused_mha import dispatch
 from fused_mha.backends import cpu
-from fused_mha.modes import autocast_is_on, onnx_export_is_active, transform_is_active
+from fused_mha.modes import autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
 
 PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-RULE = "torch's own product is the faster one for this dtype, processor and instruction set"
+RULE = "torch's own product is the faster one for this dtype, processor and number of rows"
 _FP16 = (torch.float16,)
 _ALL_BUT_BF16 = (*_FP16, torch.float32, torch.float64)
 _BY_ISA = {"avx512": _ALL_BUT_BF16, "avx512_bf16": (*_ALL_BUT_BF16, torch.bfloat16)}
+_FEW_ROWS, _FEW_BESIDE_TILES = 32, 8
+_TINY = 1 << 21  # rows * features^2
 
 
 def dtypes() -> tuple[torch.dtype, ...]:
-    """Those whose products are faster than torch's."""
+    """Those whose products are ours for any number of rows."""
     if cpu.LIBRARY is None:
         return ()
-    if cpu.LIBRARY.cpu_vendor == "GenuineIntel":
-        return _FP16
-    return _BY_ISA.get(cpu.LIBRARY.isa, _FP16)
+    tiles = cpu.LIBRARY.tile_dtypes
+    return tuple(x for x in _BY_ISA.get(cpu.LIBRARY.isa, _FP16) if x not in tiles or x == torch.float16)
+
+
+def serves(dtype: torch.dtype, rows: int, features: int) -> bool:
+    """Whether our product is the faster one.
+
+    Args:
+        dtype: of all operands.
+        rows: how many rows of ``features`` are multiplied; not asked for by tracers, for which a length is no number.
+        features: of a row.
+
+    Returns:
+        Whether the rule above says so.
+    """
+    if dtype in dtypes():
+        return True
+    if cpu.LIBRARY is None or cpu.LIBRARY.isa not in _HAS_VECTORS or not is_eager():
+        return False
+    few = _FEW_BESIDE_TILES if dtype in cpu.LIBRARY.tile_dtypes else _FEW_ROWS
+    return rows <= few or rows * features * features <= _TINY
+
+
+_HAS_VECTORS = ("neon", "avx2", "avx512", "avx512_bf16")
 
 
 def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -43,7 +67,7 @@ def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Returns:
         True where ours is the faster one by the rule above, and nothing transforms the call.
     """
-    if not x.is_cpu or x.dim() < 2 or x.dtype not in dtypes():
+    if not x.is_cpu or x.dim() < 2 or not serves(x.dtype, x.numel() // max(x.shape[-1], 1), x.shape[-1]):
         return False
     return (
         dispatch.allows(cpu.BACKEND)

@@ -103,14 +103,21 @@ def tensors_of(
         return "a projection is hooked, replaced, reparametrized, sharded or incomplete"
     if module.embed_dim % module.num_heads or 0 in (query.numel(), key.numel(), value.numel()):
         return "an input is empty, or num_heads does not divide embed_dim"
-    if autocast_is_on("cpu"):
+    casts = autocast_is_on("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if casts else query.dtype
+    if dtype not in linear.dtypes():
+        rows = max(x.numel() // x.shape[-1] for x in (query, key))
+        if not linear.serves(dtype, rows, module.embed_dim):
+            return linear.RULE
+    rounds = False  # weights of float32 to bfloat16 as they are read
+    if casts:
         if any(x is not None and x.dtype == torch.float64 for x in (query, key, value, *parameters)):
             return "autocast leaves float64 as it is"
-        dtype = torch.get_autocast_dtype("cpu")
         cast_query = query.to(dtype)
         cast_key = cast_query if key is query else key.to(dtype)
         query, key, value = cast_query, cast_key, cast_key if value is key else value.to(dtype)
-        parameters = tuple(None if x is None else x.to(dtype) for x in parameters)
+        rounds = eager and dtype == torch.bfloat16 and not cpu.is_recorded(query, key, value, *parameters)
+        parameters = tuple(None if x is None else x if rounds and _is_weight(x) else x.to(dtype) for x in parameters)
     if key_padding_mask is not None and not eager:
         hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
         if query.dim() == 3 and not module.batch_first:
@@ -120,11 +127,10 @@ def tensors_of(
     if value is key and parameters[0] is not None:  # one packed weight, and so one product
         inputs = (query, None if key is query else key, None)
     is_readable = _is_readable if eager else _is_on_cpu
-    dtype = inputs[0].dtype
-    if dtype not in linear.dtypes():
-        return linear.RULE
     for x in (*inputs, *parameters):
-        if x is not None and (x.dtype != dtype or type(x) not in linear.PLAIN_TYPES or not is_readable(x)):
+        if x is None or (x.dtype == dtype and type(x) in linear.PLAIN_TYPES and is_readable(x)):
+            continue
+        if not (rounds and _is_weight(x) and is_readable(x)):
             return "an input or a parameter is of another dtype or device, or a subclass of torch.Tensor"
     for mask in (attn_mask, key_padding_mask):
         if mask is not None and (
@@ -142,6 +148,10 @@ def tensors_of(
 
 
 _MASK_DTYPES = (torch.bool, *cpu.DTYPES)
+
+
+def _is_weight(x: Tensor) -> bool:
+    return x.dim() == 2 and x.dtype == torch.float32 and type(x) in linear.PLAIN_TYPES
 
 
 def _is_on_cpu(x: Tensor) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha.backends import native
+from fused_mha.backends import native, sdpa
 from fused_mha.backends.arguments import arguments_of
-from fused_mha.backends.capability import Backend, Capability
+from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import has_plain_memory, is_eager
 from fused_mha.ops import autograd, gradients, module_autograd, schema
@@ -139,6 +139,20 @@ if LIBRARY is not None:
     schema.LIBRARY.impl("attention_backward", _backward, "CPU")
 
 
+_LEAST_LENGTH = 256  # from which on torch's tiles make up for what our kernels skip and fuse
+
+
+def _leaves(inputs: AttentionInputs) -> str | None:
+    """Why a call is left to torch's kernels, which use the processor's tiles (AMX) where ours do not."""
+    if LIBRARY is None or inputs.query.dtype not in LIBRARY.tile_dtypes or inputs.key_padding_mask is not None:
+        return None
+    if min(inputs.query.shape[1], inputs.key.shape[1]) < _LEAST_LENGTH or not_supported_reasons(
+        sdpa.BACKEND.capability, inputs
+    ):
+        return None
+    return "torch's kernels multiply this dtype by the processor's tiles (AMX)"
+
+
 def _notes(inputs: AttentionInputs) -> list[str]:
     assert LIBRARY is not None
     return [f"instruction set {LIBRARY.isa}"]
@@ -157,4 +171,5 @@ BACKEND = Backend(
     ),
     run=_run,
     notes=_notes,
+    leaves=_leaves,
 )

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ISA_VARIABLE = "FUSED_MHA_ISA"
 NAMES = ("libfused_mha.so", "libfused_mha.dylib")
 
 _EXP2_DTYPES = {torch.float32: 0, torch.float64: 1}  # as `enum fused_mha_dtype` numbers them
+_HALF_DTYPES = {torch.bfloat16: 2, torch.float16: 3}
 
 
 class Library:
@@ -34,14 +35,19 @@ class Library:
                 f"{path} has ABI version {None if version is None else version()}, this package needs {ABI_VERSION}: "
                 "it is of another version of fused_mha. Reinstall the package."
             )
-        for name in ("fused_mha_last_error", "fused_mha_available_isa", "fused_mha_isa", "fused_mha_cpu_vendor"):
+        for name in ("fused_mha_last_error", "fused_mha_available_isa", "fused_mha_isa", "fused_mha_cpu_name"):
             getattr(self._c, name).restype = ctypes.c_char_p
         self._functions = {name: self._function(name) for name in ("register_operators", "set_isa", "exp2")}
         self._c.fused_mha_set_parallel_for(_torch_parallel_for())
-        self.cpu_vendor: str = self._c.fused_mha_cpu_vendor().decode()  # as CPUID gives it, such as AuthenticAMD
+        self.cpu_name: str = self._c.fused_mha_cpu_name().decode()  # as CPUID gives it
+        # Whose products the processor has tiles (AMX) for, which torch's libraries use.
+        self.tile_dtypes = tuple(dtype for dtype, code in _HALF_DTYPES.items() if self._has_tiles(code))
         self.isa: str = self._c.fused_mha_isa().decode()  # the instruction set in use
         if wanted := os.environ.get(ISA_VARIABLE):
             self.set_isa(wanted)
+
+    def _has_tiles(self, dtype: int) -> bool:
+        return bool(self._function("cpu_has_tiles")(ctypes.c_int64(dtype)))
 
     def register_operators(self) -> None:
         """Give torch the kernels of `torch.ops.fused_mha`; once in a process."""

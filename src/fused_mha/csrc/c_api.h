@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FUSED_MHA_ABI_VERSION 4
+#define FUSED_MHA_ABI_VERSION 5
 #define FUSED_MHA_EXPORT __attribute__((visibility("default")))
 
 enum fused_mha_dtype {
@@ -105,7 +105,8 @@ typedef struct {
 // query, key, value and output: where they are given, the projections and the heads are kept there for the backward.
 typedef struct {
     fused_mha_tensor query;         // (N, L, E)
-    fused_mha_tensor query_weight;  // (H * D, E), or all three weights one after the other, (3 * H * D, E)
+    fused_mha_tensor query_weight;  // (H * D, E), or all three weights one after the other, (3 * H * D, E); beside bfloat16
+                                    // inputs weights may be float32, and are rounded as they are read
     fused_mha_tensor query_bias;    // (H * D), or all three, or absent
     fused_mha_tensor out_weight;    // (E_out, H * D_v)
     fused_mha_tensor out_bias;      // (E_out), or absent
@@ -134,8 +135,10 @@ FUSED_MHA_EXPORT const char* fused_mha_available_isa(int64_t index);
 FUSED_MHA_EXPORT const char* fused_mha_isa(void);
 FUSED_MHA_EXPORT int64_t fused_mha_set_isa(const char* name);
 
-// The maker of the processor as CPUID gives it, empty where there is none.
-FUSED_MHA_EXPORT const char* fused_mha_cpu_vendor(void);
+// The name of the processor as CPUID gives it, empty where there is none; and whether it has tiles (AMX) for products of
+// a dtype.
+FUSED_MHA_EXPORT const char* fused_mha_cpu_name(void);
+FUSED_MHA_EXPORT int64_t fused_mha_cpu_has_tiles(int64_t dtype);
 
 // Bytes of workspace that a call needs; its `workspace` may be absent here. Negative on an error.
 FUSED_MHA_EXPORT int64_t fused_mha_forward_workspace(const fused_mha_forward_arguments*);

@@ -165,11 +165,16 @@ void check_heads(Checker& checker, const char* name, const fused_mha_tensor& t, 
     if (checker.ok && is_kept && H > 1 && t.stride[2] != D) checker.fail_with("%s must have its heads side by side", name);
 }
 
+// Beside bfloat16 a weight may be float32.
+int64_t weight_dtype(int64_t dtype, const fused_mha_tensor& weight) {
+    return dtype == FUSED_MHA_BFLOAT16 && weight.dtype == FUSED_MHA_FLOAT32 ? FUSED_MHA_FLOAT32 : dtype;
+}
+
 void check_projection(Checker& checker, const char* name, const fused_mha_tensor& weight, const fused_mha_tensor& bias,
                       int64_t dtype, int64_t rows, int64_t columns) {
     char text[32];
     snprintf(text, sizeof text, "%s_weight", name);
-    checker.check(text, weight, dtype, 2, {rows, columns, 1, 1});
+    checker.check(text, weight, weight_dtype(dtype, weight), 2, {rows, columns, 1, 1});
     snprintf(text, sizeof text, "%s_bias", name);
     if (bias.data) checker.check(text, bias, dtype, 1, {rows, 1, 1, 1});
 }
@@ -190,7 +195,7 @@ void complete(Checker& checker, fused_mha_module_arguments& call) {
     checker.check_floating("query", call.query);
     if (!checker.ok) return;
     const int64_t dtype = call.query.dtype;
-    checker.check("query_weight", call.query_weight, dtype, 2, {-1, -1, 1, 1});
+    checker.check("query_weight", call.query_weight, weight_dtype(dtype, call.query_weight), 2, {-1, -1, 1, 1});
     if (call.query_bias.data) checker.check("query_bias", call.query_bias, dtype, 1, {-1, 1, 1, 1});
     if (!checker.ok) return;
     if (!call.key.data) call.key = call.query;

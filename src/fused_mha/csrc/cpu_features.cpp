@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+
+#include <cstring>
 #endif
 
 namespace fused_mha {
@@ -15,25 +17,24 @@ namespace {
 // Asked of the processor itself: behind __builtin_cpu_supports stands the compiler's run-time library, and Zig's says no
 // to everything.
 struct Processor {
-    unsigned basic = 0, extended = 0, further = 0;  // CPUID 1 ECX, 7.0 EBX, 7.1 EAX
+    unsigned basic = 0, extended = 0, tiles = 0, further = 0;  // CPUID 1 ECX, 7.0 EBX, 7.0 EDX, 7.1 EAX
     uint64_t saved = 0;                             // the registers that the operating system saves: XCR0
 
-    char vendor[13] = "";
+    char name[49] = "";
 
     Processor() {
         unsigned a, b, c, d;
-        if (__get_cpuid(0, &a, &b, &c, &d))
-            for (int i = 0; i < 4; ++i) {
-                vendor[i] = char(b >> 8 * i);
-                vendor[4 + i] = char(d >> 8 * i);
-                vendor[8 + i] = char(c >> 8 * i);
+        for (unsigned leaf = 0; leaf < 3; ++leaf)
+            if (__get_cpuid(0x80000002 + leaf, &a, &b, &c, &d)) {
+                const unsigned text[] = {a, b, c, d};
+                memcpy(name + 16 * leaf, text, sizeof text);
             }
         if (!__get_cpuid(1, &a, &b, &basic, &d) || !(basic & bit_OSXSAVE)) return;
         uint32_t low, high;
         __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
         saved = uint64_t(high) << 32 | low;
         unsigned last_subleaf;
-        if (__get_cpuid_count(7, 0, &last_subleaf, &extended, &c, &d) && last_subleaf >= 1)
+        if (__get_cpuid_count(7, 0, &last_subleaf, &extended, &c, &tiles) && last_subleaf >= 1)
             __get_cpuid_count(7, 1, &further, &b, &c, &d);
     }
 };
@@ -45,7 +46,10 @@ const Processor& processor() {
 
 bool has_all(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
 
-constexpr uint64_t AVX_STATE = 0x6, AVX512_STATE = 0xe6;
+constexpr uint64_t AVX_STATE = 0x6, AVX512_STATE = 0xe6, TILE_STATE = 0x60000;
+constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_FP16 = 1u << 21;  // which old compilers do not name
+
+bool has_tiles() { return has_all(processor().saved, TILE_STATE) && has_all(processor().tiles, AMX_TILE); }
 
 }  // namespace
 
@@ -60,14 +64,18 @@ bool cpu_has_avx512() {
            has_all(p.extended, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
 }
 bool cpu_has_avx512_bf16() { return cpu_has_avx512() && has_all(processor().further, bit_AVX512BF16); }
-const char* cpu_vendor() { return processor().vendor; }
+bool cpu_has_amx_bf16() { return has_tiles() && has_all(processor().tiles, AMX_BF16); }
+bool cpu_has_amx_fp16() { return has_tiles() && has_all(processor().further, AMX_FP16); }
+const char* cpu_name() { return processor().name; }
 
 #else
 
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_bf16() { return false; }
-const char* cpu_vendor() { return ""; }
+bool cpu_has_amx_bf16() { return false; }
+bool cpu_has_amx_fp16() { return false; }
+const char* cpu_name() { return ""; }
 
 #endif
 

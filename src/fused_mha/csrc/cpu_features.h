@@ -1,4 +1,4 @@
-// Whether this machine runs what an instruction-set variant was compiled for; kernel_table.cpp asks.
+// What this machine's processor is and runs; kernel_table.cpp and c_api.cpp ask.
 #pragma once
 
 namespace fused_mha {
@@ -6,6 +6,8 @@ namespace fused_mha {
 bool cpu_has_avx2();         // with FMA, F16C and BMI2
 bool cpu_has_avx512();       // F, BW, DQ, VL
 bool cpu_has_avx512_bf16();
-const char* cpu_vendor();    // as CPUID gives it; empty on other processors
+bool cpu_has_amx_bf16();     // tiles of products, which the library does not use, and torch does
+bool cpu_has_amx_fp16();
+const char* cpu_name();      // as CPUID gives it; empty on other processors
 
 }  // namespace fused_mha

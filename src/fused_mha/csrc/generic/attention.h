@@ -54,7 +54,7 @@ FMHA_INLINE T* element(const fused_mha_tensor& t, int64_t i, int64_t j = 0, int6
     return static_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1] + k * t.stride[2] + l * t.stride[3];
 }
 FMHA_INLINE int64_t item_size(int64_t dtype) {
-    constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 8, 1};
+    constexpr int64_t SIZES[] = {4, 8, 2, 2, 1, 8, 1, 4};
     return SIZES[dtype];
 }
 FMHA_INLINE void* row_of(const fused_mha_tensor& t, int64_t i, int64_t j, int64_t k) {

@@ -33,6 +33,18 @@ struct Terms<BFloat16, BFloat16Data> {
         return load(padded);
     }
 };
+template <>
+struct Terms<BFloat16, RoundedData> {
+    static constexpr int64_t COUNT = 2 * LANES<float>;
+    static FMHA_INLINE vfloat load(const float* p) {
+        return to_bfloat16(FMHA_ISA::load(p), FMHA_ISA::load(p + LANES<float>));
+    }
+    static FMHA_INLINE vfloat load_some(const float* p, int64_t n) {
+        float padded[COUNT] = {};
+        memcpy(padded, p, size_t(n) * sizeof *p);
+        return load(padded);
+    }
+};
 #endif
 
 template <class P>
@@ -50,7 +62,7 @@ public:
         // The large matrix is the right operand, or the result of outer products.
         const int64_t row = (is_dots ? of.K : of.N) * item_size(is_outer ? of.output.dtype : of.right.dtype);
         const int64_t large_rows = is_dots ? of.N : is_outer ? of.M : of.K;
-        const bool is_serial = row * large_rows < SERIAL_BYTES;
+        const bool is_serial = row * large_rows < SERIAL_BYTES && double(of.M) * double(of.N) * double(of.K) < SERIAL_WORK;
         threads = is_serial ? 1 : of.threads;
         // A task has some rows of the large matrix; for sums of rows, some columns of all of them.
         if (!is_dots && !is_outer)
@@ -111,7 +123,9 @@ public:
 private:
     static constexpr int W = LANES<T>, ROWS = 4, BLOCK = 4;  // of the few rows, and of the large matrix's, at once
     static constexpr int MOST_AT_ONCE = MR < 8 ? 4 : 8, DEPTH = W < 16 ? 16 : W;  // of sums of rows
-    static constexpr int64_t SERIAL_BYTES = 1 << 20;    // of a matrix that is read while another thread would wake
+    // Bytes of a matrix that are read, and multiply-adds that are done, while another thread would wake.
+    static constexpr int64_t SERIAL_BYTES = 1 << 20;
+    static constexpr double SERIAL_WORK = 1 << 20;
     static constexpr int64_t BYTES_OF_TASK = 128 * 1024, MOST_OF_TASK = 256;
     static constexpr int64_t FEWEST_COLUMNS = 128, MOST_SUMS = 64 * 1024;  // of a task, in the second-level cache
     const Matrices of;
@@ -137,10 +151,12 @@ private:
     // Calls f with the type of data of an operand of dot products.
     template <class F>
     static FMHA_INLINE void with_terms(int64_t dtype, F&& f) {
-        if constexpr (P::KSTEP == 1)
-            with_data<T>(dtype, f);
-        else
+        if constexpr (P::KSTEP == 1) {
+            with_weight<T>(dtype, f);
+        } else {
+            if (dtype == ROUNDED_TO_BFLOAT16) return f(RoundedData{});
             f(BFloat16Data{});
+        }
     }
     template <class Data>
     static FMHA_INLINE Vec<T> terms_at(const typename Data::Stored* p, int64_t n) {

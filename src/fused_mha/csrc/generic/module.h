@@ -42,7 +42,9 @@ struct Projection {
     }
 
     Matrices matrices(int64_t threads) const {
-        return {Rows(x), Rows(as_sequence(weight)), Rows(y), bias.data, x.size[0] * x.size[1], weight.size[0],
+        fused_mha_tensor rows = as_sequence(weight);
+        if (weight.dtype != x.dtype) rows.dtype = ROUNDED_TO_BFLOAT16;
+        return {Rows(x), Rows(rows), Rows(y), bias.data, x.size[0] * x.size[1], weight.size[0],
                 weight.size[1], false, true, threads};
     }
 

@@ -35,6 +35,17 @@ struct HalfData {
     static FMHA_INLINE void store(Stored* p, vfloat v) { store_half(p, v); }
 };
 
+// float32 that takes part as the bfloat16 it rounds to, as a module's weights under autocast.
+constexpr int64_t ROUNDED_TO_BFLOAT16 = 7;  // beside the dtypes of c_api.h
+struct RoundedData {
+    using Stored = float;
+    static FMHA_INLINE vfloat load(const Stored* p) {
+        uint16_t rounded[LANES<float>];
+        store_bfloat16(rounded, FMHA_ISA::load(p));
+        return load_bfloat16(rounded);
+    }
+};
+
 template <class T>
 using OwnData = std::conditional_t<sizeof(T) == 8, Float64Data, Float32Data>;
 template <class T>
@@ -52,6 +63,14 @@ FMHA_INLINE void with_data(int64_t dtype, F&& f) {
             default: return f(Float32Data{});
         }
     }
+}
+
+// The same for a matrix that is only read, a weight perhaps.
+template <class T, class F>
+FMHA_INLINE void with_weight(int64_t dtype, F&& f) {
+    if constexpr (sizeof(T) == 4)
+        if (dtype == ROUNDED_TO_BFLOAT16) return f(RoundedData{});
+    with_data<T>(dtype, f);
 }
 
 // `n` elements from p, from 1 to a vector; zeros behind them, and nothing behind them is read.
@@ -155,6 +174,22 @@ struct PairData {
     using Stored = float;
     static FMHA_INLINE vfloat load(const Stored* p) { return FMHA_ISA::load(p); }
 };
+// Pairs of float32, rounded.
+struct RoundedPairData {
+    struct Stored {
+        float first, second;
+    };
+    static FMHA_INLINE vfloat load(const Stored* p) {
+        return to_bfloat16(FMHA_ISA::load(&p->first), FMHA_ISA::load(&p[LANES<float> / 2].first));
+    }
+};
+template <>
+FMHA_INLINE vfloat load_some<float, RoundedPairData>(const RoundedPairData::Stored* p, int64_t n) {
+    if (n >= LANES<float>) return RoundedPairData::load(p);
+    RoundedPairData::Stored padded[LANES<float>] = {};
+    memcpy(padded, p, size_t(n) * sizeof *p);
+    return RoundedPairData::load(padded);
+}
 // Two rows of bfloat16 as pairs along the rows: lane i of the result is (first[i], second[i]).
 FMHA_INLINE vfloat pair_rows(vfloat first, vfloat second) {
     vuint low, high;
@@ -179,7 +214,7 @@ struct Panels {
 
     // A operand: to[panel][row][A_WIDTH].
     static void pack_a(int64_t dtype, const void* const* rows, int64_t count, int64_t columns, T* to) {
-        with_data<T>(dtype, [&](auto data) {
+        with_weight<T>(dtype, [&](auto data) {
             pack_rows_of<T, decltype(data), COLUMNS>(rows, count, columns, to, count * COLUMNS);
         });
     }
@@ -192,7 +227,7 @@ struct Panels {
     }
     // B operand, one panel, from COLUMNS rows that run across K: to[step][COLUMNS].
     static void pack_b_transposed(int64_t dtype, const void* const* rows, int64_t columns, T* to) {
-        with_data<T>(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, columns, to); });
+        with_weight<T>(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, columns, to); });
     }
 };
 
@@ -205,9 +240,11 @@ struct Panels<BFloat16> {
     static int64_t panels(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
     static int64_t steps(int64_t n) { return (n + 1) / 2; }
 
-    static void pack_a(int64_t, const void* const* rows, int64_t count, int64_t columns, T* to) {
-        pack_rows_of<T, PairData, A_WIDTH>(rows, count, columns / 2, to, count * A_WIDTH);
-        if (columns % 2) last_column(rows, count, columns, to, count * A_WIDTH);
+    static void pack_a(int64_t dtype, const void* const* rows, int64_t count, int64_t columns, T* to) {
+        with_pairs(dtype, [&](auto data) {
+            pack_rows_of<T, decltype(data), A_WIDTH>(rows, count, columns / 2, to, count * A_WIDTH);
+        });
+        if (columns % 2) last_column(dtype, rows, count, columns, to, count * A_WIDTH);
     }
     static void pack_b(int64_t, const void* const* rows, int64_t count, int64_t columns, T* to, int64_t panel_stride) {
         for (int64_t r = 0; r < count; r += 2) {
@@ -223,26 +260,35 @@ struct Panels<BFloat16> {
                 }
         }
     }
-    static void pack_b_transposed(int64_t, const void* const* rows, int64_t columns, T* to) {
-        pack_transposed_of<T, PairData>(rows, columns / 2, to);
+    static void pack_b_transposed(int64_t dtype, const void* const* rows, int64_t columns, T* to) {
+        with_pairs(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, columns / 2, to); });
         if (columns % 2)
-            for (int i = 0; i < COLUMNS; ++i) to[columns / 2 * COLUMNS + i] = last_element(rows[i], columns);
+            for (int i = 0; i < COLUMNS; ++i) to[columns / 2 * COLUMNS + i] = last_element(dtype, rows[i], columns);
     }
 
 private:
-    static float last_element(const void* row, int64_t columns) {
-        const uint32_t bits = row ? static_cast<const uint16_t*>(row)[columns - 1] : 0;
+    template <class F>
+    static FMHA_INLINE void with_pairs(int64_t dtype, F&& f) {
+        if (dtype == ROUNDED_TO_BFLOAT16) return f(RoundedPairData{});
+        f(PairData{});
+    }
+    static float last_element(int64_t dtype, const void* row, int64_t columns) {
+        uint32_t bits = 0;
+        if (row)
+            bits = dtype == ROUNDED_TO_BFLOAT16 ? float_to_bfloat16(static_cast<const float*>(row)[columns - 1])
+                                                : static_cast<const uint16_t*>(row)[columns - 1];
         float pair;
         memcpy(&pair, &bits, sizeof pair);
         return pair;
     }
-    static void last_column(const void* const* rows, int64_t count, int64_t columns, T* to, int64_t panel_stride) {
+    static void last_column(int64_t dtype, const void* const* rows, int64_t count, int64_t columns, T* to,
+                            int64_t panel_stride) {
         const int64_t pair = columns / 2;
         T* at = to + pair / A_WIDTH * panel_stride;
         for (int64_t r = 0; r < count; ++r, at += A_WIDTH) {
             if (pair % A_WIDTH == 0)
                 for (int i = 0; i < A_WIDTH; ++i) at[i] = 0;
-            at[pair % A_WIDTH] = last_element(rows[r], columns);
+            at[pair % A_WIDTH] = last_element(dtype, rows[r], columns);
         }
     }
 };
