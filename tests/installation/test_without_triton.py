@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-# Only CUDA builds of torch 2.11 and later look for Triton as they count floating-point operations: this claims to be one.
+# Only CUDA builds of torch look for Triton as they count floating-point operations: this one claims to be such.
 IMPORT = """
 import sys, torch
 sys.modules["triton"], torch.version.cuda = None, "13.0"
