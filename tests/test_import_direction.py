@@ -97,7 +97,8 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
-    **{f"backends.triton.{name}": {"triton"} for name in ("assembler", "backward", "entry", "forward", "tiles", "visibility", "weights")},
+    "backends.triton.assembler": {"torch", "triton"},
+    **{f"backends.triton.{name}": {"triton"} for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")},
 }
 ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation"}
 

@@ -211,7 +211,7 @@ FAULTS = [
         PACKAGE + "multi_head_attention.py",
         "if weights is not None and not is_batched:",
         "if weights is not None and not is_batched and average_attn_weights:",
-        "tests/test_parity_with_torch.py tests/test_multi_head_attention.py",
+        "tests/test_one_call.py",
     ),
     Fault(
         "hidden keys of a sequence-first batch",
@@ -232,7 +232,7 @@ FAULTS = [
         PACKAGE + "multi_head_attention.py",
         "dropout_p = self.dropout if self.training else 0.0",
         "dropout_p = self.dropout",
-        "tests/test_parity_with_torch.py tests/test_deviations.py",
+        "tests/test_multi_head_attention.py tests/test_one_call.py",
     ),
     Fault(
         "padding that is changed before the backward",

@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 HOME = PROJECT / "out" / "mutation"
 TREE, BUILD = HOME / "tree", HOME / "build"
 CSRC = TREE / "src" / "fused_mha" / "csrc"
+LIBRARY = TREE / "src" / "fused_mha" / "libfused_mha.so"
 
 
 def copy_tree() -> None:
@@ -41,7 +42,7 @@ def build(every_isa: bool) -> str | None:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             return result.stdout + result.stderr
-    shutil.copyfile(BUILD / "libfused_mha.so", TREE / "src" / "fused_mha" / "libfused_mha.so")
+    shutil.copyfile(BUILD / LIBRARY.name, LIBRARY)
     return None
 
 
@@ -61,7 +62,7 @@ def run_tests(tests: str) -> subprocess.CompletedProcess[str]:
 def survives(fault: Fault, every_isa: bool) -> str | None:
     """Why a fault was not noticed, if so."""
     file = TREE / fault.file
-    right = file.read_text()
+    right, right_library = file.read_text(), LIBRARY.read_bytes()
     if right.count(fault.text) != 1:
         return f"its text is in {fault.file} {right.count(fault.text)} times: the fault has to follow the sources"
     try:
@@ -71,6 +72,7 @@ def survives(fault: Fault, every_isa: bool) -> str | None:
         result = run_tests(fault.tests)
     finally:
         file.write_text(right)
+        LIBRARY.write_bytes(right_library)
     if result.returncode == 1:
         return None
     return "all tests pass" if result.returncode == 0 else f"the tests do not run:\n{result.stdout}{result.stderr}"

@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
     """The gradients of `product`'s arguments, by the operator itself or what computes the same."""
     if grad is None:
-        return (None,) * 5
+        return None, None, None, None, None
     left, right = ctx.saved_tensors
     needs_left, needs_right, needs_bias = ctx.needs_input_grad[:3]
     left_is_transposed, right_is_transposed = ctx.transposed
