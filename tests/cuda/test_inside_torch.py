@@ -98,6 +98,7 @@ def test_a_graph_draws_dropout_anew_at_every_replay():
     assert captured.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of inductor's own, torch 2.11
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"need_weights": True}, {"attn_mask": "float"}, {"dropout_p": 0.3}],
