@@ -9,6 +9,7 @@ from torch import nn
 
 import fused_mha
 from calls import NAN, WEIGHTS, composed, random_module
+from fused_mha.backends import cpu
 from fused_mha.testing import Case, assert_parity
 
 from strategies import DTYPES, cases, seeds
@@ -252,6 +253,29 @@ def test_autocast_gives_the_bits_of_the_composition(need_weights, average, dtype
     assert_same(mixed, results(half, [x.to(dtype) for _ in range(3)], arguments))
     ours[0].float().sum().backward()
     assert {parameter.grad.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 40, 700])
+@pytest.mark.parametrize("isa", cpu.LIBRARY.available_isas if cpu.LIBRARY else [])
+def test_weights_that_autocast_rounds_as_they_are_read_give_the_bits_of_rounded_ones(rows, isa, one_calls, monkeypatch):
+    module = random_module(embed_dim=111, num_heads=3, kdim=37)
+    inputs = [torch.randn(1, rows, size) for size in (111, 37, 111)]
+    given = []
+    call = cpu.multi_head_attention
+    monkeypatch.setattr(cpu, "multi_head_attention", lambda tensors, numbers: given.append(tensors) or call(tensors, numbers))
+    former = cpu.LIBRARY.isa
+    cpu.LIBRARY.set_isa(isa)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = results(module, inputs, {})
+            with torch.no_grad():
+                assert_same(results(module, inputs, {}), ours)
+    finally:
+        cpu.LIBRARY.set_isa(former)
+    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    assert not any(x is weight for x in given[0] for weight in weights)  # rounded before, since they get gradients
+    assert given[1][4:7] == weights
+    assert one_calls == [True, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -113,7 +113,8 @@ public:
 private:
     static constexpr int64_t FEWEST_ROWS = 512, ROWS_OF_THREAD = 256;  // of a group
     static constexpr int64_t LONGEST_OF_TASK = 1024;  // rows of a sequence that one thread attends to alone
-    static constexpr double SERIAL_WORK = 1 << 20;    // multiply-adds that are not worth waking another thread for
+    static constexpr double SERIAL_WORK = 1 << 23;    // multiply-adds that are not worth waking other threads three times for
+    static constexpr int64_t READ_ROWS = 4;           // whose products take as long as the weight takes to be read
     const fused_mha_module_arguments& call;
     const int64_t N, threads;
     const Parts groups;
@@ -135,12 +136,16 @@ private:
 
     double work() const {
         const auto of = [](const fused_mha_tensor& x, const fused_mha_tensor& weight) {
-            return double(x.size[0]) * double(x.size[1]) * double(weight.size[0]) * double(weight.size[1]);
+            const double rows = double(max(x.size[0] * x.size[1], READ_ROWS));
+            return rows * double(weight.size[0]) * double(weight.size[1]);
         };
-        const fused_mha_attention& a = call.core.attention;
         return of(call.query, call.query_weight) + of(call.key, call.key_weight) + of(call.value, call.value_weight) +
                of(call.query, call.out_weight) +
-               double(N * call.query.size[1]) * double(call.key.size[1]) * double(a.query.size[2] * 2 * a.query.size[3]);
+               attention_work(N);
+    }
+    double attention_work(int64_t count) const {
+        const fused_mha_tensor& query = call.core.attention.query;
+        return double(count * call.query.size[1]) * double(call.key.size[1]) * double(query.size[2] * 2 * query.size[3]);
     }
 
     int64_t threads_of_group() const { return workers > 1 ? 1 : threads; }
@@ -224,7 +229,7 @@ private:
         g.core.weights = part(g.core.weights);
         g.core.lse = part(g.core.lse);
         a.workspace.data = reinterpret_cast<void*>(base + uintptr_t(g.own_bytes));
-        a.threads = threads_of_group();
+        a.threads = attention_work(count) < SERIAL_WORK ? 1 : threads_of_group();
         const Projection all[] = {{part(call.query), call.query_weight, call.query_bias, a.query},
                                   {part(call.key), call.key_weight, call.key_bias, a.key},
                                   {part(call.value), call.value_weight, call.value_bias, a.value}};

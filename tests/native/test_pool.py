@@ -1,0 +1,66 @@
+"""How often a forward of the module enters torch's pool of threads: a busy machine makes each entry wait."""
+
+import contextlib
+import ctypes
+
+import pytest
+import torch
+
+import fused_mha
+from fused_mha import linear
+from fused_mha.backends import native
+from fused_mha.backends.cpu import LIBRARY
+
+PARALLEL_FOR = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p
+)
+
+
+@contextlib.contextmanager
+def counted_entries():
+    """A list that grows by one number of workers for each entry."""
+    torchs = native._torch_library().torch_parallel_for
+    entries = []
+
+    def parallel_for(begin, end, grain, function, context):
+        entries.append(end - begin)
+        sizes = (ctypes.c_int64(x) for x in (begin, end, grain))
+        return torchs(*sizes, ctypes.c_void_p(function), ctypes.c_void_p(context))
+
+    counting = PARALLEL_FOR(parallel_for)
+    LIBRARY._c.fused_mha_set_parallel_for(counting)
+    try:
+        yield entries
+    finally:
+        LIBRARY._c.fused_mha_set_parallel_for(native._torch_parallel_for())
+
+
+@pytest.fixture
+def entries_of(set_num_threads, monkeypatch):
+    """How many workers each entry of a forward has, by the shape of the input and the number of threads."""
+    monkeypatch.setattr(linear, "dtypes", lambda: (torch.float32,))
+
+    def count(N, L, E, threads):
+        set_num_threads(threads)
+        module = fused_mha.MultiHeadAttention(E, 4, batch_first=True)
+        x = torch.randn(N, L, E)
+        with torch.no_grad(), counted_entries() as entries:
+            module(x, x, x, need_weights=False)
+        return entries
+
+    return count
+
+
+@pytest.mark.parametrize(("L", "E"), [(8, 64), (49, 96)])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_short_sequences_enter_the_pool_once_whatever_their_number(L, E, threads, entries_of):
+    assert [entries_of(N, L, E, threads) for N in (256, 1024, 4096)] == [[threads]] * 3
+
+
+def test_small_calls_stay_on_their_thread(entries_of):
+    assert entries_of(1, 16, 64, threads=4) == []
+    assert entries_of(8, 8, 32, threads=4) == []
+
+
+def test_one_token_shares_a_large_weight_among_the_threads(entries_of):
+    assert entries_of(1, 1, 1024, threads=2) == [2, 2]
