@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ WEIGHTS = {"": Mode(), "weights": Mode(weights=True), "weights-per-head": Mode(w
 LAYOUTS = {"": True, "sequence-first": False}
 
 SEQUENCES, LENGTH = 256, 2048  # at most
+ONES = 0.1
 EMBEDDINGS = (  # E and H: head sizes of 16 to 128
     *((16, 1), (32, 2), (64, 1), (64, 4), (96, 3), (128, 2), (128, 4), (192, 6), (192, 12), (256, 4), (256, 8)),
     *((256, 16), (384, 6), (512, 8), (768, 12), (1024, 8), (1024, 16), (2048, 16), (2048, 32)),
@@ -74,12 +76,18 @@ def draw(generator: random.Random, most_work: int = WORK) -> RandomCall:
         WEIGHTS[generator.choice(list(WEIGHTS))],
         LAYOUTS[generator.choice(list(LAYOUTS))],
     )
+    E, H = generator.choice(EMBEDDINGS)
     is_self_attention = generator.random() < 0.6
     while True:
-        N, L, S = (round(most ** generator.random()) for most in (SEQUENCES, LENGTH, LENGTH))
-        call = RandomCall(Cell(N, L, L if is_self_attention else S, *generator.choice(EMBEDDINGS)), mode)
+        N, L, S = (_size(generator, most) for most in (SEQUENCES, LENGTH, LENGTH))
+        call = RandomCall(Cell(N, L, L if is_self_attention else S, E, H), mode)
         if call.work <= most_work:
             return call
+
+
+def _size(generator: random.Random, most: int) -> int:
+    """Often one, as in decoding and pooling."""
+    return 1 if generator.random() < ONES else round(most ** generator.random())
 
 
 def parse(text: str) -> RandomCall:
@@ -103,11 +111,11 @@ def _mode(dtype: torch.dtype, training: bool, masks: Mode, weights: Mode, batch_
     )
 
 
-def _word(words: dict[str, object], value: object) -> str:
+def _word(words: Mapping[str, object], value: object) -> str:
     return next(word for word, meaning in words.items() if meaning == value)
 
 
-def _take(words: list[str], known: dict[str, object]) -> str:
+def _take(words: list[str], known: Mapping[str, object]) -> str:
     """The first word, taken off, if it is known; else the empty one, where there is one."""
     if words and words[0] in known:
         return words.pop(0)
