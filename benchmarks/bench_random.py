@@ -114,7 +114,7 @@ def summary(measured: Sequence[Measured], wrong: Sequence[Wrong], options: argpa
     for call, problem in wrong:
         lines.append(f'WRONG, without a ratio: {repeat} "{call}"\n    {problem}')
     if not measured:
-        return Report(lines, values, passes=False)
+        return Report(lines, values, passes=False, is_right=not wrong)
 
     ratios = [one.row.ratio for one in measured]
     mean = statistics.geometric_mean(ratios)
@@ -130,7 +130,7 @@ def summary(measured: Sequence[Measured], wrong: Sequence[Wrong], options: argpa
         lines.append(f'{one.row.ratio:.2f}x  {repeat} "{one.call}"  ms: {one.row.milliseconds}')
     values |= {"geometric_mean": mean, "slower": slower, "much_slower": much_slower, **MEAN._asdict()}
     passes = not wrong and mean >= MEAN.at_least and slower <= MOST_SLOWER and much_slower == 0.0
-    return Report(lines, values, passes)
+    return Report(lines, values, passes, is_right=not wrong)
 
 
 def _share(ratios: Sequence[float], bar: float) -> float:
