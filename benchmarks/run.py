@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run benchmarks by name; the exit status is 1 if a result is wrong or a bar is missed."""
     known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all that can run here, but for random)")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all but random, if they can run)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per case; of all random calls (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the random calls (default: 0)")
     parser.add_argument("--calls", type=int, metavar="N", help="draw N random calls, however long they take")

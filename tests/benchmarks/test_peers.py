@@ -28,5 +28,5 @@ def test_a_slower_mean_misses_the_bar():
 
 def test_an_error_in_a_process_of_its_own_fails_the_report():
     options = argparse.Namespace(seconds=0.1, quick=True, threads=1, seed=0)
-    with pytest.raises(ValueError, match="invalid literal for int.*: 'wrong'"):
+    with pytest.raises(ValueError, match=r"invalid literal for int.*: 'wrong'"):
         in_turns({"ours": functools.partial(int, "wrong")}, ["a cell"], BAR, options)
