@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from attention_cells import MAIN, QUICK, Cell, forward, merged_mask, ours, sdpa, tensors
-from peers import in_turns, median_ms, onnx_runtime_call
+from peers import Make, in_turns, median_ms, onnx_runtime_call
 from yardsticks import fma_peak, share_of
 
 from run import Contender, GroupBar, Report, interleave, skipped
@@ -44,31 +44,37 @@ def fma_share(options: argparse.Namespace) -> Report:
 
 
 def onnx_runtime(options: argparse.Namespace) -> Report:
-    """ONNX Runtime's own fused `MultiHeadAttention`, in turns over all cells with pauses between the two runtimes."""
+    """ONNX Runtime's own fused `MultiHeadAttention`, each runtime in a process of its own."""
     try:
-        onnx, runtime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
+        _, runtime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
     except ImportError as error:
         return skipped(f"{error}; pip install onnx onnxruntime")
     cells = QUICK if options.quick else MAIN
-    contenders: dict[str, list[Contender]] = {
-        "ours": [forward(ours(), tensors(cell).inputs) for cell in cells],
-        "onnxruntime": [_onnx_runtime_contender(onnx, runtime, cell, options) for cell in cells],
+    contenders: dict[str, Make] = {
+        "ours": functools.partial(_our_calls, cells),
+        "onnxruntime": functools.partial(_onnx_runtime_calls, cells, options),
     }
     report = in_turns(contenders, [str(cell) for cell in cells], ONNX_RUNTIME, options)
     return report._replace(values={"onnxruntime": runtime.__version__, **report.values})
 
 
-def _onnx_runtime_contender(
-    onnx: ModuleType, runtime: ModuleType, cell: Cell, options: argparse.Namespace
-) -> Callable[[], Tensor]:
-    """A call on bound buffers; raises AssertionError if its result is not ours."""
-    N, H, L, _, D = cell
-    given = tensors(cell).inputs
-    inputs = {name: x.flatten(2) for name, x in zip(("query", "key", "value"), given, strict=True)}
-    node = onnx.helper.make_node("MultiHeadAttention", list(inputs), ["output"], domain="com.microsoft", num_heads=H)
-    call = onnx_runtime_call(onnx, runtime, [node], inputs, {}, (N, L, H * D), options, spinning=False)
-    torch.testing.assert_close(call().reshape(N, L, H, D), forward(ours(), given)()[0], rtol=1e-4, atol=1e-5)
-    return call
+def _our_calls(cells: Sequence[Cell]) -> list[Contender]:
+    return [forward(ours(), tensors(cell).inputs) for cell in cells]
+
+
+def _onnx_runtime_calls(cells: Sequence[Cell], options: argparse.Namespace) -> list[Contender]:
+    """Calls on bound buffers; raises AssertionError if a result is not ours."""
+    calls: list[Contender] = []
+    helper = importlib.import_module("onnx").helper
+    for cell in cells:
+        N, H, L, _, D = cell
+        given = tensors(cell).inputs
+        inputs = {name: x.flatten(2) for name, x in zip(("query", "key", "value"), given, strict=True)}
+        node = helper.make_node("MultiHeadAttention", list(inputs), ["output"], domain="com.microsoft", num_heads=H)
+        call = onnx_runtime_call([node], inputs, {}, (N, L, H * D), options, spinning=False)
+        torch.testing.assert_close(call().reshape(N, L, H, D), forward(ours(), given)()[0], rtol=1e-4, atol=1e-5)
+        calls.append(call)
+    return calls
 
 
 def call_overhead(options: argparse.Namespace) -> Report:

@@ -7,36 +7,20 @@ In inference torch's own time is the better of its fast path and its general pat
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+import busy_host
 import module_memory
 import module_peers
 import module_reports
-from attention_cells import forced_isa
 from fused_mha.backends.cpu import LIBRARY
-from fused_mha.testing import assert_parity
-from module_cells import (
-    MAIN,
-    QUICK,
-    QUICK_SMALL,
-    SMALL,
-    Cell,
-    Mode,
-    Run,
-    arguments,
-    autocast,
-    general_path,
-    inference,
-    inputs,
-    modules,
-    training_step,
-)
+from module_cases import module_case
+from module_cells import MAIN, QUICK, QUICK_SMALL, QUICK_TOKENS, SMALL, TOKENS, Cell, Mode
 
-from run import BenchCase, Contender, GroupBar
+from run import BenchCase, GroupBar
 
 BAR = 0.95  # no cell may be slower than torch, but for what two equal contenders differ by
 DROPOUT = 0.1
@@ -56,6 +40,8 @@ class Call(NamedTuple):
 
 MASKS = "fp32 inference, masks"
 MASKS_BAR = GroupBar(2.3, 3.5)
+TOKEN, TOKEN_STEP = "one token", "one token, training step"
+TOKEN_BAR, TOKEN_STEP_BAR = GroupBar(1.0, 1.5), GroupBar(1.0, 1.3)
 BF16, FP16 = torch.bfloat16, torch.float16
 CALLS = (
     Call("fp32 inference", GroupBar(2.2, 2.6), Mode(), lowest=1.5),
@@ -73,10 +59,15 @@ CALLS = (
     Call("autocast inference", GroupBar(1.0, 1.5), Mode(autocast=True)),
     Call("small, inference", GroupBar(1.5, 2.5), Mode(), cells=SMALL, quick=QUICK_SMALL),
     Call("small, training step", GroupBar(1.2, 1.8), Mode(training=True), cells=SMALL, quick=QUICK_SMALL),
+    Call(TOKEN, TOKEN_BAR, Mode(), "fp32", cells=TOKENS, quick=QUICK_TOKENS),
+    Call(TOKEN, TOKEN_BAR, Mode(BF16), "bf16", cells=TOKENS, quick=QUICK_TOKENS),
+    Call(TOKEN, TOKEN_BAR, Mode(autocast=True), "autocast", cells=TOKENS, quick=QUICK_TOKENS),
+    Call(TOKEN_STEP, TOKEN_STEP_BAR, Mode(training=True), "fp32", cells=TOKENS, quick=QUICK_TOKENS),
+    Call(TOKEN_STEP, TOKEN_STEP_BAR, Mode(BF16, training=True), "bf16", cells=TOKENS, quick=QUICK_TOKENS),
     Call("fp32 inference, AVX2", GroupBar(1.0, 1.3), Mode(isa="avx2"), lowest=1.0),
 )
 GROUPS = {call.group: call.bar for call in CALLS}
-REPORTS = {**module_reports.REPORTS, **module_peers.REPORTS, **module_memory.REPORTS}
+REPORTS = {**module_reports.REPORTS, **busy_host.REPORTS, **module_peers.REPORTS, **module_memory.REPORTS}
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
@@ -85,50 +76,5 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
         isa = call.mode.isa
         if isa is None or (LIBRARY is not None and isa in LIBRARY.available_isas):
             for cell in call.quick if options.quick else call.cells:
-                yield _case(call, cell)
-
-
-def _case(call: Call, cell: Cell) -> BenchCase:
-    ours, theirs = modules(cell, call.mode)
-    if call.mode.training:
-        mine = training_step(ours, cell, call.mode)
-        baselines: dict[str, Contender] = {"torch": training_step(theirs, cell, call.mode)}
-    else:
-        mine = inference(ours, cell, call.mode)
-        fast = inference(theirs, cell, call.mode)
-        baselines = {"torch": fast, "torch general": general_path(fast)}
-    return BenchCase(
-        call.group,
-        f"{cell}, {call.name}" if call.name else str(cell),
-        mine,
-        baselines,
-        call.lowest,
-        lambda: _verify(mine, cell, call.mode),
-        functools.partial(forced_isa, call.mode.isa),
-    )
-
-
-def _verify(run: Run, cell: Cell, mode: Mode) -> None:
-    """Raise AssertionError where a result is further from one of higher precision than torch's own may be.
-
-    What the core drops, torch does not: with dropout, all but that is verified, and that one seed gives one result.
-    The core's own dropout is verified by `bench_attention`.
-    """
-    _verify_without_dropout(cell, mode._replace(dropout=0.0))
-    if mode.dropout > 0.0:
-        first, second, other = (_seeded(run, seed) for seed in (0, 0, 1))
-        assert all(map(torch.equal, first, second)), f"{cell}: two training steps after one seed differ"
-        assert not torch.equal(first[0], other[0]), f"{cell}: outputs after two seeds agree"
-
-
-@functools.cache  # two groups may differ in dropout alone
-def _verify_without_dropout(cell: Cell, mode: Mode) -> None:
-    ours, theirs = modules(cell, mode)
-    with torch.set_grad_enabled(mode.training), autocast(mode):
-        assert_parity(ours, theirs, *inputs(cell, mode.dtype), **arguments(cell, mode))
-
-
-def _seeded(run: Run, seed: int) -> tuple[torch.Tensor, ...]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return run()
+                name = f"{cell}, {call.name}" if call.name else str(cell)
+                yield module_case(call.group, name, cell, call.mode, call.lowest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,14 @@ SELF_ATTENTION = tuple(
 )
 MAIN = (*SELF_ATTENTION, Cell(2, 100, 850, 256, 8))
 SMALL = (Cell(1, 16, 16, 256, 8), Cell(2, 48, 48, 128, 4))
+TOKENS = tuple(Cell(1, L, L, E, E // 64) for L in (1, 8) for E in (256, 768, 1024, 2048))
+SHORT_SEQUENCES = (Cell(256, 49, 49, 96, 3), Cell(1024, 8, 8, 64, 4))
 QUICK_SELF_ATTENTION = (Cell(2, 32, 32, 64, 4),)
 QUICK = (*QUICK_SELF_ATTENTION, Cell(2, 10, 24, 64, 4))
 QUICK_SMALL = SMALL[:1]
+QUICK_TOKENS = TOKENS[:1]
+QUICK_SHORT_SEQUENCES = (Cell(16, 8, 8, 64, 4),)
+AttnMask = Literal["bool", "float", "bool per head", "float per head"]
 
 
 class Mode(NamedTuple):
@@ -61,12 +66,15 @@ class Mode(NamedTuple):
 
     dtype: torch.dtype = torch.float32
     training: bool = False
-    weights: bool = False  # averaged
+    weights: bool = False  # averaged, if not per_head
     padding: bool = False  # hides the latter half of the keys of every sequence
     causal: bool = False  # a causal attn_mask with the hint is_causal=True
     dropout: float = 0.0
     autocast: bool = False  # to bf16
     isa: str | None = None  # of our C++ library, the best if None
+    per_head: bool = False  # the weights
+    attn_mask: AttnMask | None = None  # random; no causal one beside it
+    batch_first: bool = True
 
 
 class Modules(NamedTuple):
@@ -79,32 +87,51 @@ class Modules(NamedTuple):
 def modules(cell: Cell, mode: Mode) -> Modules:
     """Both modules as the mode wants them."""
     torch.manual_seed(0)
-    theirs = nn.MultiheadAttention(cell.E, cell.H, dropout=mode.dropout, batch_first=True, dtype=mode.dtype)
-    ours = fused_mha.MultiHeadAttention(cell.E, cell.H, dropout=mode.dropout, batch_first=True, dtype=mode.dtype)
+    options: dict[str, Any] = {"dropout": mode.dropout, "batch_first": mode.batch_first, "dtype": mode.dtype}
+    theirs = nn.MultiheadAttention(cell.E, cell.H, **options)
+    ours = fused_mha.MultiHeadAttention(cell.E, cell.H, **options)
     ours.load_state_dict(theirs.state_dict())
     return Modules(ours.train(mode.training), theirs.train(mode.training))
 
 
 @functools.cache  # the groups share them
-def inputs(cell: Cell, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(cell: Cell, dtype: torch.dtype = torch.float32, batch_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value; what is one tensor in the call is one here."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(cell.N, cell.L, cell.E, generator=generator).to(dtype)
-    if cell.is_self_attention:
-        return query, query, query
-    key = torch.randn(cell.N, cell.S, cell.E, generator=generator).to(dtype)
+
+    def draw(length: int) -> Tensor:
+        drawn = torch.randn(cell.N, length, cell.E, generator=generator).to(dtype)
+        return drawn if batch_first else drawn.transpose(0, 1).contiguous()
+
+    query = draw(cell.L)
+    key = query if cell.is_self_attention else draw(cell.S)
     return query, key, key
 
 
 def arguments(cell: Cell, mode: Mode) -> dict[str, Any]:
-    """What else the modules are called with; in a mask True means ignore."""
+    """What else the modules are called with; in a mask True means ignore. The first key is never hidden."""
     given: dict[str, Any] = {"need_weights": mode.weights}
+    if mode.per_head:
+        given["average_attn_weights"] = False
     if mode.padding:
-        given["key_padding_mask"] = (torch.arange(cell.S) >= cell.S // 2).expand(cell.N, cell.S)
+        given["key_padding_mask"] = (torch.arange(cell.S) >= max(1, cell.S // 2)).expand(cell.N, cell.S)
     if mode.causal:
         given["attn_mask"] = torch.ones(cell.L, cell.S, dtype=torch.bool).triu(1)
         given["is_causal"] = True
+    if mode.attn_mask is not None:
+        given["attn_mask"] = _attn_mask(cell, mode.attn_mask, mode.dtype)
     return given
+
+
+def _attn_mask(cell: Cell, kind: AttnMask, dtype: torch.dtype) -> Tensor:
+    """A bool mask hides a third of the keys; a float one is added to the scores and hides as many by -inf."""
+    shape = (cell.N * cell.H, cell.L, cell.S) if kind.endswith("per head") else (cell.L, cell.S)
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.rand(shape, generator=generator) < 1 / 3
+    hidden[..., 0] = False
+    if kind.startswith("bool"):
+        return hidden
+    return torch.randn(shape, generator=generator).masked_fill_(hidden, float("-inf")).to(dtype)
 
 
 def autocast(mode: Mode) -> contextlib.AbstractContextManager[object]:
@@ -114,7 +141,7 @@ def autocast(mode: Mode) -> contextlib.AbstractContextManager[object]:
 
 def inference(module: nn.Module, cell: Cell, mode: Mode) -> Run:
     """A call that gives the output and, if wanted, the weights."""
-    query, key, value = inputs(cell, mode.dtype)
+    query, key, value = inputs(cell, mode.dtype, mode.batch_first)
     others = arguments(cell, mode)
 
     def call() -> tuple[Tensor, ...]:
@@ -141,7 +168,7 @@ def general_path(call: Run) -> Run:
 
 def training_step(module: nn.Module, cell: Cell, mode: Mode) -> Run:
     """A call that gives the output, weights if wanted, and the output's gradients of inputs and parameters."""
-    given = inputs(cell, mode.dtype)
+    given = inputs(cell, mode.dtype, mode.batch_first)
     leaf_of = {id(x): x.clone().requires_grad_() for x in given}
     query, key, value = (leaf_of[id(x)] for x in given)
     leaves = [*leaf_of.values(), *module.parameters()]

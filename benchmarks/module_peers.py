@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -12,26 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from module_cells import QUICK_SELF_ATTENTION, SELF_ATTENTION, Cell, Mode, Run, assert_close, inference, inputs, modules
-from peers import in_turns, median_ms, onnx_runtime_call
+from module_cells import (
+    QUICK_SELF_ATTENTION,
+    SELF_ATTENTION,
+    SMALL,
+    Cell,
+    Mode,
+    Run,
+    assert_close,
+    inference,
+    inputs,
+    modules,
+)
+from peers import Make, in_turns, median_ms, onnx_runtime_call
 
 from run import Contender, GroupBar, Report, skipped
 
 PEERS = GroupBar(1.0, 1.1)
 MICROSOFT = "com.microsoft"
+RunsOf = Callable[[Cell, torch.dtype, nn.MultiheadAttention, argparse.Namespace], list[Run]]
 
 
 def onnx_runtime_and_openvino(options: argparse.Namespace) -> Report:
     """The faster of the two over ours in fp32, each by the fastest of its ways to say the module."""
     try:
-        onnx, runtime, openvino = (importlib.import_module(name) for name in ("onnx", "onnxruntime", "openvino"))
+        _, runtime, openvino = (importlib.import_module(name) for name in ("onnx", "onnxruntime", "openvino"))
     except ImportError as error:
         return skipped(f"{error}; pip install onnx onnxruntime openvino")
-    peers: dict[str, Callable[[Cell, nn.MultiheadAttention], list[Run]]] = {
-        "onnxruntime": lambda cell, theirs: _onnx_runtime_runs(onnx, runtime, cell, theirs, options),
-        "openvino": lambda cell, theirs: _openvino_runs(openvino, cell, torch.float32, theirs, options),
-    }
-    report = _beside_ours(torch.float32, peers, options)
+    report = _beside_ours(torch.float32, {"onnxruntime": _onnx_runtime_runs, "openvino": _openvino_runs}, options)
     versions = {"onnxruntime": runtime.__version__, "openvino": openvino.__version__}
     return report._replace(values={**versions, **report.values})
 
@@ -44,8 +53,7 @@ def openvino_bf16(options: argparse.Namespace) -> Report:
         return skipped(f"{error}; pip install openvino")
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return skipped("OpenVINO computes in bf16 only on processors that do")
-    peers = {"openvino": lambda cell, theirs: _openvino_runs(openvino, cell, torch.bfloat16, theirs, options)}
-    report = _beside_ours(torch.bfloat16, peers, options)
+    report = _beside_ours(torch.bfloat16, {"openvino": _openvino_runs}, options)
     return report._replace(values={"openvino": openvino.__version__, **report.values})
 
 
@@ -55,31 +63,39 @@ REPORTS = {
 }
 
 
-def _beside_ours(
-    dtype: torch.dtype,
-    peers: Mapping[str, Callable[[Cell, nn.MultiheadAttention], list[Run]]],
-    options: argparse.Namespace,
-) -> Report:
+def _cells(options: argparse.Namespace) -> tuple[Cell, ...]:
+    return QUICK_SELF_ATTENTION if options.quick else (*SELF_ATTENTION, SMALL[0])
+
+
+def _beside_ours(dtype: torch.dtype, peers: dict[str, RunsOf], options: argparse.Namespace) -> Report:
     """Ours and the fastest run of each peer; raises AssertionError if a result is not ours."""
-    cells = QUICK_SELF_ATTENTION if options.quick else SELF_ATTENTION
-    contenders: dict[str, list[Contender]] = {"ours": [], **{name: [] for name in peers}}
-    for cell in cells:
-        mode = Mode(dtype)
-        ours, theirs = modules(cell, mode)
-        run_ours = inference(ours, cell, mode)
-        contenders["ours"].append(run_ours)
-        for name, runs_of in peers.items():
-            runs = runs_of(cell, theirs)
-            for run in runs:
-                assert_close(run(), run_ours())
-            contenders[name].append(min(runs, key=lambda run: median_ms(run, options.seconds / 10)))
-    return in_turns(contenders, [str(cell) for cell in cells], PEERS, options)
+    contenders: dict[str, Make] = {"ours": functools.partial(_our_calls, dtype, options)}
+    for name, runs_of in peers.items():
+        contenders[name] = functools.partial(_fastest_calls, runs_of, dtype, options)
+    return in_turns(contenders, [str(cell) for cell in _cells(options)], PEERS, options)
+
+
+def _our_calls(dtype: torch.dtype, options: argparse.Namespace) -> list[Run]:
+    mode = Mode(dtype)
+    return [inference(modules(cell, mode).ours, cell, mode) for cell in _cells(options)]
+
+
+def _fastest_calls(runs_of: RunsOf, dtype: torch.dtype, options: argparse.Namespace) -> list[Contender]:
+    calls: list[Contender] = []
+    for cell, our_call in zip(_cells(options), _our_calls(dtype, options), strict=True):
+        runs = runs_of(cell, dtype, modules(cell, Mode(dtype)).theirs, options)
+        for run in runs:
+            assert_close(run(), our_call())
+        calls.append(min(runs, key=lambda run: median_ms(run, options.seconds / 10)))
+    return calls
 
 
 def _onnx_runtime_runs(
-    onnx: ModuleType, runtime: ModuleType, cell: Cell, module: nn.MultiheadAttention, options: argparse.Namespace
+    cell: Cell, dtype: torch.dtype, module: nn.MultiheadAttention, options: argparse.Namespace
 ) -> list[Run]:
     """Its graph with a product for each of query, key and value, and the one with its packed `Attention`."""
+    assert dtype == torch.float32, "its kernels on CPUs have no other"
+    onnx = importlib.import_module("onnx")
     N, L, _, E, H = cell
     node: Callable[..., Any] = onnx.helper.make_node
     weights = dict(zip(("query", "key", "value"), module.in_proj_weight.detach().chunk(3), strict=True))
@@ -108,7 +124,7 @@ def _onnx_runtime_runs(
     packed_constants = {"weight": module.in_proj_weight.detach().T.contiguous(), "bias": module.in_proj_bias.detach()}
     given = {"x": inputs(cell)[0]}
     calls = (
-        onnx_runtime_call(onnx, runtime, nodes, given, {**shared, **constants}, (N, L, E), options, spinning=True)
+        onnx_runtime_call(nodes, given, {**shared, **constants}, (N, L, E), options, spinning=True)
         for nodes, constants in ((separate, separate_constants), (packed, packed_constants))
     )
     return [lambda call=call: (call(),) for call in calls]
@@ -134,9 +150,10 @@ class _Stock(nn.Module):
 
 
 def _openvino_runs(
-    openvino: ModuleType, cell: Cell, dtype: torch.dtype, module: nn.MultiheadAttention, options: argparse.Namespace
+    cell: Cell, dtype: torch.dtype, module: nn.MultiheadAttention, options: argparse.Namespace
 ) -> list[Run]:
     """Both ways to write the projections, compiled for ``dtype`` from input to output."""
+    openvino = importlib.import_module("openvino")
     return [_openvino_run(openvino, cell, dtype, _Stock(module, packed=packed), options) for packed in (True, False)]
 
 

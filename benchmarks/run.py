@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import fused_mha
+import processor
 
 HERE = Path(__file__).resolve().parent
 MIN_ROUNDS = 5  # the fewest of which a 20th and an 80th percentile are not the extremes
@@ -56,6 +57,7 @@ class Report(NamedTuple):
     lines: list[str]
     values: dict[str, object]
     passes: bool | None = None
+    is_right: bool = True  # False where a wrong result was found and the others were measured nevertheless
 
 
 def skipped(reason: str) -> Report:
@@ -85,6 +87,22 @@ class Row(NamedTuple):
         """Whether the ratio reaches the bar."""
         return self.ratio >= self.bar
 
+    @property
+    def rounded_timings(self) -> dict[str, dict[str, float]]:
+        """The timings as JSON, to ten nanoseconds."""
+        return {name: {key: round(ms, 5) for key, ms in t._asdict().items()} for name, t in self.timings.items()}
+
+    @property
+    def milliseconds(self) -> str:
+        """The medians, with the 20th and 80th percentiles."""
+        return "  ".join(
+            f"{name} {t.median:.3f} [{t.percentile_20:.3f}-{t.percentile_80:.3f}]" for name, t in self.timings.items()
+        )
+
+    def __str__(self) -> str:
+        mark = "" if self.passes else "MISSED "
+        return f"{mark}{self.group}, {self.name}: {self.ratio:.2f}x (bar {self.bar:.2f})  ms: {self.milliseconds}"
+
 
 class Group(NamedTuple):
     """The ratios of a group's rows in brief; the bars are None where the group has none of its own."""
@@ -101,12 +119,14 @@ class Group(NamedTuple):
         return self.at_least is None or self.geometric_mean >= self.at_least
 
 
-def interleave(contenders: Mapping[str, Contender], seconds: float) -> list[dict[str, float]]:
+def interleave(
+    contenders: Mapping[str, Contender], seconds: float, min_rounds: int = MIN_ROUNDS
+) -> list[dict[str, float]]:
     """Milliseconds a call, of every contender in every round: in turns, one after the other, for about ``seconds``."""
     repeats = {name: _repeats(call) for name, call in contenders.items()}
     rounds: list[dict[str, float]] = []
     end = time.perf_counter() + seconds
-    while len(rounds) < MIN_ROUNDS or time.perf_counter() < end:
+    while len(rounds) < min_rounds or time.perf_counter() < end:
         turn = {}
         names = list(contenders)
         for name in names if len(rounds) % 2 == 0 else reversed(names):
@@ -158,27 +178,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run benchmarks by name; the exit status is 1 if a result is wrong or a bar is missed."""
     known = sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all that can run here)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per case (default: 3)")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)} (default: all but random, if they can run)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per case; of all random calls (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random calls (default: 0)")
+    parser.add_argument("--calls", type=int, metavar="N", help="draw N random calls, however long they take")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases and reports whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it runs")
     parser.add_argument("--no-bars", action="store_true", help="exit with 0 also where a bar is missed")
     parser.add_argument(
-        "--out", type=Path, help="folder of JSON and plots (default: results/ if all cases run, else out/benchmarks)"
+        "--out",
+        type=Path,
+        help="folder of JSON and plots (default: results/<processor> if all cases run, else out/benchmarks)",
     )
     options = parser.parse_args(arguments)
     for name in options.names:
         if name not in known:
             parser.error(f"no benchmark {name!r}; there are {', '.join(known)}")
-    if options.out is None:  # a part of the cases must not take the place of all
-        options.out = Path("out/benchmarks") if options.only or options.quick else HERE / "results"
+    default_threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    possible = [name for name in known if name != "cuda" or torch.cuda.is_available()]
-    return max(_run(name, options) for name in options.names or possible)
+    possible = [name for name in known if name != "random" and (name != "cuda" or torch.cuda.is_available())]
+    statuses = []
+    for name in options.names or possible:
+        stem = f"{name}_seed_{options.seed}" if name == "random" else name
+        if options.threads != default_threads:
+            stem += f"_{options.threads}_threads"
+        # A part of the cases must not take the place of all.
+        folder = Path("out/benchmarks") if options.only or options.quick else HERE / "results" / processor.folder(name)
+        run_options = argparse.Namespace(**{**vars(options), "out": options.out or folder})
+        statuses.append(_run(name, stem, run_options))
+    return max(statuses)
 
 
-def _run(name: str, options: argparse.Namespace) -> int:
+def _run(name: str, stem: str, options: argparse.Namespace) -> int:
     module = importlib.import_module(f"bench_{name}")
     cases = [case for case in module.cases(options) if options.only in f"{case.group}, {case.name}"]
     bars: dict[str, GroupBar] = getattr(module, "GROUPS", {})
@@ -189,11 +221,11 @@ def _run(name: str, options: argparse.Namespace) -> int:
     for case in tqdm(cases, desc="verify", disable=not sys.stderr.isatty(), leave=False):
         with case.setup():
             case.verify()  # no speed is reported of wrong results
-    print(f"{name}: {_environment(options)['device']}, {options.threads} threads, torch {torch.__version__}")
+    print(f"{name}: {_environment(name, options)['device']}, {options.threads} threads, torch {torch.__version__}")
     rows = []
     for case in tqdm(cases, desc="measure", disable=not sys.stderr.isatty(), leave=False):
         rows.append(measure(case, options.seconds))
-        tqdm.write(_line(rows[-1]))
+        tqdm.write(str(rows[-1]))
     groups = _groups(rows, bars)
     for group in groups:
         print(_group_line(group))
@@ -204,22 +236,24 @@ def _run(name: str, options: argparse.Namespace) -> int:
         print(f"{len(rows) - len(missed)} of {len(rows)} cases reach their bar")
     options.out.mkdir(parents=True, exist_ok=True)
     result = {
-        **_environment(options),
-        "rows": [{**row._asdict(), "timings": _as_json(row)} for row in rows],
+        **_environment(name, options),
+        "rows": [{**row._asdict(), "timings": row.rounded_timings} for row in rows],
         "groups": [group._asdict() for group in groups],
         "reports": [],
     }
-    _save(result, options.out / f"{name}.json")  # now already: a report may fail
+    _save(result, options.out / f"{stem}.json")  # now already: a report may fail
     if rows:
-        _plot(rows, groups, options.out / f"{name}.png", f"{name}, {result['device']}, {options.threads} threads")
+        _plot(rows, groups, options.out / f"{stem}.png", f"{name}, {result['device']}, {options.threads} threads")
+    is_right = True
     fails = bool(missed) or not all(group.passes for group in groups)
     for title, measure_report in reports.items():
         report: Report = measure_report(options)
         print(f"{'MISSED ' if report.passes is False else ''}{title}", *report.lines, sep="\n  ")
         result["reports"].append({"name": title, "passes": report.passes, **report.values})
         fails = fails or report.passes is False
-        _save(result, options.out / f"{name}.json")
-    return 1 if fails and not options.no_bars else 0
+        is_right = is_right and report.is_right
+        _save(result, options.out / f"{stem}.json")
+    return 0 if is_right and (options.no_bars or not fails) else 1
 
 
 def _save(result: Mapping[str, object], path: Path) -> None:
@@ -242,26 +276,14 @@ def _group_line(group: Group) -> str:
     return f"{mark}{group.name}: geometric mean {group.geometric_mean:.2f}x{bar}, lowest {group.lowest:.2f}x"
 
 
-def _as_json(row: Row) -> dict[str, dict[str, float]]:
-    return {name: {key: round(value, 5) for key, value in t._asdict().items()} for name, t in row.timings.items()}
-
-
-def _line(row: Row) -> str:
-    times = "  ".join(
-        f"{name} {t.median:.3f} [{t.percentile_20:.3f}-{t.percentile_80:.3f}]" for name, t in row.timings.items()
-    )
-    return (
-        f"{'' if row.passes else 'MISSED '}{row.group}, {row.name}: {row.ratio:.2f}x (bar {row.bar:.2f})  ms: {times}"
-    )
-
-
-def _environment(options: argparse.Namespace) -> dict[str, object]:
+def _environment(name: str, options: argparse.Namespace) -> dict[str, object]:
     commit = "unknown"
     with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no Git, or no repository
         command = ["git", "describe", "--always", "--dirty"]
         commit = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "device": processor.device(name),
+        "isa": processor.isa(),
         "threads": options.threads,
         "torch": torch.__version__,
         "fused_mha": fused_mha.__version__,
@@ -269,14 +291,6 @@ def _environment(options: argparse.Namespace) -> dict[str, object]:
         "python": platform.python_version(),
         "seconds_per_case": options.seconds,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _plot(rows: Iterable[Row], groups: Iterable[Group], path: Path, title: str) -> None:
