@@ -67,14 +67,14 @@ def test_attention_between_long_sequences_is_left_to_the_processors_tiles(monkey
         x = torch.zeros(1, length, 64, dtype=dtype)
         return fused_mha.explain(module, x, **{"need_weights": False} | arguments)
 
-    assert chosen(256).chosen == "sdpa"
-    assert "AMX" in chosen(256).left["cpu"]
-    assert chosen(255).chosen == "cpu"
-    assert chosen(256, torch.float32).chosen == "cpu"
-    assert chosen(256, need_weights=True).chosen == "cpu"
-    assert chosen(256, key_padding_mask=torch.zeros(1, 256, dtype=torch.bool)).chosen == "cpu"
+    assert chosen(64).chosen == "sdpa"
+    assert "AMX" in chosen(64).left["cpu"]
+    assert chosen(63).chosen == "cpu"
+    assert chosen(64, torch.float32).chosen == "cpu"
+    assert chosen(64, need_weights=True).chosen == "cpu"
+    assert chosen(64, key_padding_mask=torch.zeros(1, 64, dtype=torch.bool)).chosen == "cpu"
     with fused_mha.backend("cpu"):
-        assert chosen(256).chosen == "cpu"
+        assert chosen(64).chosen == "cpu"
 
 
 @pytest.mark.usefixtures("ours")

@@ -139,7 +139,7 @@ if LIBRARY is not None:
     schema.LIBRARY.impl("attention_backward", _backward, "CPU")
 
 
-_LEAST_LENGTH = 256  # from which on torch's tiles make up for what our kernels skip and fuse
+_LEAST_LENGTH = 64  # from which on torch's tiles make up for what our kernels skip and fuse
 
 
 def _leaves(inputs: AttentionInputs) -> str | None:
