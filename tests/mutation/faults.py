@@ -219,7 +219,7 @@ FAULTS = [
         GENERIC + "few_rows.h",
         "with_weight<T>(dtype, f);",
         "with_weight<T>(dtype == ROUNDED_TO_BFLOAT16 ? int64_t(FUSED_MHA_FLOAT32) : dtype, f);",
-        ONE_CALL + "::test_autocast_gives_the_bits_of_the_composition",
+        "tests/native/test_module_operators.py::test_fp32_weights_beside_bf16_are_rounded_as_they_are_read",
     ),
     Fault(
         "few rows beside an AMX processor's tiles are those of others",
