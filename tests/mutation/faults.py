@@ -7,7 +7,7 @@ PACKAGE = "src/fused_mha/"
 CHUNKS = "tests/native/test_several_chunks.py"
 CORE = "tests/native/test_forward.py tests/native/test_backward.py"
 CONVERT = "tests/test_convert.py"
-PRODUCT = "tests/native/test_product.py"
+PRODUCT = "tests/native/test_product.py::test_products_match_fp64"
 ONE_CALL = "tests/test_one_call.py"
 
 

@@ -49,7 +49,9 @@ def assert_right(a, b, bias, left, right):
 @each_dtype
 @pytest.mark.parametrize(("left", "right"), TRANSPOSED)
 def test_products_match_fp64(isa, left, right, dtype):
-    for M, N, K in ((1, 1, 1), (5, 7, 3), (64, 96, 48), (130, 257, 301), (14, 32, 128), (300, 33, 513)):
+    sizes = ((1, 1, 1), (5, 7, 3), (64, 96, 48), (130, 257, 301), (14, 32, 128), (300, 33, 513))
+    a_few_rows_by_several_tasks = ((3, 601, 701), (701, 601, 3))
+    for M, N, K in (*sizes, *a_few_rows_by_several_tasks):
         a, b, bias = operands(M, N, K, dtype, left, right, wider=3)
         assert_right(a, b, bias, left, right)
         assert_right(a, b, None, left, right)
