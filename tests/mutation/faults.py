@@ -215,6 +215,13 @@ FAULTS = [
         PRODUCT,
     ),
     Fault(
+        "few rows: threads share the sums of one",
+        GENERIC + "few_rows.h",
+        "Arena arena{workers + uintptr_t(worker * worker_bytes())};",
+        "Arena arena{workers};",
+        "tests/native/test_product.py::test_threads_change_no_bit_of_products_of_a_few_rows",
+    ),
+    Fault(
         "few rows: fp32 weights beside bf16 keep their bits",
         GENERIC + "few_rows.h",
         "with_weight<T>(dtype, f);",

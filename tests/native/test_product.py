@@ -85,6 +85,17 @@ def test_threads_and_rows_beside_it_change_no_bit_of_a_row(isa, dtype, set_num_t
     assert torch.equal(product(a[100:140], b, bias, False, True), alone[100:140])
 
 
+@each_dtype
+@pytest.mark.parametrize(("left", "right"), [(False, True), (False, False), (True, False)])
+def test_threads_change_no_bit_of_products_of_a_few_rows(isa, left, right, dtype, set_num_threads):
+    a, b, bias = operands(*((701, 601, 8) if left else (8, 601, 701)), dtype, left, right)
+    set_num_threads(1)
+    alone = product(a, b, bias, left, right)
+    for threads in 8 * (2, 3):  # of which not all meet each other on a busy machine
+        set_num_threads(threads)
+        assert torch.equal(product(a, b, bias, left, right), alone)
+
+
 def test_nothing_beside_the_result_is_written(isa):
     # The last row and column fall into whole vectors, whose rest must not reach the rows of other tensors.
     for M, N in itertools.product((1, 13, 15), (1, 17, 31, 33)):
