@@ -59,6 +59,18 @@ def test_few_rows_and_tiny_calls_are_ours_in_every_dtype(monkeypatch):
 
 
 @needs_library
+def test_a_number_of_rows_becomes_no_part_of_a_compiled_graph(monkeypatch):
+    monkeypatch.setattr(cpu.LIBRARY, "isa", "avx2")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def is_ours(x):
+        return x + linear.serves(x.dtype, x.shape[0], x.shape[1])
+
+    assert linear.serves(torch.float32, 1, 8)
+    assert not is_ours(torch.zeros(1, 8)).any()
+
+
+@needs_library
 def test_attention_between_long_sequences_is_left_to_the_processors_tiles(monkeypatch):
     monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", (torch.bfloat16,))
 
@@ -132,7 +144,7 @@ def test_weights_are_read_as_they_are_at_the_call():
     module.out_proj.weight.data += 0.5  # raises no version counter
     assert_fresh()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    module(x, x, x)[0].square().sum().backward()
+    module(x, x, x)[0].square().mean().backward()
     optimizer.step()
     assert_fresh()
     module.load_state_dict({name: torch.rand_like(value) / 8 for name, value in module.state_dict().items()})

@@ -175,6 +175,19 @@ def test_each_gradient_is_the_same_alone(isa, case):
             assert torch.equal(grad, together[j]) if i == j else grad.numel() == 0
 
 
+@pytest.mark.parametrize("L", [4, 150])  # a few rows, and many
+def test_fp32_weights_beside_bf16_are_rounded_as_they_are_read(isa, L):
+    call = make_call(dtype=torch.bfloat16, L=L, S=L, E=44)
+    weights = {"in_weight": torch.randn(132, 44), "out_weight": torch.randn(44, 44)}
+    rounded = {name: x.bfloat16() for name, x in weights.items()}
+    for mixed, expected in zip(
+        OPS.multi_head_attention(*call._replace(**weights), False)[:2],
+        OPS.multi_head_attention(*call._replace(**rounded), False)[:2],
+        strict=True,
+    ):
+        assert torch.equal(mixed, expected)
+
+
 def test_strided_operands_are_read_right(isa):
     call = make_call(shared=1, S=6, bias_kv=True, padding=torch.float32, attn_mask=True)
 

@@ -49,7 +49,9 @@ def assert_right(a, b, bias, left, right):
 @each_dtype
 @pytest.mark.parametrize(("left", "right"), TRANSPOSED)
 def test_products_match_fp64(isa, left, right, dtype):
-    for M, N, K in ((1, 1, 1), (5, 7, 3), (64, 96, 48), (130, 257, 301), (14, 32, 128), (300, 33, 513)):
+    sizes = ((1, 1, 1), (5, 7, 3), (64, 96, 48), (130, 257, 301), (14, 32, 128), (300, 33, 513))
+    a_few_rows_by_several_tasks = ((3, 601, 701), (701, 601, 3))
+    for M, N, K in (*sizes, *a_few_rows_by_several_tasks):
         a, b, bias = operands(M, N, K, dtype, left, right, wider=3)
         assert_right(a, b, bias, left, right)
         assert_right(a, b, None, left, right)
@@ -81,6 +83,17 @@ def test_threads_and_rows_beside_it_change_no_bit_of_a_row(isa, dtype, set_num_t
         set_num_threads(threads)
         assert torch.equal(product(a, b, bias, False, True), alone)
     assert torch.equal(product(a[100:140], b, bias, False, True), alone[100:140])
+
+
+@each_dtype
+@pytest.mark.parametrize(("left", "right"), [(False, True), (False, False), (True, False)])
+def test_threads_change_no_bit_of_products_of_a_few_rows(isa, left, right, dtype, set_num_threads):
+    a, b, bias = operands(*((701, 601, 8) if left else (8, 601, 701)), dtype, left, right)
+    set_num_threads(1)
+    alone = product(a, b, bias, left, right)
+    for threads in 8 * (2, 3):  # of which not all meet each other on a busy machine
+        set_num_threads(threads)
+        assert torch.equal(product(a, b, bias, left, right), alone)
 
 
 def test_nothing_beside_the_result_is_written(isa):
