@@ -98,7 +98,10 @@ ALLOWED = {
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
     "backends.triton.assembler": {"torch", "triton"},
-    **{f"backends.triton.{name}": {"triton"} for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")},
+    **{
+        f"backends.triton.{name}": {"triton"}
+        for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")
+    },
 }
 ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation"}
 

@@ -32,7 +32,9 @@ def test_names_versions_and_platform(capsys):
 
 
 @pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no C++ library")
-@pytest.mark.parametrize(("tiles", "text"), [((), "none (AMX)"), ((torch.bfloat16,), "AMX: torch's kernels get bfloat16")])
+@pytest.mark.parametrize(
+    ("tiles", "text"), [((), "none (AMX)"), ((torch.bfloat16,), "AMX: torch's kernels get bfloat16")]
+)
 def test_names_the_processor_and_what_its_tiles_leave_to_torch(tiles, text, capsys, monkeypatch):
     monkeypatch.setattr(cpu.LIBRARY, "cpu_name", "A processor")
     monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", tiles)

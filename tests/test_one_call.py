@@ -262,7 +262,9 @@ def test_weights_that_autocast_rounds_as_they_are_read_give_the_bits_of_rounded_
     inputs = [torch.randn(1, rows, size) for size in (111, 37, 111)]
     given = []
     call = cpu.multi_head_attention
-    monkeypatch.setattr(cpu, "multi_head_attention", lambda tensors, numbers: given.append(tensors) or call(tensors, numbers))
+    monkeypatch.setattr(
+        cpu, "multi_head_attention", lambda tensors, numbers: given.append(tensors) or call(tensors, numbers)
+    )
     former = cpu.LIBRARY.isa
     cpu.LIBRARY.set_isa(isa)
     try:

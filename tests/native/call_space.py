@@ -46,7 +46,9 @@ class Call(NamedTuple):
 
     def __repr__(self):
         """Without the numbers, which Hypothesis would print by the thousand; its blob repeats the call."""
-        shown = {name: (x.dtype, tuple(x.shape)) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()}
+        shown = {
+            name: (x.dtype, tuple(x.shape)) if isinstance(x, torch.Tensor) else x for name, x in self.arguments.items()
+        }
         return f"Call({shown}, seed={self.seed})"
 
     def keep(self):

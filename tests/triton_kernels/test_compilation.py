@@ -44,7 +44,7 @@ ON_SM_90 = {
     "large heads": {"D": 256},
     "fp32": {"dtype": "float32", "D": 40, "D_v": 24, "H": 2, "H_kv": 1},
 }
-SIZES = [(40, 24), (72, 40), (24, 8), (8, 40), (128, 64), (20, 12)]  # D and D_v, whose tiles have different widths
+SIZES = [(40, 24), (8, 40), (20, 12)]  # D and D_v, whose tiles have different widths
 UNEVEN = {
     f"{D}, {D_v}, {name}": {"D": D, "D_v": D_v, "H": 2, "H_kv": 1, "N": 3, "L": 77, "S": 131, **call}
     for D, D_v in SIZES
