@@ -140,13 +140,15 @@ def test_an_exported_program_with_dynamic_sizes_runs_on_the_operator():
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_a_traced_module_gives_eagers_numbers(need_weights):
+    """But not its bits: torch multiplies in a trace."""
     block = Block(need_weights=need_weights).eval()
     example = torch.randn(2, 7, 16), torch.zeros(2, 7, dtype=torch.bool)
     with torch.no_grad(), pytest.warns((DeprecationWarning, FutureWarning), match=r"torch\.jit\.trace"):
         traced = torch.jit.trace(block, example, check_trace=False)
     assert "fused_mha::attention" in str(traced.inlined_graph)
     x, padding = torch.randn(2, 7, 16), torch.rand(2, 7) < 0.4
-    assert torch.equal(traced(x, padding), block(x, padding))
+    ours, theirs = traced(x, padding), block(x, padding)
+    assert (ours - theirs).abs().max().item() <= tolerance(torch.float32, 0.0, theirs.abs().max().item())
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

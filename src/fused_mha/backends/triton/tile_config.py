@@ -73,7 +73,7 @@ _HALF = {
         Config(Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 4, 1)),
     ),
     SMALL: (
-        Config(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)),
+        Config(Launch(64, 64, 4, 2), Launch(64, 64, 4, 2), Launch(64, 64, 8, 1), Launch(32, 64, 4, 1)),
         Config(Launch(64, 32, 4, 2), Launch(64, 64, 4, 1), Launch(64, 32, 8, 1), Launch(32, 64, 8, 1)),
         Config(Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
     ),
