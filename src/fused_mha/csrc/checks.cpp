@@ -167,7 +167,7 @@ void check_heads(Checker& checker, const char* name, const fused_mha_tensor& t, 
 
 // Beside bfloat16 a weight may be float32.
 int64_t weight_dtype(int64_t dtype, const fused_mha_tensor& weight) {
-    return dtype == FUSED_MHA_BFLOAT16 && weight.dtype == FUSED_MHA_FLOAT32 ? FUSED_MHA_FLOAT32 : dtype;
+    return dtype == FUSED_MHA_BFLOAT16 && weight.dtype == FUSED_MHA_FLOAT32 ? weight.dtype : dtype;
 }
 
 void check_projection(Checker& checker, const char* name, const fused_mha_tensor& weight, const fused_mha_tensor& bias,
