@@ -76,9 +76,9 @@ def draw(generator: random.Random, most_work: int = WORK) -> RandomCall:
         WEIGHTS[generator.choice(list(WEIGHTS))],
         LAYOUTS[generator.choice(list(LAYOUTS))],
     )
-    E, H = generator.choice(EMBEDDINGS)
     is_self_attention = generator.random() < 0.6
-    while True:
+    while True:  # with the embedding anew too: a single row of a large one may be more than the work
+        E, H = generator.choice(EMBEDDINGS)
         N, L, S = (_size(generator, most) for most in (SEQUENCES, LENGTH, LENGTH))
         call = RandomCall(Cell(N, L, L if is_self_attention else S, E, H), mode)
         if call.work <= most_work:

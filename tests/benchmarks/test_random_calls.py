@@ -34,6 +34,11 @@ def test_one_seed_draws_the_same_calls_and_another_seed_others():
     assert drawn(1) != drawn(2)
 
 
+def test_little_work_is_drawn_too_whatever_the_seed():
+    for seed in range(100):
+        assert draw(random.Random(seed), random_calls.QUICK_WORK).work <= random_calls.QUICK_WORK
+
+
 def test_calls_are_within_their_bounds_and_of_every_kind():
     calls = drawn(0)
     for cell, _ in calls:
