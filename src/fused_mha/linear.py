@@ -30,8 +30,8 @@ def dtypes() -> tuple[torch.dtype, ...]:
     """Those whose products are ours for any number of rows."""
     if cpu.LIBRARY is None:
         return ()
-    tiles = cpu.LIBRARY.tile_dtypes
-    return tuple(x for x in _BY_ISA.get(cpu.LIBRARY.isa, _FP16) if x not in tiles or x == torch.float16)
+    ours = _BY_ISA.get(cpu.LIBRARY.isa, _FP16)
+    return _ALL_BUT_BF16 if torch.bfloat16 in ours and torch.bfloat16 in cpu.LIBRARY.tile_dtypes else ours
 
 
 def serves(dtype: torch.dtype, rows: int, features: int) -> bool:

@@ -143,14 +143,14 @@ void gemm(int rows, int64_t columns, const GemmArguments& g) {
 }
 
 // The same over a long K in blocks, which keeps the rounding errors of large head sizes small.
-template <class P, Layout LAYOUT = Layout::PANELS>
+template <class P>
 void gemm_in_blocks(int rows, int64_t columns, GemmArguments g) {
     constexpr int64_t BLOCK_PANELS = 4;
     const int64_t block = BLOCK_PANELS * g.a_panel_steps;
     int64_t left = g.steps;
     do {  // also with nothing to sum: C is written
         g.steps = left < block ? left : block;
-        gemm<P, LAYOUT>(rows, columns, g);
+        gemm<P>(rows, columns, g);
         g.a = static_cast<const typename P::Element*>(g.a) + BLOCK_PANELS * g.a_panel_stride;
         g.b = static_cast<const typename P::Element*>(g.b) + block * g.b_row_stride;
         g.accumulate = true;
