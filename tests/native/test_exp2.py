@@ -62,12 +62,11 @@ class TestSpecialNumbers:
         assert np.array_equal(np.isnan(exp2(x)), np.isnan(x))
         assert np.array_equal(exp2(x)[~np.isnan(x)], np.ones(33, dtype))
 
-    def test_far_below_the_smallest_number_gives_at_most_a_subnormal(self, isa, dtype):
+    def test_far_below_the_smallest_number_gives_zero(self, isa, dtype):
         x = np.array([-127.6, -150.0, -1e4, -1e30, np.finfo(dtype).min], dtype)
         if dtype == np.float64:
             x[:2] = -1023.6, -1100.0
-        assert np.all(exp2(x) >= 0)
-        assert np.all(exp2(x) < np.finfo(dtype).tiny)
+        assert np.array_equal(exp2(x), np.zeros(5, dtype))
 
     def test_any_count_gives_the_same_numbers(self, isa, dtype):
         x = np.linspace(-3, 0, 40).astype(dtype)

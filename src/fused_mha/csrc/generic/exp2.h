@@ -1,8 +1,8 @@
 // exp2 on vectors: 2^x = 2^n * 2^f with n = round(x) and a polynomial for 2^f, f in [-1/2, 1/2].
 //
-// The attention kernels call it with x <= 0 up to rounding. -inf gives 0, and so do numbers whose power is subnormal,
-// unless the instruction set scales gradually; NaN gives NaN. Minimax polynomials through 1 at f = 0: the
-// largest relative errors are 2.6e-9 (fp32, beside a rounding of 6e-8) and 1.8e-17 (fp64).
+// The attention kernels call it with x <= 0 up to rounding. -inf gives 0, and so do numbers whose n is below the normal
+// exponents; NaN gives NaN. Minimax polynomials through 1 at f = 0: the largest relative errors are 2.6e-9 (fp32, beside
+// a rounding of 6e-8) and 1.8e-17 (fp64).
 #pragma once
 
 #include "simd/vec.h"
@@ -11,7 +11,7 @@ namespace fused_mha::FMHA_ISA {
 namespace {
 
 FMHA_INLINE vfloat exp2(vfloat x) {
-    x = max(splat(ZERO_EXPONENT<float>), x);  // -inf - round(-inf) = NaN on hidden keys; NaN itself passes
+    x = scalable(x);
     const vfloat n = round(x), f = x - n;
     vfloat p = 0.00015594677f * f + 0.0013406644f;
     p = p * f + 0.0096176930f;
@@ -23,7 +23,7 @@ FMHA_INLINE vfloat exp2(vfloat x) {
 }
 
 FMHA_INLINE vdouble exp2(vdouble x) {
-    x = max(splat(ZERO_EXPONENT<double>), x);
+    x = scalable(x);
     const vdouble n = round(x), f = x - n;
     vdouble p = 4.0780717860928704165e-10 * f + 7.0725703945407994337e-9;
     p = p * f + 1.0180647660573069343e-7;

@@ -78,10 +78,13 @@ FMHA_INLINE T portable_reduce_add(Vec<T> v) {
     return lanes[0];
 }
 
-// The exponent whose bits are those of 0.
+// 2^x takes two steps: `scalable` gives the x that can be rounded to n, and `scale` gives 2^n * p. Below the normal
+// exponents the power is 0, and NaN stays NaN.
+//
+// The exponent whose bits are those of 0; -inf has no distance to n.
 template <class T>
-constexpr T PORTABLE_ZERO_EXPONENT = sizeof(T) == 4 ? T(-127) : T(-1023);
-// 2^n * p for an integral n from that exponent to 0 or a little above; NaN in p stays NaN.
+constexpr T ZERO_EXPONENT = sizeof(T) == 4 ? T(-127) : T(-1023);
+// For an integral n from that exponent to 0 or a little above.
 FMHA_INLINE vfloat portable_scale(vfloat p, vfloat n) {
     const vint exponent = (__builtin_convertvector(n, vint) + 127) << 23;
     vfloat power;

@@ -30,8 +30,8 @@ FMHA_INLINE double reduce_add(vdouble v) { return portable_reduce_add<double>(v)
 
 FMHA_INLINE vfloat round(vfloat x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FMHA_INLINE vdouble round(vdouble x) { return _mm256_round_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-template <class T>
-constexpr T ZERO_EXPONENT = PORTABLE_ZERO_EXPONENT<T>;
+FMHA_INLINE vfloat scalable(vfloat x) { return max(splat(ZERO_EXPONENT<float>), x); }
+FMHA_INLINE vdouble scalable(vdouble x) { return max(splat(ZERO_EXPONENT<double>), x); }
 FMHA_INLINE vfloat scale(vfloat p, vfloat n) { return portable_scale(p, n); }
 FMHA_INLINE vdouble scale(vdouble p, vdouble n) { return portable_scale(p, n); }
 

@@ -20,8 +20,8 @@ FMHA_INLINE double reduce_add(vdouble v) { return portable_reduce_add<double>(v)
 // Adding 1.5 * 2^(mantissa bits) leaves no place for a fraction.
 FMHA_INLINE vfloat round(vfloat x) { return (x + 12582912.0f) - 12582912.0f; }
 FMHA_INLINE vdouble round(vdouble x) { return (x + 6755399441055744.0) - 6755399441055744.0; }
-template <class T>
-constexpr T ZERO_EXPONENT = PORTABLE_ZERO_EXPONENT<T>;
+FMHA_INLINE vfloat scalable(vfloat x) { return max(splat(ZERO_EXPONENT<float>), x); }
+FMHA_INLINE vdouble scalable(vdouble x) { return max(splat(ZERO_EXPONENT<double>), x); }
 FMHA_INLINE vfloat scale(vfloat p, vfloat n) { return portable_scale(p, n); }
 FMHA_INLINE vdouble scale(vdouble p, vdouble n) { return portable_scale(p, n); }
 
