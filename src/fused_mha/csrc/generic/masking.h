@@ -35,6 +35,24 @@ FMHA_INLINE T element_as(int64_t dtype, const void* data, int64_t index) {
     }
 }
 
+// `count` <= NR elements of an additive mask from `index` on; zeros behind.
+template <class T>
+FMHA_INLINE void load_mask(const fused_mha_tensor& mask, int64_t index, int64_t stride, int64_t count, Vec<T> (&values)[2]) {
+    const bool has_lanes_of_T = (mask.dtype == FUSED_MHA_FLOAT64) == (sizeof(T) == 8);
+    if (stride == 1 && has_lanes_of_T)
+        return with_data<T>(mask.dtype, [&](auto data) {
+            using Data = decltype(data);
+            const auto* row = static_cast<const typename Data::Stored*>(mask.data) + index;
+            for (int v = 0; v < 2; ++v) {
+                const int64_t left = count - v * LANES<T>;
+                values[v] = left > 0 ? load_some<T, Data>(row + v * LANES<T>, left) : Vec<T>{};
+            }
+        });
+    T elements[NR<T>] = {};
+    for (int64_t c = 0; c < count; ++c) elements[c] = element_as<T>(mask.dtype, mask.data, index + c * stride);
+    for (int v = 0; v < 2; ++v) values[v] = load(elements + v * LANES<T>);
+}
+
 template <class T>
 struct TileMask {
     enum { HIDDEN, PLAIN, MASKED } kind;
@@ -76,9 +94,9 @@ public:
     // The additive key_padding_mask over a panel.
     void padding_values(int64_t n, int64_t first, T* values) const {
         const fused_mha_tensor& mask = a.key_padding_mask;
-        for (int64_t c = 0; c < COLUMNS; ++c)
-            values[c] = first + c < S ? element_as<T>(mask.dtype, mask.data, n * mask.stride[0] + (first + c) * mask.stride[1])
-                                      : T(0);
+        Vec<T> x[2];
+        load_mask<T>(mask, n * mask.stride[0] + first * mask.stride[1], mask.stride[1], real_columns(first), x);
+        for (int v = 0; v < 2; ++v) store(values + v * LANES<T>, x[v]);
     }
     bool adds_padding() const { return a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL; }
 
@@ -102,7 +120,7 @@ public:
         }
         uint32_t some = panel.hidden, all = ALL;
         const uint32_t is_virtual = keys > S ? column_bits(S - panel.first, keys - 1 - panel.first, COLUMNS) : 0;
-        const int64_t real = S - panel.first < COLUMNS ? S - panel.first : COLUMNS;
+        const int64_t real = real_columns(panel.first);
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t position = row + r - panel.first;
             uint32_t hidden = ~column_bits(position + a.first_visible, position + a.last_visible, COLUMNS);
@@ -124,15 +142,15 @@ public:
     // `scores` are rows of one panel, `padding` the panel's padding_values.
     void apply(const TileMask<T>& mask, int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel,
                const T* padding, T* scores) const {
-        const int64_t real = S - panel.first < COLUMNS ? S - panel.first : COLUMNS;
+        const int64_t real = real_columns(panel.first);
         for (int64_t r = 0; r < rows; ++r, scores += COLUMNS) {
             Vec<T> x[2] = {load(scores), load(scores + LANES<T>)};
             if (natural) {
                 for (auto& v : x) v = v * splat(T(a.scale));
                 if (adds_mask() && real > 0) {
-                    T values[COLUMNS];
-                    const T* added = mask_values(n, h, row + r, panel.first, real, values);
-                    for (int v = 0; v < 2; ++v) x[v] = x[v] + load(added + v * LANES<T>);
+                    Vec<T> added[2];
+                    load_mask<T>(a.attn_mask, mask_index(n, h, row + r, panel.first), 1, real, added);
+                    for (int v = 0; v < 2; ++v) x[v] = x[v] + added[v];
                 }
                 if (adds_padding())
                     for (int v = 0; v < 2; ++v) x[v] = x[v] + load(padding + v * LANES<T>);
@@ -153,38 +171,34 @@ private:
     static constexpr uint32_t ALL = uint32_t((uint64_t(1) << COLUMNS) - 1);
     const fused_mha_attention& a;
 
+    // Of the panel from key `first` on, as many as there are real keys; not positive where all are virtual.
+    int64_t real_columns(int64_t first) const { return S - first < COLUMNS ? S - first : COLUMNS; }
+
     bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
 
     // The columns from `first` on that the key_padding_mask hides from every query.
     uint32_t padded_columns(int64_t n, int64_t first) const {
         const fused_mha_tensor& mask = a.key_padding_mask;
-        if (!mask.data) return 0;
+        const int64_t real = real_columns(first);
+        if (!mask.data || real <= 0) return 0;
+        const int64_t index = n * mask.stride[0] + first * mask.stride[1];
+        if (mask.dtype == FUSED_MHA_BOOL && mask.stride[1] == 1)
+            return nonzero_bytes(static_cast<const uint8_t*>(mask.data) + index, int(real));
         uint32_t hidden = 0;
-        for (int64_t c = 0; c < COLUMNS && first + c < S; ++c) {
-            const int64_t index = n * mask.stride[0] + (first + c) * mask.stride[1];
-            const bool hides = mask.dtype == FUSED_MHA_BOOL
-                                   ? static_cast<const uint8_t*>(mask.data)[index] != 0
-                                   : element_as<T>(mask.dtype, mask.data, index) == NEGATIVE_INFINITY;
+        for (int64_t c = 0; c < real; ++c) {
+            const int64_t at = index + c * mask.stride[1];
+            const bool hides = mask.dtype == FUSED_MHA_BOOL ? static_cast<const uint8_t*>(mask.data)[at] != 0
+                                                            : element_as<T>(mask.dtype, mask.data, at) == NEGATIVE_INFINITY;
             hidden |= uint32_t(hides) << c;
         }
         return hidden;
     }
 
-    // `real` <= COLUMNS values of the additive attn_mask in one row, zeros behind; in `values` where they need a copy.
-    const T* mask_values(int64_t n, int64_t h, int64_t i, int64_t first, int64_t real, T* values) const {
-        const int64_t index = mask_index(n, h, i, first), dtype = a.attn_mask.dtype;
-        if (dtype == OWN_DTYPE<T> && real == COLUMNS) return static_cast<const T*>(a.attn_mask.data) + index;
-        for (int64_t c = 0; c < COLUMNS; ++c)
-            values[c] = c < real ? element_as<T>(dtype, a.attn_mask.data, index + c) : T(0);
-        return values;
-    }
-
     bool additive_hides_all(int64_t n, int64_t h, int64_t row, int64_t rows, int64_t first, int64_t real) const {
         for (int64_t r = 0; r < (a.attn_mask.size[2] > 1 ? rows : 1); ++r) {
-            T copy[COLUMNS];
-            const T* values = mask_values(n, h, row + r, first, real, copy);
-            for (int64_t c = 0; c < real; ++c)
-                if (values[c] != NEGATIVE_INFINITY) return false;  // mostly the first is not
+            const int64_t index = mask_index(n, h, row + r, first);
+            for (int64_t c = 0; c < real; ++c)  // mostly the first is finite
+                if (element_as<T>(a.attn_mask.dtype, a.attn_mask.data, index + c) != NEGATIVE_INFINITY) return false;
         }
         return true;
     }
