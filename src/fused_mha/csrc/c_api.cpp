@@ -84,8 +84,7 @@ const char* fused_mha_last_error(void) { return fused_mha::last_error(); }
 void fused_mha_set_parallel_for(fused_mha_parallel_for parallel_for) { fused_mha::set_parallel_for(parallel_for); }
 
 const char* fused_mha_available_isa(int64_t index) {
-    const fused_mha::KernelTable* kernels = fused_mha::available_kernels(index);
-    return kernels ? kernels->name : nullptr;
+    return fused_mha::available_kernels(index);
 }
 
 const char* fused_mha_cpu_name(void) { return fused_mha::cpu_name(); }
@@ -93,7 +92,7 @@ int64_t fused_mha_cpu_has_tiles(int64_t dtype) {
     return dtype == FUSED_MHA_BFLOAT16 ? cpu_has_amx_bf16() : dtype == FUSED_MHA_FLOAT16 && cpu_has_amx_fp16();
 }
 
-const char* fused_mha_isa(void) { return current_kernels().name; }
+const char* fused_mha_isa(void) { return fused_mha::current_name(); }
 
 int64_t fused_mha_set_isa(const char* name) {
     return name && fused_mha::choose_kernels(name) ? 0 : refuse("no instruction set %s", name ? name : "(null)");

@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstring>
 #endif
@@ -66,6 +70,14 @@ bool cpu_has_avx512() {
 bool cpu_has_avx512_bf16() { return cpu_has_avx512() && has_all(processor().further, bit_AVX512BF16); }
 bool cpu_has_amx_bf16() { return has_tiles() && has_all(processor().tiles, AMX_BF16); }
 bool cpu_has_amx_fp16() { return has_tiles() && has_all(processor().further, AMX_FP16); }
+bool system_lends_tiles() {
+#if defined(__linux__)
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl(2): ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
 const char* cpu_name() { return processor().name; }
 
 #else
@@ -75,6 +87,7 @@ bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_bf16() { return false; }
 bool cpu_has_amx_bf16() { return false; }
 bool cpu_has_amx_fp16() { return false; }
+bool system_lends_tiles() { return false; }
 const char* cpu_name() { return ""; }
 
 #endif

@@ -6,8 +6,9 @@ namespace fused_mha {
 bool cpu_has_avx2();         // with FMA, F16C and BMI2
 bool cpu_has_avx512();       // F, BW, DQ, VL
 bool cpu_has_avx512_bf16();
-bool cpu_has_amx_bf16();     // tiles of products, which the library does not use, and torch does
-bool cpu_has_amx_fp16();
+bool cpu_has_amx_bf16();     // tiles of products
+bool cpu_has_amx_fp16();     // which the library does not use, and torch does
+bool system_lends_tiles();   // to this process: Linux wants to be asked
 const char* cpu_name();      // as CPUID gives it; empty on other processors
 
 }  // namespace fused_mha

@@ -30,8 +30,14 @@ extern const KernelTable kernels;
 
 namespace {
 
+struct Variant {
+    const char* name;
+    const KernelTable* kernels;
+    bool uses_tiles;
+};
+
 struct Variants {
-    const KernelTable* tables[5] = {};
+    Variant all[6] = {};
     int64_t count = 0;
 
     Variants() {
@@ -44,9 +50,12 @@ struct Variants {
         if (cpu_has_avx2()) add(avx2::kernels);
         if (cpu_has_avx512()) add(avx512::kernels);
         if (cpu_has_avx512_bf16()) add(avx512_bf16::kernels);
+        // The same code, with another product of bfloat16.
+        if (cpu_has_avx512_bf16() && cpu_has_amx_bf16() && system_lends_tiles())
+            all[count++] = {"avx512_amx", &avx512_bf16::kernels, true};
 #endif
     }
-    void add(const KernelTable& kernels) { tables[count++] = &kernels; }
+    void add(const KernelTable& kernels) { all[count++] = {kernels.name, &kernels, false}; }
 };
 
 const Variants& variants() {
@@ -54,23 +63,29 @@ const Variants& variants() {
     return found;
 }
 
-std::atomic<const KernelTable*> chosen{nullptr};
+std::atomic<int64_t> chosen{-1};
+
+int64_t current() {
+    const int64_t index = chosen.load(std::memory_order_relaxed);
+    return index >= 0 ? index : variants().count - 1;
+}
 
 }  // namespace
 
-const KernelTable* available_kernels(int64_t index) {
-    return index >= 0 && index < variants().count ? variants().tables[index] : nullptr;
+std::atomic<bool> tiles_in_use{variants().all[current()].uses_tiles};
+
+const char* available_kernels(int64_t index) {
+    return index >= 0 && index < variants().count ? variants().all[index].name : nullptr;
 }
 
-const KernelTable& current_kernels() {
-    const KernelTable* kernels = chosen.load(std::memory_order_relaxed);
-    return kernels ? *kernels : *variants().tables[variants().count - 1];
-}
+const KernelTable& current_kernels() { return *variants().all[current()].kernels; }
+const char* current_name() { return variants().all[current()].name; }
 
 bool choose_kernels(const char* name) {
-    for (int64_t i = 0; const KernelTable* kernels = available_kernels(i); ++i)
-        if (strcmp(kernels->name, name) == 0) {
-            chosen.store(kernels, std::memory_order_relaxed);
+    for (int64_t i = 0; i < variants().count; ++i)
+        if (strcmp(variants().all[i].name, name) == 0) {
+            chosen.store(i, std::memory_order_relaxed);
+            tiles_in_use.store(variants().all[i].uses_tiles, std::memory_order_relaxed);
             return true;
         }
     return false;

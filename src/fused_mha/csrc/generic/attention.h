@@ -4,6 +4,7 @@
 #include "generic/exp2.h"
 #include "generic/masking.h"
 #include "generic/philox.h"
+#include "generic/tiles.h"
 
 namespace fused_mha::FMHA_ISA {
 namespace {

@@ -62,6 +62,7 @@ public:
         if (needs_deltas) delta.run(deltas, base);
         memset(tickets, 0, size_t(ticket_count()) * sizeof *tickets);
         auto task = [&](int64_t index, int64_t worker) {
+            const TileScope tiles;
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             // Chunk by chunk: a task waits for the chunk before, which most often is done.
             Worker(*this, arena).run(index % lanes, index / lanes);

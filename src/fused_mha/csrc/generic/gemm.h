@@ -6,6 +6,7 @@
 #pragma once
 
 #include "c_api.h"
+#include "generic/kernels.h"
 #include "simd/vec.h"
 
 namespace fused_mha::FMHA_ISA {
@@ -133,9 +134,18 @@ FMHA_INLINE void gemm_of_rows(int rows, const GemmArguments& g) {
     gemm_rows<P, R, VECTORS, LAYOUT>(g);
 }
 
+#if defined(FMHA_BFLOAT16_DOT)
+template <Layout LAYOUT>
+void gemm_by_tiles(int rows, int64_t columns, const GemmArguments& g);  // in tiles.h
+#endif
+
 // `rows` from 1 to MR, `columns` from 1 to NR: whole vectors are computed.
 template <class P, Layout LAYOUT = Layout::PANELS>
 void gemm(int rows, int64_t columns, const GemmArguments& g) {
+#if defined(FMHA_BFLOAT16_DOT)
+    if constexpr (P::KSTEP == 2)
+        if (tiles_in_use.load(std::memory_order_relaxed)) return gemm_by_tiles<LAYOUT>(rows, columns, g);
+#endif
     if (columns > LANES<typename P::Accumulator>)
         gemm_of_rows<P, 2, LAYOUT>(rows, g);
     else

@@ -1,9 +1,13 @@
 // The entry points of one instruction set. kernel_table.cpp chooses among them at run time.
 #pragma once
 
+#include <atomic>
+
 #include "c_api.h"
 
 namespace fused_mha {
+
+extern std::atomic<bool> tiles_in_use;  // whether bfloat16 is multiplied by the processor's tiles, in kernel_table.cpp
 
 struct KernelTable {
     const char* name;
