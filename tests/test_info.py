@@ -33,9 +33,15 @@ def test_names_versions_and_platform(capsys):
 
 @pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no C++ library")
 @pytest.mark.parametrize(
-    ("tiles", "text"), [((), "none (AMX)"), ((torch.bfloat16,), "AMX: torch's kernels get bfloat16")]
+    ("isa", "tiles", "text"),
+    [
+        ("avx2", (), "none (AMX)"),
+        ("avx512_bf16", (torch.bfloat16,), "AMX: torch's kernels get bfloat16"),
+        ("avx512_amx", (), "AMX, for bfloat16"),
+    ],
 )
-def test_names_the_processor_and_what_its_tiles_leave_to_torch(tiles, text, capsys, monkeypatch):
+def test_names_the_processor_and_whose_its_tiles_are(isa, tiles, text, capsys, monkeypatch):
+    monkeypatch.setattr(cpu.LIBRARY, "isa", isa)
     monkeypatch.setattr(cpu.LIBRARY, "cpu_name", "A processor")
     monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", tiles)
     info.main()
@@ -50,8 +56,9 @@ def test_the_library_names_the_processor_as_linux_does():
     if cpu.LIBRARY is None or "model name" not in cpuinfo:
         pytest.skip("no C++ library, or a processor without a name")
     assert cpu.LIBRARY.cpu_name.strip() == re.search(r"model name\s*: (.*)", cpuinfo)[1].strip()
+    used = (torch.bfloat16,) if cpu.LIBRARY.isa == "avx512_amx" else ()
     for dtype, flag in ((torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16")):
-        assert (dtype in cpu.LIBRARY.tile_dtypes) == bool(re.search(rf"\b{flag}\b", cpuinfo))
+        assert (dtype in (*used, *cpu.LIBRARY.tile_dtypes)) == bool(re.search(rf"\b{flag}\b", cpuinfo))
 
 
 def test_names_the_number_of_threads(capsys):

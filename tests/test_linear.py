@@ -30,6 +30,7 @@ def operands(rows=40, dtype=torch.float32):
     ("isa", "tiles", "dtypes"),
     [
         ("avx512_bf16", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        ("avx512_amx", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
         ("avx512", (), (torch.float16, torch.float32, torch.float64)),
         ("avx512_bf16", (torch.bfloat16,), (torch.float16, torch.float32, torch.float64)),
         ("avx512_bf16", (torch.bfloat16, torch.float16), (torch.float16, torch.float32, torch.float64)),

@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fused_mha import __version__
-from fused_mha.backends import cpu
+from fused_mha.backends import cpu, native
 from fused_mha.backends.triton import assemblers
 from fused_mha.dispatch import BACKENDS
 
@@ -39,7 +39,9 @@ def _processor() -> str:
 
 
 def _left_to_torch() -> str:
-    """What goes to torch's kernels because of the processor's tiles."""
+    """Whose the processor's tiles are: ours, or those of torch's kernels, which then get calls for them."""
+    if cpu.LIBRARY is not None and cpu.LIBRARY.isa == native.TILE_ISA:
+        return "AMX, for bfloat16"
     dtypes = () if cpu.LIBRARY is None else cpu.LIBRARY.tile_dtypes
     if torch.bfloat16 not in dtypes:
         return "none (AMX) for bfloat16"

@@ -2,8 +2,8 @@
 
 The rule is static. fp16 torch multiplies slowly on every CPU. In fp32 and fp64, given AVX-512, torch's library is
 slower on AMD's processors and up to a tenth faster on Intel's, where ours makes that good as a part of one call with
-the attention. In bfloat16 the same holds with AVX-512 BF16, but not beside AMX: torch's library uses these tiles, and
-ours has none. A few rows, and calls so small that each operator shows, ours serves in any dtype: it reads weights
+the attention. In bfloat16 the same holds with AVX-512 BF16 and with AMX, whose tiles both use; where
+the processor has tiles and another instruction set was chosen, torch multiplies. A few rows, and calls so small that each operator shows, ours serves in any dtype: it reads weights
 where they lie. Where `backend` forces another one, torch multiplies.
 """
 
@@ -21,7 +21,8 @@ PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 RULE = "torch's own product is the faster one for this dtype, processor and number of rows"
 _FP16 = (torch.float16,)
 _ALL_BUT_BF16 = (*_FP16, torch.float32, torch.float64)
-_BY_ISA = {"avx512": _ALL_BUT_BF16, "avx512_bf16": (*_ALL_BUT_BF16, torch.bfloat16)}
+_ALL = (*_ALL_BUT_BF16, torch.bfloat16)
+_BY_ISA = {"avx512": _ALL_BUT_BF16, "avx512_bf16": _ALL, "avx512_amx": _ALL}
 _FEW_ROWS, _FEW_BESIDE_TILES = 32, 8
 _TINY = 1 << 21  # rows * features^2
 
@@ -53,7 +54,7 @@ def serves(dtype: torch.dtype, rows: int, features: int) -> bool:
     return rows <= few or rows * features * features <= _TINY
 
 
-_HAS_VECTORS = ("neon", "avx2", "avx512", "avx512_bf16")
+_HAS_VECTORS = ("neon", "avx2", *_BY_ISA)
 
 
 def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -52,6 +52,7 @@ X86_FLAGS = {
     "avx2": "avx2 fma f16c bmi2",
     "avx512": "avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl",
     "avx512_bf16": "avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512_bf16",
+    "avx512_amx": "avx2 fma f16c bmi2 avx512f avx512bw avx512dq avx512vl avx512_bf16 amx_tile amx_bf16",
 }
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 ABI_VERSION = 5
 ISA_VARIABLE = "FUSED_MHA_ISA"
+TILE_ISA = "avx512_amx"  # which multiplies bfloat16 by tiles
 NAMES = ("libfused_mha.so", "libfused_mha.dylib")
 
 _EXP2_DTYPES = {torch.float32: 0, torch.float64: 1}  # as `enum fused_mha_dtype` numbers them
@@ -40,9 +41,7 @@ class Library:
         self._functions = {name: self._function(name) for name in ("register_operators", "set_isa", "exp2")}
         self._c.fused_mha_set_parallel_for(_torch_parallel_for())
         self.cpu_name: str = self._c.fused_mha_cpu_name().decode()  # as CPUID gives it
-        # Whose products the processor has tiles (AMX) for, which torch's libraries use.
-        self.tile_dtypes = tuple(dtype for dtype, code in _HALF_DTYPES.items() if self._has_tiles(code))
-        self.isa: str = self._c.fused_mha_isa().decode()  # the instruction set in use
+        self._use(self._c.fused_mha_isa().decode())
         if wanted := os.environ.get(ISA_VARIABLE):
             self.set_isa(wanted)
 
@@ -73,7 +72,16 @@ class Library:
                 f"{ISA_VARIABLE} must be one of {', '.join(self.available_isas)}, which this installation has for this "
                 f"machine; got {name!r}"
             )
-        self.isa = name
+        self._use(name)
+
+    def _use(self, isa: str) -> None:
+        self.isa = isa  # the instruction set in use
+        # Whose products the processor has tiles (AMX) for, which torch's libraries use and this one does not.
+        self.tile_dtypes = tuple(
+            dtype
+            for dtype, code in _HALF_DTYPES.items()
+            if self._has_tiles(code) and not (dtype is torch.bfloat16 and isa == TILE_ISA)
+        )
 
     def exp2(self, x: Tensor) -> Tensor:
         """The kernels' exp2 of a contiguous fp32 or fp64 tensor, for its test."""

@@ -36,24 +36,25 @@ void backward(const fused_mha_backward_arguments& call) {
     with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
 }
 
+template <class P>
 Matrices matrices_of(const fused_mha_product_arguments& call) {
     const fused_mha_tensor& left = call.left;
     const Matrices matrices = {Rows(left), Rows(call.right), Rows(call.output), call.bias.data,
                                call.output.size[0] * call.output.size[1], call.output.size[2],
                                call.left_is_transposed ? left.size[0] * left.size[1] : left.size[2],
                                call.left_is_transposed != 0, call.right_is_transposed != 0, call.threads};
-    return matrices.with_least_to_pack();
+    return matrices.with_least_to_pack(multiplies_by_tiles<P>());
 }
 int64_t product_workspace(const fused_mha_product_arguments& call) {
     return with_policy(call.output.dtype, [&](auto policy) {
-        const Product<decltype(policy)> product(matrices_of(call));
+        const Product<decltype(policy)> product(matrices_of<decltype(policy)>(call));
         return workspace_bytes(product.packed_bytes(), product.worker_bytes(), call.threads);
     });
 }
 void product(const fused_mha_product_arguments& call) {
     if (call.output.size[0] * call.output.size[1] == 0 || call.output.size[2] == 0) return;
     with_policy(call.output.dtype, [&](auto policy) {
-        Product<decltype(policy)> product(matrices_of(call));
+        Product<decltype(policy)> product(matrices_of<decltype(policy)>(call));
         const uintptr_t packed = aligned(call.workspace.data);
         product.pack(packed);
         product.multiply(packed, packed + uintptr_t(product.packed_bytes()));

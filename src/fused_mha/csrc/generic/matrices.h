@@ -42,18 +42,23 @@ struct Matrices {
 
     bool has_few_rows = false;  // few_rows.h computes it
 
-    static constexpr int64_t FEW_ROWS = 32, LESS_TO_PACK = 128;  // rows
+    static constexpr int64_t LESS_TO_PACK = 128;  // rows of x up to which y^T = W x^T packs less
 
     // As it has least to pack: by a few rows, or C^T = B^T A^T. `all_rows` counts those of the whole call, of which this
-    // may be a part: the sums must not depend on how it is cut.
-    Matrices with_least_to_pack(int64_t all_rows) const {
+    // may be a part: the sums must not depend on how it is cut. Tiles multiply so fast that packing pays off sooner.
+    Matrices with_least_to_pack(bool by_tiles, int64_t all_rows) const {
         Matrices m = *this;
-        m.has_few_rows = right_is_transposed ? !left_is_transposed && all_rows <= FEW_ROWS
-                                             : all_rows <= (left_is_transposed ? FEW_ROWS : LESS_TO_PACK);
-        if (m.has_few_rows || all_rows > LESS_TO_PACK || M >= N || left_is_transposed || !right_is_transposed) return m;
+        const bool is_forward = right_is_transposed && !left_is_transposed;
+        const int64_t few = is_forward           ? (by_tiles ? 4 : 32)
+                            : left_is_transposed ? (by_tiles ? 24 : 32)
+                                                 : (by_tiles ? 16 : LESS_TO_PACK);
+        m.has_few_rows = !(left_is_transposed && right_is_transposed) && all_rows <= few;
+        if (m.has_few_rows || all_rows > LESS_TO_PACK || M >= N || !is_forward) return m;
         return {right, left, output, bias, N, M, K, false, true, threads, true};
     }
-    Matrices with_least_to_pack() const { return with_least_to_pack(left_is_transposed ? K : M); }
+    Matrices with_least_to_pack(bool by_tiles) const {
+        return with_least_to_pack(by_tiles, left_is_transposed ? K : M);
+    }
 };
 
 }  // namespace

@@ -246,6 +246,18 @@ struct Panels<BFloat16> {
         });
         if (columns % 2) last_column(dtype, rows, count, columns, to, count * A_WIDTH);
     }
+    // `count` columns of a matrix as rows: row_at(k) is where they start in its row k, in which `left` elements follow.
+    template <class F>
+    static void pack_a_transposed(const F& row_at, int64_t count, int64_t left, int64_t K, T* to) {
+        const int64_t width = left < LANES<T> ? left : LANES<T>;  // what is read beside the columns is not stored
+        auto load_row = [&](int64_t k) { return k < K ? load_some<T, BFloat16Data>(row_at(k), width) : vfloat{}; };
+        for (int64_t k = 0; k < K; k += 2 * A_WIDTH, to += count * A_WIDTH) {
+            vfloat block[A_WIDTH];
+            for (int64_t i = 0; i < A_WIDTH; ++i) block[i] = pair_rows(load_row(k + 2 * i), load_row(k + 2 * i + 1));
+            transpose_steps<vfloat, A_WIDTH, A_WIDTH / 2>(block);
+            for (int64_t r = 0; r < count; ++r) store(to + r * A_WIDTH, block[r]);
+        }
+    }
     static void pack_b(int64_t, const void* const* rows, int64_t count, int64_t columns, T* to, int64_t panel_stride) {
         for (int64_t r = 0; r < count; r += 2) {
             const auto* first = static_cast<const uint16_t*>(rows[r]);

@@ -20,14 +20,15 @@ public:
     explicit TiledProduct(const Matrices& matrices)
         : of(matrices),
           column_panels(ceil_div(of.N, COLUMNS)),
-          row_panels(of.left_is_transposed ? ceil_div(of.M, COLUMNS) : 0),
+          left_in_panels(of.left_is_transposed && !multiplies_by_tiles<P>()),
+          row_panels(left_in_panels ? ceil_div(of.M, COLUMNS) : 0),
           panel_size(Panels<P>::steps(of.K) * COLUMNS),
           reads_left_in_place((of.output_is_transposed || (P::KSTEP == 1 && !of.left_is_transposed)) && of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 &&
                               of.left.stride() % CRITICAL_STRIDE != 0),
-          row_tiles(of.left_is_transposed ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
-                                          : Parts{of.M, ceil_div(of.M, MR)}) {
+          row_tiles(left_in_panels ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
+                                   : Parts{of.M, ceil_div(of.M, MR)}) {
         // Tasks of some row tiles by some panels of columns: enough for the threads, as long as packing A stays cheap.
-        const int64_t wanted = TASKS_OF_THREAD * of.threads;
+        const int64_t wanted = of.threads > 1 ? TASKS_OF_THREAD * of.threads : 1;
         row_chunks = {row_tiles.parts, ceil_div(row_tiles.parts, TILES_OF_TASK)};
         if (of.output_is_transposed) row_chunks.parts = max(row_chunks.parts, min(wanted, row_tiles.parts));
         const int64_t columns = ceil_div(wanted, max(row_chunks.parts, 1));
@@ -62,7 +63,7 @@ public:
                 pack_rows(of.right, index, of.N, right);
         };
         const int64_t threads = packed_bytes() < SERIAL_BYTES ? 1 : of.threads;
-        fused_mha::run(of_right + (of.left_is_transposed ? blocks : 0), threads, pack);
+        fused_mha::run(of_right + (left_in_panels ? blocks : 0), threads, pack);
     }
 
     void multiply(uintptr_t packed, uintptr_t workers) {
@@ -81,7 +82,9 @@ private:
     static constexpr int64_t SERIAL_BYTES = 256 * 1024;  // that are packed before another thread has woken
     static constexpr int64_t CRITICAL_STRIDE = 4096;  // bytes; rows so far apart fall into one set of the cache
     const Matrices of;
-    const int64_t column_panels, row_panels, panel_size;
+    const int64_t column_panels;
+    const bool left_in_panels;  // packed once for all tasks, where it lies transposed and the kernel takes it so
+    const int64_t row_panels, panel_size;
     const bool reads_left_in_place;  // the few rows of the other operand do not pay for packing
     const Parts row_tiles;
     Parts row_chunks, column_chunks;
@@ -119,40 +122,50 @@ private:
         Worker(const TiledProduct& product, Arena& arena)
             : product(product),
               of(product.of),
-              tile_size(of.left_is_transposed || product.reads_left_in_place ? 0 : MR * A_WIDTH * Panels<P>::panels(of.K)),
+              tile_size(product.left_in_panels || product.reads_left_in_place
+                            ? 0
+                            : MR * min(BLOCK_STEPS, A_WIDTH * Panels<P>::panels(of.K))),
               tiles(arena.take<T>(TILES_OF_TASK * tile_size)),
               results(arena.take<T>(TILES_OF_TASK * product.most_panels() * RESULT_SIZE)) {}
 
         // Along K in blocks: that of a panel of B stays in the first-level cache for all row tiles of the task.
         void run(int64_t row_chunk, int64_t column_chunk) {
             const int64_t begin = product.row_chunks.begin(row_chunk), end = product.row_chunks.begin(row_chunk + 1);
-            if (tile_size > 0)
-                for (int64_t t = begin; t < end; ++t) pack_tile(t, tiles + (t - begin) * tile_size);
             const Parts& columns = product.column_chunks;
             const int64_t first = columns.begin(column_chunk), last = columns.begin(column_chunk + 1);
-            const int64_t steps = Panels<P>::steps(of.K), block = BLOCK_PANELS * (of.left_is_transposed ? COLUMNS : A_WIDTH);
+            const int64_t steps = Panels<P>::steps(of.K);
             int64_t k = 0;
             do {  // also with nothing to sum: C is written
+                const int64_t block = min(BLOCK_STEPS, steps - k);
+                if (tile_size > 0)
+                    for (int64_t t = begin; t < end; ++t) pack_tile(t, k, block, tiles + (t - begin) * tile_size);
                 T* result = results;
                 for (int64_t p = first; p < last; ++p)
                     for (int64_t t = begin; t < end; ++t, result += RESULT_SIZE)
-                        multiply(t, tiles + (t - begin) * tile_size, p, k, min(block, steps - k), k + block >= steps, result);
-                k += block;
+                        multiply(t, tiles + (t - begin) * tile_size, p, k, block, k + block >= steps, result);
+                k += BLOCK_STEPS;
             } while (k < steps);
         }
 
     private:
-        static constexpr int64_t RESULT_SIZE = MR * COLUMNS, BLOCK_PANELS = 4;
+        static constexpr int64_t RESULT_SIZE = MR * COLUMNS, BLOCK_STEPS = 4 * COLUMNS;
         const TiledProduct& product;
         const Matrices& of;
         const int64_t tile_size;
         T *const tiles, *const results;  // of the task, [panel][tile]
 
-        void pack_tile(int64_t t, T* to) const {
+        // `steps` along K of a row tile, from k on.
+        void pack_tile(int64_t t, int64_t k, int64_t steps, T* to) const {
             const Parts& parts = product.row_tiles;
+            const int64_t first = k * P::KSTEP, count = min(of.K - first, steps * P::KSTEP);
+            if constexpr (P::KSTEP == 2)
+                if (of.left_is_transposed) {
+                    auto row_at = [&](int64_t i) { return static_cast<const uint16_t*>(of.left(first + i, parts.begin(t))); };
+                    return Panels<P>::pack_a_transposed(row_at, parts.size(t), of.M - parts.begin(t), count, to);
+                }
             const void* rows[MR];
-            for (int64_t r = 0; r < parts.size(t); ++r) rows[r] = of.left(parts.begin(t) + r);
-            Panels<P>::pack_a(of.left.dtype, rows, parts.size(t), of.K, to);
+            for (int64_t r = 0; r < parts.size(t); ++r) rows[r] = of.left(parts.begin(t) + r, first);
+            Panels<P>::pack_a(of.left.dtype, rows, parts.size(t), count, to);
         }
 
         // A row tile by a panel for `steps` along K from `k` on, added to `result`; with the last of them, C is written.
@@ -161,7 +174,7 @@ private:
             const int64_t columns = min(of.N - panel * COLUMNS, COLUMNS);
             const Parts of_panel{COLUMNS, TILES_OF_PANEL};
             const int64_t m = t / TILES_OF_PANEL, part = t % TILES_OF_PANEL;
-            const bool is_transposed = of.left_is_transposed;
+            const bool is_transposed = product.left_in_panels;
             const int64_t first = is_transposed ? m * COLUMNS + of_panel.begin(part) : product.row_tiles.begin(t);
             const int64_t rows = is_transposed ? min(of_panel.size(part), of.M - first) : product.row_tiles.size(t);
             if (rows <= 0) return;
@@ -181,7 +194,7 @@ private:
                                       {static_cast<const E*>(of.left(first)) + k, A_WIDTH, A_WIDTH, b, COLUMNS, result, steps,
                                        accumulate, of.left.stride()});
             else
-                gemm<P>(int(rows), columns, {tile + k * rows, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, accumulate});
+                gemm<P>(int(rows), columns, {tile, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, accumulate});
             if (!is_last) return;
             if (of.output_is_transposed)
                 write_transposed(result, first, rows, panel * COLUMNS, columns);

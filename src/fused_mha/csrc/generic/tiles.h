@@ -153,5 +153,11 @@ struct TileScope {
 
 #endif
 
+// Whether `gemm` does; the same from the workspace's size to the end of a call.
+template <class P>
+bool multiplies_by_tiles() {
+    return P::KSTEP == 2 && tiles_in_use.load(std::memory_order_relaxed);
+}
+
 }  // namespace
 }  // namespace fused_mha::FMHA_ISA
