@@ -24,6 +24,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two OpenMP pools on one core spend th
     torch.set_num_threads(1)
 
 
+# Minutes of compilation, and programs of their own.
+LONGEST = ("test_compilation", "test_symbols", "test_examples")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the tests that take longest, so that none of them runs alone at the end, beside an idle worker."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_runtest_setup() -> None:
     """Give every test one seed, so that what it draws does not depend on the tests before it."""
     torch.manual_seed(0)

@@ -57,6 +57,19 @@ def test_many_rows_are_summed_as_well_as_few(isa):
     assert ((sums - x.double().sum((0, 1))).abs() / sums).max() < 2e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_of_16_bits_is_read_and_rounded_to_as_in_torch(isa, dtype):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    if dtype == torch.bfloat16:  # whose instructions take subnormal numbers as zeros
+        values = values[(values.abs() >= 2**-117) | (values == 0) | values.isnan()]
+    for others in (torch.zeros_like(values), values.roll(1), values.roll(4711)):
+        rows = torch.stack([values, others])
+        sums = torch.empty_like(values)
+        assert column_sums(rows[None], sums) is None
+        expected = (rows[0].float() + rows[1].float()).to(dtype)
+        torch.testing.assert_close(sums, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_number_of_threads_changes_no_bit(isa, dtype):
     x = torch.randn(3, 70, 300).to(dtype)

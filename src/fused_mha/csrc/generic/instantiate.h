@@ -7,33 +7,45 @@
 #include "generic/kernels.h"
 #include "generic/module.h"
 
+#if defined(FMHA_BASE)
+namespace fused_mha::FMHA_BASE {
+extern const KernelTable kernels;
+}
+#endif
+
 namespace fused_mha::FMHA_ISA {
 namespace {
 
-// Calls f with the policy that computes on tensors of `dtype`.
-template <class F>
-auto with_policy(int64_t dtype, F&& f) {
+// Calls f with the policy that computes on tensors of `dtype`. An instruction set with FMHA_BASE adds products of bfloat16
+// to that one, and leaves the other types to its `entry`.
+template <class Result, class Call, class F>
+Result with_policy(int64_t dtype, [[maybe_unused]] Result (*KernelTable::*entry)(const Call&),
+                   [[maybe_unused]] const Call& call, F&& f) {
+#if defined(FMHA_BASE)
+    if (dtype != FUSED_MHA_BFLOAT16) return (FMHA_BASE::kernels.*entry)(call);
+    return f(BFloat16{});
+#else
     if (dtype == FUSED_MHA_FLOAT64) return f(Float64{});
-#if defined(FMHA_BFLOAT16_DOT)
-    if (dtype == FUSED_MHA_BFLOAT16) return f(BFloat16{});
-#endif
     return f(Float32{});
+#endif
 }
 
 int64_t forward_workspace(const fused_mha_forward_arguments& call) {
-    return with_policy(call.attention.query.dtype,
+    return with_policy(call.attention.query.dtype, &KernelTable::forward_workspace, call,
                        [&](auto policy) { return Forward<decltype(policy)>(call).workspace(); });
 }
 void forward(const fused_mha_forward_arguments& call) {
-    with_policy(call.attention.query.dtype, [&](auto policy) { Forward<decltype(policy)>(call).run(); });
+    with_policy(call.attention.query.dtype, &KernelTable::forward, call,
+                [&](auto policy) { Forward<decltype(policy)>(call).run(); });
 }
 
 int64_t backward_workspace(const fused_mha_backward_arguments& call) {
-    return with_policy(call.attention.query.dtype,
+    return with_policy(call.attention.query.dtype, &KernelTable::backward_workspace, call,
                        [&](auto policy) { return Backward<decltype(policy)>(call).workspace(); });
 }
 void backward(const fused_mha_backward_arguments& call) {
-    with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
+    with_policy(call.attention.query.dtype, &KernelTable::backward, call,
+                [&](auto policy) { Backward<decltype(policy)>(call).run(); });
 }
 
 template <class P>
@@ -46,14 +58,14 @@ Matrices matrices_of(const fused_mha_product_arguments& call) {
     return matrices.with_least_to_pack(multiplies_by_tiles<P>());
 }
 int64_t product_workspace(const fused_mha_product_arguments& call) {
-    return with_policy(call.output.dtype, [&](auto policy) {
+    return with_policy(call.output.dtype, &KernelTable::product_workspace, call, [&](auto policy) {
         const Product<decltype(policy)> product(matrices_of<decltype(policy)>(call));
         return workspace_bytes(product.packed_bytes(), product.worker_bytes(), call.threads);
     });
 }
 void product(const fused_mha_product_arguments& call) {
     if (call.output.size[0] * call.output.size[1] == 0 || call.output.size[2] == 0) return;
-    with_policy(call.output.dtype, [&](auto policy) {
+    with_policy(call.output.dtype, &KernelTable::product, call, [&](auto policy) {
         Product<decltype(policy)> product(matrices_of<decltype(policy)>(call));
         const uintptr_t packed = aligned(call.workspace.data);
         product.pack(packed);
@@ -62,16 +74,16 @@ void product(const fused_mha_product_arguments& call) {
 }
 
 int64_t module_workspace(const fused_mha_module_arguments& call) {
-    return with_policy(call.query.dtype, [&](auto policy) { return Module<decltype(policy)>(call).workspace(); });
+    return with_policy(call.query.dtype, &KernelTable::module_workspace, call,
+                       [&](auto policy) { return Module<decltype(policy)>(call).workspace(); });
 }
 void module(const fused_mha_module_arguments& call) {
-    with_policy(call.query.dtype, [&](auto policy) { Module<decltype(policy)>(call).run(); });
+    with_policy(call.query.dtype, &KernelTable::module, call, [&](auto policy) { Module<decltype(policy)>(call).run(); });
 }
 
 void column_sums(const fused_mha_tensor& matrix, const fused_mha_tensor& sums, int64_t threads) {
-    with_policy(matrix.dtype, [&](auto policy) {
-        ColumnSums<typename decltype(policy)::Accumulator>(matrix, sums).run(threads);
-    });
+    if (matrix.dtype == FUSED_MHA_FLOAT64) return ColumnSums<double>(matrix, sums).run(threads);
+    ColumnSums<float>(matrix, sums).run(threads);
 }
 
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {

@@ -29,8 +29,8 @@ template <class T>
 FMHA_INLINE T element_as(int64_t dtype, const void* data, int64_t index) {
     switch (dtype) {
         case FUSED_MHA_FLOAT64: return T(static_cast<const double*>(data)[index]);
-        case FUSED_MHA_BFLOAT16: return T(bfloat16_to_float(static_cast<const uint16_t*>(data)[index]));
-        case FUSED_MHA_FLOAT16: return T(half_to_float(static_cast<const uint16_t*>(data)[index]));
+        case FUSED_MHA_BFLOAT16: return T(of_bfloat16_bits<float>(uint32_t(static_cast<const uint16_t*>(data)[index])));
+        case FUSED_MHA_FLOAT16: return T(of_half_bits<float>(uint32_t(static_cast<const uint16_t*>(data)[index])));
         default: return T(static_cast<const float*>(data)[index]);
     }
 }

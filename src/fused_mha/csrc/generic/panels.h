@@ -287,7 +287,7 @@ private:
     static float last_element(int64_t dtype, const void* row, int64_t columns) {
         uint32_t bits = 0;
         if (row)
-            bits = dtype == ROUNDED_TO_BFLOAT16 ? float_to_bfloat16(static_cast<const float*>(row)[columns - 1])
+            bits = dtype == ROUNDED_TO_BFLOAT16 ? to_bfloat16_bits<uint32_t>(static_cast<const float*>(row)[columns - 1])
                                                 : static_cast<const uint16_t*>(row)[columns - 1];
         float pair;
         memcpy(&pair, &bits, sizeof pair);

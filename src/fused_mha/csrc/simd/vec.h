@@ -18,6 +18,7 @@ typedef float vfloat __attribute__((vector_size(FMHA_VECTOR_BYTES)));
 typedef double vdouble __attribute__((vector_size(FMHA_VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(FMHA_VECTOR_BYTES)));
 typedef uint32_t vuint __attribute__((vector_size(FMHA_VECTOR_BYTES)));
+typedef uint16_t vuint16 __attribute__((vector_size(FMHA_VECTOR_BYTES / 2)));
 typedef int64_t vlong __attribute__((vector_size(FMHA_VECTOR_BYTES)));
 
 template <class T>
@@ -101,57 +102,62 @@ FMHA_INLINE vdouble portable_scale(vdouble p, vdouble n) {
     memcpy(&power, &exponent, sizeof power);
     return p * power;
 }
-// bfloat16 and half as they lie in memory: 16 bits.
-FMHA_INLINE float bfloat16_to_float(uint16_t bits) {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float x;
-    memcpy(&x, &wide, 4);
-    return x;
+template <class To, class From>
+FMHA_INLINE To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
 }
-FMHA_INLINE uint16_t float_to_bfloat16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);  // a NaN must not round to inf
-    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+// All bits where a < b, for numbers less than 2^31 apart. Of a comparison of vectors that are wider than the registers,
+// GCC makes one for each lane: most of the code of an instruction set, and slow.
+template <class Bits>
+FMHA_INLINE Bits less(Bits a, Bits b) {
+    return Bits{} - ((a - b) >> 31);
 }
-FMHA_INLINE float half_to_float(uint16_t bits) {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, magnitude = uint32_t(bits & 0x7fff) << 13;
-    uint32_t wide = magnitude + (112u << 23);
-    if (magnitude >= (31u << 23)) wide += 112u << 23;  // inf and NaN
-    float x;
-    if (magnitude < (1u << 23)) {  // zero and subnormals: the exponent of 2^-14 without the implicit bit
-        wide = magnitude + (113u << 23);
-        memcpy(&x, &wide, 4);
-        x -= 6.103515625e-05f;
-        memcpy(&wide, &x, 4);
-    }
-    wide |= sign;
-    memcpy(&x, &wide, 4);
-    return x;
+template <class Bits>
+FMHA_INLINE Bits choose(Bits mask, Bits a, Bits b) {
+    return b ^ ((a ^ b) & mask);
 }
-FMHA_INLINE uint16_t float_to_half(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t sign = bits & 0x80000000u;
-    bits ^= sign;
-    uint32_t half;
-    if (bits >= (143u << 23)) {  // 2^16 and above: inf, or NaN
-        half = bits > (255u << 23) ? 0x7e00 : 0x7c00;
-    } else if (bits < (113u << 23)) {  // subnormal: the addition rounds to a multiple of 2^-24
-        float magnitude;
-        memcpy(&magnitude, &bits, 4);
-        magnitude += 0.5f;
-        memcpy(&half, &magnitude, 4);
-        half -= 126u << 23;
-    } else {
-        half = (bits + ((15u - 127u) << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
-    }
-    return uint16_t(half | (sign >> 16));
+// bfloat16 and half, whose 16 bits take the lower part of 32. Bits is uint32_t with float, or a vector of both.
+template <class Bits, class Float>
+FMHA_INLINE Bits to_bfloat16_bits(Float x) {
+    const Bits bits = bits_as<Bits>(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    const Bits is_nan = less(Bits{} + 0x7f800000u, bits & 0x7fffffffu);  // which must not round to inf
+    return choose(is_nan, (bits >> 16) | 0x40, rounded);
 }
-
-FMHA_INLINE void portable_store_bfloat16(uint16_t* p, vfloat v) {
-    for (int i = 0; i < LANES<float>; ++i) p[i] = float_to_bfloat16(v[i]);
+template <class Float, class Bits>
+FMHA_INLINE Float of_bfloat16_bits(Bits bits) {
+    return bits_as<Float>(bits << 16);
 }
+template <class Bits, class Float>
+FMHA_INLINE Bits to_half_bits(Float x) {
+    const Bits all = bits_as<Bits>(x), bits = all & 0x7fffffffu;
+    const Bits normal = (bits + ((15u - 127u) << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+    const Bits subnormal = bits_as<Bits>(bits_as<Float>(bits) + 0.5f) - (126u << 23);  // rounds to a multiple of 2^-24
+    const Bits finite = choose(less(bits, Bits{} + (113u << 23)), subnormal, normal);
+    const Bits large = 0x7c00 | (less(Bits{} + (255u << 23), bits) & 0x200);  // 2^16 and above: inf, or NaN
+    return choose(less(bits, Bits{} + (143u << 23)), finite, large) | (all ^ bits) >> 16;
+}
+template <class Float, class Bits>
+FMHA_INLINE Float of_half_bits(Bits bits) {
+    const Bits magnitude = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+    // inf and NaN have the largest exponent in both.
+    const Bits normal = magnitude + (112u << 23) + (~less(magnitude, Bits{} + (31u << 23)) & (112u << 23));
+    // Zero and subnormals: the exponent of 2^-14 without the implicit bit.
+    const Float subnormal = bits_as<Float>(magnitude + (113u << 23)) - 6.103515625e-05f;
+    return bits_as<Float>(choose(less(magnitude, Bits{} + (1u << 23)), bits_as<Bits>(subnormal), normal) | sign);
+}
+FMHA_INLINE vuint load_16_bits(const uint16_t* p) {
+    vuint16 narrow;
+    memcpy(&narrow, p, sizeof narrow);
+    return __builtin_convertvector(narrow, vuint);
+}
+FMHA_INLINE void store_16_bits(uint16_t* p, vuint x) {
+    const vuint16 narrow = __builtin_convertvector(x, vuint16);
+    memcpy(p, &narrow, sizeof narrow);
+}
+FMHA_INLINE void portable_store_bfloat16(uint16_t* p, vfloat v) { store_16_bits(p, to_bfloat16_bits<vuint>(v)); }
 
 // Bit i is set where byte i of n <= 32 is not zero; nothing behind them is read.
 FMHA_INLINE uint32_t portable_nonzero_bytes(const uint8_t* p, int n) {

@@ -25,20 +25,10 @@ FMHA_INLINE vdouble scalable(vdouble x) { return max(splat(ZERO_EXPONENT<double>
 FMHA_INLINE vfloat scale(vfloat p, vfloat n) { return portable_scale(p, n); }
 FMHA_INLINE vdouble scale(vdouble p, vdouble n) { return portable_scale(p, n); }
 
-FMHA_INLINE vfloat load_bfloat16(const uint16_t* p) {
-    vfloat v;
-    for (int i = 0; i < LANES<float>; ++i) v[i] = bfloat16_to_float(p[i]);
-    return v;
-}
+FMHA_INLINE vfloat load_bfloat16(const uint16_t* p) { return of_bfloat16_bits<vfloat>(load_16_bits(p)); }
 FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) { portable_store_bfloat16(p, v); }
-FMHA_INLINE vfloat load_half(const uint16_t* p) {
-    vfloat v;
-    for (int i = 0; i < LANES<float>; ++i) v[i] = half_to_float(p[i]);
-    return v;
-}
-FMHA_INLINE void store_half(uint16_t* p, vfloat v) {
-    for (int i = 0; i < LANES<float>; ++i) p[i] = float_to_half(v[i]);
-}
+FMHA_INLINE vfloat load_half(const uint16_t* p) { return of_half_bits<vfloat>(load_16_bits(p)); }
+FMHA_INLINE void store_half(uint16_t* p, vfloat v) { store_16_bits(p, to_half_bits<vuint>(v)); }
 
 FMHA_INLINE uint32_t nonzero_bytes(const uint8_t* p, int n) { return portable_nonzero_bytes(p, n); }
 
