@@ -105,7 +105,7 @@ public:
         for (int64_t p = 0; p < keys.count; ++p) {
             for (int64_t t = 0; t < group.count; ++t) group.scores[t] = group.strips[t].scores + p * COLUMNS;
             SingleQuery<P>::score_heads(a.key.dtype, group.count, group.queries, rows + p * COLUMNS,
-                                        (keys.count - p) * COLUMNS, attention.D, group.scores);
+                                        known(keys, p), attention.D, group.scores);
         }
         for (int64_t t = 0; t < group.count; ++t) {
             Strip<P>& strip = group.strips[t];
@@ -125,7 +125,7 @@ public:
         for (int64_t p = 0; p < keys.count; ++p) {
             for (int64_t t = 0; t < group.count; ++t) group.weights[t] = group.strips[t].scores + p * COLUMNS;
             SingleQuery<P>::add_values_heads(a.value.dtype, group.count, group.weights, rows + p * COLUMNS,
-                                             (keys.count - p) * COLUMNS, attention.D_v, group.outputs);
+                                             known(keys, p), attention.D_v, group.outputs);
         }
     }
 
@@ -174,7 +174,7 @@ private:
             if (mask.kind == mask.HIDDEN) continue;
             T* at = strip.scores + p * tile.rows * COLUMNS;
             if (attention.reads_in_place)
-                SingleQuery<P>::score(attention.a.key.dtype, tile.query, rows + p * COLUMNS, (keys.count - p) * COLUMNS,
+                SingleQuery<P>::score(attention.a.key.dtype, tile.query, rows + p * COLUMNS, known(keys, p),
                                   attention.D, at);
             else
                 gemm_in_blocks<P>(
@@ -277,8 +277,14 @@ private:
         for (int64_t s = 0; s < strip.active_count; ++s) {
             const int64_t p = strip.active[s];
             SingleQuery<P>::add_values(attention.a.value.dtype, strip.scores + p * COLUMNS, rows + p * COLUMNS,
-                                   (keys.count - p) * COLUMNS, attention.D_v, tile.output, accumulate || s > 0);
+                                   known(keys, p), attention.D_v, tile.output, accumulate || s > 0);
         }
+    }
+
+    // The keys of a tile from panel p on.
+    int64_t known(const KeyTile<P>& keys, int64_t p) const {
+        const int64_t last = keys.count - 1;
+        return (last - p) * COLUMNS + min(masking.keys - keys.panels[last].first, COLUMNS);
     }
 
     void rows_of_tile(const fused_mha_tensor& tensor, const fused_mha_tensor& bias, const RowTile<P>& tile,

@@ -49,8 +49,8 @@ struct SingleQuery {
                 for (int64_t first = 0; first < heads; first += W) {
                     const int64_t some = min(heads - first, W);
                     const auto query_of = [&](int i) { return queries[first + min(i, some - 1)]; };
-                    Vec<T> block[W];
-                    for (int k = 0; k < W; ++k) {
+                    Vec<T> block[W] = {};
+                    for (int64_t k = 0; k < min(W, known - j); ++k) {
                         const HeadRow key = keys[j + k];
                         if (first == 0 && j + k + ahead < known) prefetch_heads<Data>(keys[j + k + ahead], heads, columns);
                         block[k] = dots<Data>(columns, query_of, [&](int i) { return i < some ? key.of(first + i) : nullptr; });
@@ -77,7 +77,7 @@ struct SingleQuery {
         const int64_t ahead = rows_ahead(dtype, heads, columns);
         with_data<T>(dtype, [&](auto data) {
             using Data = decltype(data);
-            for (int64_t j = 0; j < COLUMNS; j += ROWS_AT_ONCE)
+            for (int64_t j = 0; j < min(COLUMNS, known); j += ROWS_AT_ONCE)
                 for (int64_t h = 0; h < heads; ++h) {
                     const void* rows[ROWS_AT_ONCE];
                     for (int i = 0; i < ROWS_AT_ONCE; ++i) {
