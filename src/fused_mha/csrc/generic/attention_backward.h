@@ -384,6 +384,20 @@ private:
         // sums (keys of a panel x columns) += a^T b, over the rows of the block; = where `accumulate` is false.
         void add_transposed(const T* a, const T* b, int64_t columns, T* sums, bool accumulate) const {
             const int64_t steps = Panels<P>::steps(rows);
+#if defined(FMHA_BFLOAT16_DOT)
+            if (multiplies_by_tiles<P>()) {
+                constexpr int64_t TILES = (BLOCK_ROWS / 2 + TILE_STEPS - 1) / TILE_STEPS, TILE = TILE_STEPS * TILE_STEPS;
+                alignas(64) float tiles[TILES * TILE];
+                for (int64_t key = 0; key < COLUMNS; key += TILE_STEPS) {
+                    transpose_to_tiles(a, steps, key, tiles);
+                    for (int64_t c = 0; c < columns; c += COLUMNS)
+                        gemm<P>(TILE_STEPS, columns - c,
+                                {tiles, TILE_STEPS, TILE, b + c * steps, COLUMNS, sums + c * chunk_rows() + key * COLUMNS,
+                                 steps, accumulate});
+                }
+                return;
+            }
+#endif
             const Parts parts{COLUMNS, ceil_div(COLUMNS, MR)};
             for (int64_t c = 0; c < columns; c += COLUMNS)
                 for (int64_t t = 0; t < parts.parts; ++t)

@@ -143,7 +143,7 @@ void gemm_by_tiles(int rows, int64_t columns, const GemmArguments& g);  // in ti
 template <class P, Layout LAYOUT = Layout::PANELS>
 void gemm(int rows, int64_t columns, const GemmArguments& g) {
 #if defined(FMHA_BFLOAT16_DOT)
-    if constexpr (P::KSTEP == 2)
+    if constexpr (P::KSTEP == 2 && LAYOUT != Layout::TRANSPOSED)
         if (tiles_in_use.load(std::memory_order_relaxed)) return gemm_by_tiles<LAYOUT>(rows, columns, g);
 #endif
     if (columns > LANES<typename P::Accumulator>)

@@ -42,18 +42,17 @@ struct Matrices {
 
     bool has_few_rows = false;  // few_rows.h computes it
 
-    static constexpr int64_t LESS_TO_PACK = 128;  // rows of x up to which y^T = W x^T packs less
-
     // As it has least to pack: by a few rows, or C^T = B^T A^T. `all_rows` counts those of the whole call, of which this
-    // may be a part: the sums must not depend on how it is cut. Tiles multiply so fast that packing pays off sooner.
+    // may be a part: the sums must not depend on how it is cut. Tiles multiply so fast that packing weighs more.
     Matrices with_least_to_pack(bool by_tiles, int64_t all_rows) const {
         Matrices m = *this;
         const bool is_forward = right_is_transposed && !left_is_transposed;
+        const int64_t less_to_pack = by_tiles ? 320 : 128;  // in W x^T
         const int64_t few = is_forward           ? (by_tiles ? 4 : 32)
                             : left_is_transposed ? (by_tiles ? 24 : 32)
-                                                 : (by_tiles ? 16 : LESS_TO_PACK);
+                                                 : (by_tiles ? 16 : 128);
         m.has_few_rows = !(left_is_transposed && right_is_transposed) && all_rows <= few;
-        if (m.has_few_rows || all_rows > LESS_TO_PACK || M >= N || !is_forward) return m;
+        if (m.has_few_rows || all_rows > less_to_pack || M >= N || !is_forward) return m;
         return {right, left, output, bias, N, M, K, false, true, threads, true};
     }
     Matrices with_least_to_pack(bool by_tiles) const {

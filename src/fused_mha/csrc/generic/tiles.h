@@ -73,28 +73,34 @@ FMHA_INLINE void tile_multiply_add() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// One step of tiles along K of A: as it lies where that is a tile, else from a copy in `copy`.
+// `steps` rows of NR pairs as tiles of A for their columns from..from + 16: [tile of steps][column][TILE_STEPS].
+inline void transpose_to_tiles(const float* rows, int64_t steps, int64_t from, float* to) {
+    for (int64_t k = 0; k < steps; k += TILE_STEPS) {
+        vfloat block[TILE_STEPS];
+        for (int64_t i = 0; i < TILE_STEPS; ++i) block[i] = k + i < steps ? load(rows + (k + i) * NR<float> + from) : vfloat{};
+        transpose_steps<vfloat, TILE_STEPS, TILE_STEPS / 2>(block);
+        for (const vfloat& column : block) {
+            store(to, column);
+            to += TILE_STEPS;
+        }
+    }
+}
+
+// One step of tiles along K of A as it lies: in panels there are zeros behind the last step, else a copy gets them.
 template <int TILE, Layout LAYOUT>
-FMHA_INLINE void load_a_tile(const GemmArguments& g, int rows, int64_t k, float* copy) {
+FMHA_INLINE void load_a_tile(const GemmArguments& g, int rows, int64_t k) {
+    static_assert(LAYOUT != Layout::TRANSPOSED);
     constexpr int64_t ROW_BYTES = TILE_STEPS * sizeof(float);
     const float* a = static_cast<const float*>(g.a);
-    const int64_t left = g.steps - k < TILE_STEPS ? g.steps - k : TILE_STEPS;
-    if constexpr (LAYOUT == Layout::PANELS) {  // with zeros behind the last step
+    if constexpr (LAYOUT == Layout::PANELS) {
         tile_load<TILE>(a + k / TILE_STEPS * g.a_panel_stride, ROW_BYTES);
-    } else if constexpr (LAYOUT == Layout::ROWS) {
-        const char* const first = reinterpret_cast<const char*>(a + k);
-        if (left == TILE_STEPS) return tile_load<TILE>(first, g.a_row_bytes);
-        for (int r = 0; r < rows; ++r)
-            store(copy + r * TILE_STEPS,
-                  load_some<float, Float32Data>(reinterpret_cast<const float*>(first + r * g.a_row_bytes), left));
-        tile_load<TILE>(copy, ROW_BYTES);
     } else {
-        constexpr int64_t ROW = NR<float>;
-        vfloat block[TILE_STEPS];
-        for (int64_t i = 0; i < TILE_STEPS; ++i)
-            block[i] = i < left ? load_some<float, Float32Data>(a + (k + i) * ROW, rows) : vfloat{};
-        transpose_steps<vfloat, TILE_STEPS, TILE_STEPS / 2>(block);
-        for (int r = 0; r < rows; ++r) store(copy + r * TILE_STEPS, block[r]);
+        const char* const first = reinterpret_cast<const char*>(a + k);
+        if (k + TILE_STEPS <= g.steps) return tile_load<TILE>(first, g.a_row_bytes);
+        alignas(64) float copy[MR * TILE_STEPS];
+        for (int r = 0; r < rows; ++r)
+            store(copy + r * TILE_STEPS, load_some<float, Float32Data>(
+                                             reinterpret_cast<const float*>(first + r * g.a_row_bytes), g.steps - k));
         tile_load<TILE>(copy, ROW_BYTES);
     }
 }
@@ -103,7 +109,7 @@ template <int SET, int VECTORS, Layout LAYOUT>
 __attribute__((noinline)) void multiply_tiles(int rows, const GemmArguments& g) {
     constexpr int C = 3 * SET, A = 3 * SET + 2, B = 6;
     constexpr int64_t ROW_BYTES = NR<float> * sizeof(float);
-    alignas(64) float copy[MR * TILE_STEPS], last_of_b[TILE_STEPS * NR<float>];
+    alignas(64) float last_of_b[TILE_STEPS * NR<float>];
     float* const c = static_cast<float*>(g.c);
     if (g.accumulate) {
         tile_load<C>(c, ROW_BYTES);
@@ -124,7 +130,7 @@ __attribute__((noinline)) void multiply_tiles(int rows, const GemmArguments& g) 
             from = last_of_b;
             stride = ROW_BYTES;
         }
-        load_a_tile<A, LAYOUT>(g, rows, k, copy);
+        load_a_tile<A, LAYOUT>(g, rows, k);
         tile_load<B>(from, stride);
         tile_multiply_add<C, A, B>();
         if (VECTORS > 1) {
