@@ -337,7 +337,7 @@ FAULTS = [
         "tests/test_changes_before_backward.py",
     ),
     Fault(
-        "padding of inference mode is saved as it is",
+        "a large mask of inference mode is saved as it is",
         PACKAGE + "ops/schema.py",
         "mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask",
         "mask.clone() if mask.dim() <= 2 or is_small else mask",
