@@ -24,8 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two OpenMP pools on one core spend th
     torch.set_num_threads(1)
 
 
-# Minutes of compilation, and programs of their own.
-LONGEST = ("test_compilation", "test_symbols", "test_examples")
+# Minutes of compilation and of Triton's interpreter, and programs of their own.
+LONGEST = ("test_compilation", "test_interpreted", "test_skipping", "test_symbols", "test_examples")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -148,6 +148,18 @@ def test_tensors_of_inference_mode_are_trained_on(path, options, make_masks):
     assert_as_torch(path, options, of_inference, given=given)
 
 
+def test_a_mask_of_inference_mode_that_is_larger_than_the_query_is_trained_beside(path):
+    x, mask = torch.randn(1, 20, E), torch.randn(H, 20, 20)
+    with torch.inference_mode():
+        of_inference = mask.clone()
+    options = {"batch_first": True}
+    expected = gradients(make(nn.MultiheadAttention, options), (x, x, x), {"attn_mask": mask})
+    with path():
+        found = gradients(make(MultiHeadAttention, options), (x, x, x), {"attn_mask": of_inference})
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_copies_of_one_tensor_are_one():
     with torch.inference_mode():
         x, y = torch.randn(2, L, N, E)
