@@ -1,6 +1,6 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `linear` and `one_call` `allows`,
+`functional.attention` calls `choose`, `plans` `choose` and `forced`, `linear` and `one_call` `allows`,
 `explanation` `explain_inputs`; users call `backend`.
 """
 
@@ -112,6 +112,11 @@ def backend(name: str) -> Iterator[None]:
         _override.name = previous
 
 
+def forced() -> str | None:
+    """The name that `backend` forces for this thread."""
+    return _override.name
+
+
 def allows(candidate: Backend) -> bool:
     """Whether a back end is among those that calls are given to, and no other is forced for this thread."""
     return _override.name in (None, candidate.name) and any(known is candidate for known in BACKENDS)
@@ -139,8 +144,3 @@ def choose(inputs: AttentionInputs) -> Backend:
         if not not_supported_reasons(candidate.capability, inputs) and _may_serve(candidate, inputs):
             return candidate
     raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
-
-
-def run(inputs: AttentionInputs) -> AttentionResult:
-    """Compute attention on the back end that `choose` finds."""
-    return choose(inputs).run(inputs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -54,14 +57,27 @@ def is_traced_by_dynamo() -> bool:
     return torch.compiler.is_dynamo_compiling() and not transform_is_active() and not torch.onnx.is_in_onnx_export()
 
 
+def may_skip_dispatcher(grads: Iterable[Tensor | None]) -> bool:
+    """Whether a backward that is given these gradients may call kernels as they are."""
+    return (
+        is_eager()
+        and not torch.is_grad_enabled()
+        and all(grad is None or (type(grad) is Tensor and has_plain_memory(grad)) for grad in grads)
+    )
+
+
 def has_plain_memory(x: Tensor) -> bool:
-    """Whether ``x`` is on the CPU, and its memory holds its values: it is no sparse, fake, batched or negated tensor,
-    nor one that a class of its own dispatches.
+    """Whether ``x`` is on the CPU or a GPU, and its memory holds its values: it is no sparse, fake, batched or negated
+    tensor, nor one that a class of its own dispatches.
     """
-    return torch._C._dispatch_keys(x).raw_repr() in _PLAIN_KEYS
+    device = x.device.type
+    return device in ("cpu", "cuda") and torch._C._dispatch_keys(x).raw_repr() in plain_keys(device)
 
 
-_plain = torch.empty(0, device="cpu")
-with torch.inference_mode():
-    _of_inference = torch.empty(0, device="cpu")
-_PLAIN_KEYS = {torch._C._dispatch_keys(_x).raw_repr() for _x in (_plain, _of_inference)}
+@functools.cache
+def plain_keys(device_type: str) -> frozenset[int]:
+    """The dispatch keys of tensors of a device that are nothing but memory."""
+    plain = torch.empty(0, device=device_type)
+    with torch.inference_mode():
+        of_inference = torch.empty(0, device=device_type)
+    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))

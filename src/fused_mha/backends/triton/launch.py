@@ -85,7 +85,7 @@ class Plan:
     def __init__(self, wanted: Arguments) -> None:
         a = readable.arguments(wanted)
         pairs = zip(wanted[:TENSORS], a[:TENSORS], strict=True)
-        self._is_readable = all(x is None or x.data_ptr() == y.data_ptr() for x, y in pairs)
+        self._is_readable = all(x is None or y is None or x.data_ptr() == y.data_ptr() for x, y in pairs)
         self._numbers = wanted[TENSORS:]
         self._mask_sizes = None if wanted.attn_mask is None else tuple(wanted.attn_mask.shape[:2])
         self._head_sizes = wanted.query.shape[3], wanted.value.shape[3]
@@ -145,12 +145,15 @@ class Plan:
             of = (grads[1] is not None, grads[2] is not None, mask_grad, columns_grad)
             plan = self._backward.get(of)
             if plan is None:
-                plan = self._backward[of] = self._plan_backward(self._readable(tensors), *of)
-            of_grads = zip(grads, (self._unit, 1, 1), strict=True)
+                plan = self._backward[of] = self._plan_backward(self._readable(tensors), of[0], mask_grad, columns_grad)
+            rows = readable.rows
+            grad_output, grad_weights, grad_lse = grads
             given = Given(
-                *(x if x is None else readable.rows(x.contiguous(), unit) for x, unit in of_grads),
-                readable.rows(output.contiguous(), self._unit),
-                readable.rows(stats.contiguous(), 1),
+                rows(grad_output.contiguous(), self._unit),
+                None if grad_weights is None else rows(grad_weights.contiguous(), 1),
+                None if grad_lse is None else rows(grad_lse.contiguous(), 1),
+                rows(output.contiguous(), self._unit),
+                rows(stats.contiguous(), 1),
                 plan.terms(),
                 None if plan.cleaned is None else plan.cleaned(),
             )
@@ -170,7 +173,7 @@ class Plan:
         first = [None if x is None else readable.first(x, size) for x, size in of_rows]
         return *first[:3], grad_mask, grad_columns, *first[3:]
 
-    def _plan_backward(self, a: Arguments, of_weights: bool, _: bool, mask_grad: bool, columns_grad: bool) -> _Backward:
+    def _plan_backward(self, a: Arguments, of_weights: bool, mask_grad: bool, columns_grad: bool) -> _Backward:
         query, key, value = a[:3]
         N, L, H, _ = query.shape
         S, H_kv = key.shape[1:3]
@@ -237,7 +240,8 @@ class Plan:
 
 
 _nothing = contextlib.nullcontext()
-_empty_strided: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)  # not public
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty_strided: Any = getattr(_guards, "_empty_strided_cuda", None)  # not public
 
 
 def _flash_serves(a: Arguments) -> bool:

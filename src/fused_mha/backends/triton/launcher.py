@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from fused_mha.backends.triton.entry import entry
 from fused_mha.backends.triton.tile_config import Launch
@@ -34,12 +34,11 @@ class Launcher:
         self._compiled: Any = None  # which keeps the code loaded
         self._kinds = ""
 
-    def __call__(self, tensors: tuple[Tensor | None, ...], *operands: Operand) -> None:
+    def __call__(self, tensors: tuple[Any, ...], *operands: Operand) -> None:
         """Launch it on the current device and stream.
 
-        Args:
-            tensors: the first fields of `Call`.
-            operands: what the kernel takes beside the call; those of a kind are None, or tensors of one shape, always.
+        The tensors are the first fields of `Call`, the operands what the kernel takes beside the call: each is None in
+        every launch, or in none.
         """
         compiled = self._compiled
         if compiled is None or _is_watched():
@@ -106,5 +105,5 @@ def _bytes(x: Tensor | None) -> Tensor | None:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of each launch from Triton."""
-    hook = triton.knobs.runtime.launch_enter_hook
+    hook = knobs.runtime.launch_enter_hook
     return hook is not None and bool(hook.calls)

@@ -6,6 +6,7 @@ The arguments are those that `readable` gives. Nothing here reads a tensor or al
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,7 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
     far = L + S + 1  # beyond every key
     first, last, p = arguments.first_visible, arguments.last_visible, drawn_probability(arguments.dropout_p)
     squares = squares_shape(arguments)
-    call = Call(
-        *(None,) * TENSORS,
+    numbers: list[Any] = [
         *readable.strides(query),
         *readable.strides(key),
         *readable.strides(value),
@@ -50,7 +50,8 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         arguments.scale,
         min(int(p * 65536), 65535),
         1 / (1 - p) if p < 1.0 else 0.0,
-    )
+    ]
+    call = Call._make([None] * TENSORS + numbers)
     return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]), _kind(arguments))
 
 
@@ -59,7 +60,8 @@ def squares_shape(a: Arguments) -> tuple[int, int, int, int] | None:
     mask = a.attn_mask
     if mask is None or not _pays_to_search(mask, a):
         return None
-    return *mask.shape[:2], blocks(a.query.shape[1], SQUARE.value), blocks(a.key.shape[1], SQUARE.value)
+    batches, heads = mask.shape[:2]
+    return batches, heads, blocks(a.query.shape[1], SQUARE.value), blocks(a.key.shape[1], SQUARE.value)
 
 
 def _kind(a: Arguments) -> Kind:
