@@ -21,9 +21,10 @@ ALLOWED = {
     "testing.tolerances": set(),
     "convert": {"multi_head_attention"},
     "explanation": {"dispatch", "linear", "multi_head_attention", "one_call"},
-    "multi_head_attention": {"dispatch", "inputs", "masks", "nested", "one_call", "projections", "quantization"},
+    "multi_head_attention": {"inputs", "masks", "nested", "one_call", "plans", "projections", "quantization"},
     "one_call": {"backends.arguments", "backends.cpu", "dispatch", "inputs", "linear", "masks", "modes", "projections"},
-    "functional": {"dispatch", "inputs", "masks", "modes"},
+    "functional": {"dispatch", "inputs", "masks", "modes", "plans"},
+    "plans": {"backends.capability", "dispatch", "inputs", "modes"},
     "nested": set(),
     "quantization": set(),
     "projections": {"linear"},
@@ -57,18 +58,27 @@ ALLOWED = {
         "backends.arguments",
         "backends.capability",
         "backends.triton.assembler",
+        "backends.triton.eager",
         "backends.triton.launch",
         "backends.triton.tile_config",
         "inputs",
         "ops.fallback",
         "ops.schema",
     },
+    "backends.triton.eager": {"backends.arguments", "backends.triton.launch", "inputs", "modes", "ops.schema"},
     "backends.triton.launch": {
         *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
-        *(f"backends.triton.{name}" for name in ("assembler", "entry", "tile_config", "tiles", "visibility")),
+        *(f"backends.triton.{name}" for name in ("launcher", "preparation", "readable")),
+        *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
         "ops.gradients",
         "ops.schema",
     },
+    "backends.triton.launcher": {f"backends.triton.{name}" for name in ("entry", "tile_config", "tiles")},
+    "backends.triton.preparation": {
+        *(f"backends.triton.{name}" for name in ("assembler", "readable", "tile_config", "tiles", "visibility")),
+        "ops.schema",
+    },
+    "backends.triton.readable": {"backends.triton.tiles", "ops.schema"},
     "backends.triton.assembler": set(),
     "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
     "backends.triton.backward": {"backends.triton.tiles", "backends.triton.visibility"},
@@ -97,7 +107,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
-    "backends.triton.assembler": {"torch", "triton"},
+    **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
         for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")

@@ -80,12 +80,13 @@ def attention(
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1;
         `torch.nn.functional.scaled_dot_product_attention`.
     """
-    if autocast_is_on(query.device.type):
+    device = query.device.type
+    if autocast_is_on(device):
         query, key, value = (_autocast(x) for x in (query, key, value))
         bias_k, bias_v = (None if x is None else _autocast(x) for x in (bias_k, bias_v))
     tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
     kind = None
-    if query.device.type == plans.DEVICE and not torch.compiler.is_compiling():
+    if device == plans.DEVICE and not torch.compiler.is_compiling():
         flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale)
         kind = plans.kind_of(tensors, (*flags, need_weights, average_attn_weights, return_lse))
         if (served := plans.find(kind)) is not None:

@@ -42,13 +42,13 @@ class Kept:
         if attn_mask is not None and attn_mask.dim() == 2:
             attn_mask = attn_mask[None, None]
         seed = draw_seed(self._dropout_p, self._device) if self._dropout_p else None
-        tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v, seed)
+        others = (attn_mask, key_padding_mask, bias_k, bias_v, seed)
         if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
-            output, weights, lse, _ = self.plan.forward(tensors)
+            output, weights, lse, _ = self.plan.forward((query, key, value, *others))
         elif self.returns_output_alone:
-            return AttentionResult(_Attention.apply(self, *tensors), None, None)
+            return AttentionResult(_record(self, query, key, value, others), None, None)
         else:
-            output, weights, lse = _Attention.apply(self, *tensors)
+            output, weights, lse = _record(self, query, key, value, others)
         return AttentionResult(output, weights, lse if self._return_lse else None)
 
 
@@ -58,45 +58,52 @@ def _no_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 
 class _Attention(torch.autograd.Function):
-    """The operators `attention` and `attention_backward` of such a call."""
+    """The operators `attention` and `attention_backward` of such a call; the fewer inputs, the less it costs."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Kept, *tensors: Tensor | None) -> Any:
-        output, weights, lse, stats = kept.plan.forward(tensors)
-        query, key, value, attn_mask, key_padding_mask, *others = tensors
-        assert query is not None
+    def forward(
+        ctx: Any, kept: Kept, query: Tensor, key: Tensor, value: Tensor, others: tuple[Tensor | None, ...]
+    ) -> Any:
+        output, weights, lse, stats = kept.plan.forward((query, key, value, *others))
+        attn_mask, key_padding_mask, bias_k, bias_v, seed = others
         if attn_mask is not None:
             attn_mask = schema.own_mask(attn_mask, query)
         if key_padding_mask is not None:
             key_padding_mask = schema.own_mask(key_padding_mask, query)
-        ctx.save_for_backward(query, key, value, attn_mask, key_padding_mask, *others, output, stats)
+        masks = (attn_mask, key_padding_mask)
+        ctx.save_for_backward(query, key, value, *masks, bias_k, bias_v, seed, output, stats)
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         if kept.returns_output_alone:
             return output
-        _, of_query, of_key, *_ = ctx.needs_input_grad
-        if not (of_query or of_key):  # of values alone, neither is a function
+        if not (query.requires_grad or key.requires_grad):  # of values alone, neither is a function
             ctx.mark_non_differentiable(*(x for x in (weights, lse) if x is not None))
         return output, weights, lse
 
     @staticmethod
     def backward(ctx: Any, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_output, grad_weights, grad_lse = of_results if len(of_results) == 3 else (*of_results, None, None)
-        if grad_output is grad_weights is grad_lse is None:
-            return (None,) * 9
+        grads = of_results if len(of_results) == _RESULTS else (*of_results, None, None)
+        if grads[0] is grads[1] is grads[2] is None:
+            return (None,) * 5
         *tensors, output, stats = ctx.saved_tensors
-        grads = (grad_output, grad_weights, grad_lse)
-        if not may_skip_dispatcher(grads):
+        has_output = grads[0] is not None
+        if may_skip_dispatcher(grads):
+            grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
+            found = ctx.kept.plan.gradients(tensors, grads, output, stats, False, False)
+        else:
             numbers = ctx.kept.numbers
             found = schema.attention_backward(*grads, output, stats, False, False, *tensors, *numbers)
-        else:
-            grads = (torch.zeros_like(output) if grad_output is None else grad_output, grad_weights, grad_lse)
-            found = ctx.kept.plan.gradients(tuple(tensors), grads, output, stats, False, False)
-        _, of_query, of_key, of_value, *_ = ctx.needs_input_grad
+        _, of_query, of_key, of_value, _ = ctx.needs_input_grad
         return (
             None,
             found[0] if of_query else None,
             found[1] if of_key else None,
-            found[2] if of_value and grad_output is not None else None,  # of which the weights are no function
-            *(None,) * 5,
+            found[2] if of_value and has_output else None,  # of which weights and log-sum-exp are no functions
+            None,
         )
+
+
+_RESULTS = 3  # output, weights and log-sum-exp, or the output alone
+# Without what `Function.apply` does for transforms: of those, there is none here.
+_base: Any = super(torch.autograd.Function, _Attention)
+_record = _base.apply

@@ -90,8 +90,10 @@ class Plan:
         self._mask_sizes = None if wanted.attn_mask is None else tuple(wanted.attn_mask.shape[:2])
         self._head_sizes = wanted.query.shape[3], wanted.value.shape[3]
         self._device = wanted.query.device
+        self._index = self._device.index if self._device.type == "cuda" else None
         self._unit = readable.unit_of(wanted.query)
         self._flash_is_causal = wanted.last_visible == 0 if wanted.need_weights and _flash_serves(wanted) else None
+        self._fills_up = any(size % self._unit for size in self._head_sizes)
         self._call, self._tiling = prepare(a)
         N, L, H, _ = a.query.shape
         tiling = self._tiling.forward
@@ -128,7 +130,7 @@ class Plan:
                 launcher, maker = self._weights
                 weights = maker()
                 launcher(given, stats, weights)
-        return readable.first(output, self._head_sizes[1]), weights, lse, stats
+        return readable.first(output, self._head_sizes[1]) if self._fills_up else output, weights, lse, stats
 
     def gradients(
         self,
@@ -160,7 +162,7 @@ class Plan:
             grad_query, grad_key, grad_value = (maker() for maker in plan.grads)
             plan.grad_query(call, given, grad_query)
             if given.cleaned is not None:
-                given = given._replace(grad_output=given.cleaned, cleaned=None)
+                given = Given(given.cleaned, *given[1:6], None)
             grad_mask = None
             if plan.grad_mask is not None and plan.of_mask is not None:
                 grad_mask = plan.of_mask()
@@ -168,6 +170,8 @@ class Plan:
             grad_columns = None if plan.of_columns is None else plan.of_columns()
             grad_biases = [maker() for maker in plan.of_biases] or [None, None]
             plan.grad_key_value(call, given, grad_key, grad_value, grad_columns, *grad_biases)
+        if not self._fills_up:
+            return grad_query, grad_key, grad_value, grad_mask, grad_columns, *grad_biases
         D, D_v = self._head_sizes
         of_rows = zip((grad_query, grad_key, grad_value, *grad_biases), (D, D, D_v, D, D_v), strict=True)
         first = [None if x is None else readable.first(x, size) for x, size in of_rows]
@@ -226,14 +230,13 @@ class Plan:
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels are launched and tensors allocated on the current device; the interpreter of the tests has none."""
-        device = self._device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        if self._index is None or self._index == torch.cuda.current_device():
             return _nothing
-        return torch.cuda.device(device)
+        return torch.cuda.device(self._index)
 
     def _maker(self, shape: tuple[int, ...], dtype: torch.dtype) -> Maker:
         """What makes an uninitialised tensor; that of Inductor's programs takes half of `torch.empty`'s time."""
-        if self._device.type != "cuda" or _empty_strided is None:
+        if self._index is None or _empty_strided is None:
             return functools.partial(torch.empty, shape, dtype=dtype, device=self._device)
         strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         return functools.partial(_empty_strided, shape, strides, dtype)
