@@ -42,7 +42,7 @@ class Launcher:
         """
         compiled = self._compiled
         if compiled is None or _is_watched():
-            call = Call(*tensors, *self.numbers)
+            call = Call(*map(_bytes, tensors), *self.numbers)
             self._remember(run(self.kernel, self.programs, self.how, call, *operands, self.tile), tensors, operands)
             return
         arguments: list[Any] = [x.data_ptr() for x in tensors if x is not None]
@@ -79,9 +79,8 @@ class Launcher:
 def run(kernel: Any, programs: int, how: Launch, call: Call, *operands_and_tile: Any) -> Any:
     """Compile a kernel, unless it is, and launch it; what Triton has compiled, or None under its interpreter."""
     *operands, tile = operands_and_tile
-    tensors = [_bytes(x) for x in call[:TENSORS]]
     options = {"num_warps": how.num_warps, "num_stages": how.num_stages}
-    return entry[(programs,)](kernel, tuple(tensors), *call[TENSORS:], tuple(operands), tile, **options)
+    return entry[(programs,)](kernel, call[:TENSORS], *call[TENSORS:], tuple(operands), tile, **options)
 
 
 def _flat(operands: tuple[Operand, ...]) -> Iterator[Tensor | None]:
