@@ -12,7 +12,7 @@ PACKAGE = Path(fused_mha.__file__).parent
 
 # From the top down. "" is the package itself, fused_mha/__init__.py; a file that is not listed fails.
 ALLOWED = {
-    "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention"},
+    "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention", "warm_up"},
     "parity": {"", "testing"},
     "info": {"", "backends.cpu", "backends.triton", "dispatch"},
     "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
@@ -20,6 +20,7 @@ ALLOWED = {
     "testing.parity": {"dispatch", "multi_head_attention", "testing.tolerances"},
     "testing.tolerances": set(),
     "convert": {"multi_head_attention"},
+    "warm_up": {"backends.triton", "functional", "multi_head_attention", "plans"},
     "explanation": {"dispatch", "linear", "multi_head_attention", "one_call"},
     "multi_head_attention": {"inputs", "masks", "nested", "one_call", "plans", "projections", "quantization"},
     "one_call": {"backends.arguments", "backends.cpu", "dispatch", "inputs", "linear", "masks", "modes", "projections"},
@@ -113,7 +114,7 @@ THIRD_PARTY = {  # of every other file torch alone
         for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")
     },
 }
-ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation"}
+ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation", "warm_up"}
 
 
 def module_names():

@@ -85,7 +85,7 @@ def flat(operands):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What `launcher.run` is given, which launches nothing and returns `compiled`, and what `static_launch` is given."""
+    """What `launcher.run` and `static_launch` are given; the first returns `compiled`."""
     found = SimpleNamespace(by_triton=[], by_address=[], compiled=None)
 
     def run(kernel, programs, how, call, *operands_and_tile):
