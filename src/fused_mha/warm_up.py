@@ -17,16 +17,8 @@ from fused_mha.multi_head_attention import MultiHeadAttention
 
 HeadSize = int | tuple[int, int]
 _MASKS = ("attn_mask", "key_padding_mask")
-_FLAGS = (
-    "is_causal",
-    "dropout_p",
-    "need_weights",
-    "average_attn_weights",
-    "return_lse",
-    "add_zero_attn",
-    "bias_kv",
-    "grouped",
-)
+_FLAGS = ("is_causal", "dropout_p", "need_weights", "average_attn_weights", "return_lse", "add_zero_attn")
+_OPTIONS = (*_MASKS, *_FLAGS, "bias_kv", "grouped")
 _HEADS = 8  # of head sizes that are given without a number
 CALLS: tuple[Mapping[str, object], ...] = (
     {"key_padding_mask": torch.bool},
