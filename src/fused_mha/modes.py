@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 # torch has no public names for these. Where a future torch lacks one, the mode is taken to be active: the reference
 # core serves then, which is slower and right.
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # without a check for torch.jit.script
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # make_fx, FakeTensorMode, ...
 
 
@@ -47,9 +48,9 @@ def is_plain(x: Tensor) -> bool:
 
 def is_eager() -> bool:
     """Whether no compiler, tracer, transform or mode sees the operators that are called."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _is_tracing():
         return False
-    return not transform_is_active() and _count_dispatch_modes() == 0
+    return not _functorch_is_active() and getattr(forward_ad, "_current_level", 0) < 0 and not _count_dispatch_modes()
 
 
 def is_traced_by_dynamo() -> bool:

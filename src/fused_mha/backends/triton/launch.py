@@ -29,6 +29,9 @@ from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
 
 LARGEST_OF_FLASH = 128  # head size
+# From so many scores on. At 2^30, torch's flash kernel was 0.14 ms faster on an H100; the ten operators around it take
+# some 50 microseconds of host time (benchmarks/host_time.py).
+LEAST_SCORES_OF_FLASH = 1 << 26
 MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
 TENSORS = 8  # the first fields of `Arguments`
 Tensors = tuple[Tensor | None, ...]
@@ -253,6 +256,8 @@ def _flash_serves(a: Arguments) -> bool:
         return False
     batch, length, heads, size = a.query.shape
     is_plain = a.last_visible is None or (a.last_visible == 0 and a.key.shape[1] == length)
+    if batch * heads * length * a.key.shape[1] < LEAST_SCORES_OF_FLASH:
+        return False
     return (
         (is_plain and length > 1 and a.key.shape[2] == heads and batch * heads <= MOST_OF_TORCH)
         and (a.value.shape[3] == size and size % 8 == 0 and size <= LARGEST_OF_FLASH)
