@@ -71,6 +71,7 @@ ALLOWED = {
         *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
         *(f"backends.triton.{name}" for name in ("launcher", "preparation", "readable")),
         *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
+        "modes",
         "ops.gradients",
         "ops.schema",
     },

@@ -84,9 +84,9 @@ def attention(
     if autocast_is_on(device):
         query, key, value = (_autocast(x) for x in (query, key, value))
         bias_k, bias_v = (None if x is None else _autocast(x) for x in (bias_k, bias_v))
-    tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
     kind = None
     if device == plans.DEVICE and not torch.compiler.is_compiling():
+        tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
         flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale)
         kind = plans.kind_of(tensors, (*flags, need_weights, average_attn_weights, return_lse))
         if (served := plans.find(kind)) is not None:
@@ -111,7 +111,7 @@ def attention(
     )
     back_end = dispatch.choose(inputs)
     if (served := plans.keep(kind, back_end, inputs)) is not None:
-        return served(*tensors)
+        return served(*plans.tensors_of(inputs))
     if key_padding_mask is not None and back_end.capability.reads_hidden_keys:
         key, value = masks.without_hidden_keys(key, value, key_padding_mask)
         inputs = inputs._replace(key=key, value=value)

@@ -75,6 +75,11 @@ def has_plain_memory(x: Tensor) -> bool:
     return device in ("cpu", "cuda") and torch._C._dispatch_keys(x).raw_repr() in plain_keys(device)
 
 
+def memory_of(x: Tensor) -> tuple[object, ...]:
+    """All of a plain tensor but its values: sizes, strides, dtype, device, and how its address is aligned."""
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
+
+
 @functools.cache
 def plain_keys(device_type: str) -> frozenset[int]:
     """The dispatch keys of tensors of a device that are nothing but memory."""

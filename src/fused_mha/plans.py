@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from fused_mha import dispatch
 from fused_mha.backends.capability import Backend, Served
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_eager, plain_keys
+from fused_mha.modes import is_eager, memory_of, plain_keys
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
@@ -57,7 +57,7 @@ def kind_of(tensors: Tensors, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
         ):
             return None
         else:
-            parts.append((x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15))
+            parts.append(memory_of(x))
     is_float = tensors[0].dtype == torch.float32
     return *parts, *flags, dispatch.forced(), torch.backends.cuda.matmul.fp32_precision if is_float else None
 
@@ -89,17 +89,15 @@ def forget() -> None:
 
 def run(inputs: AttentionInputs) -> AttentionResult:
     """Compute attention of inputs that were checked."""
-    kind, served = None, None
-    tensors = tensors_of(inputs)
+    kind = None
     if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
+        tensors = tensors_of(inputs)
         kind = kind_of(tensors, inputs[5:8] + inputs[10:])
-        served = find(kind)
-    if served is None:
-        back_end = dispatch.choose(inputs)
-        served = keep(kind, back_end, inputs)
-        if served is None:
-            return back_end.run(inputs)
-    return served(*tensors)
+        if (served := find(kind)) is not None:
+            return served(*tensors)
+    back_end = dispatch.choose(inputs)
+    served = keep(kind, back_end, inputs)
+    return back_end.run(inputs) if served is None else served(*tensors_of(inputs))
 
 
 def tensors_of(inputs: AttentionInputs) -> Tensors:

@@ -1,5 +1,7 @@
 """Eager calls that `plans` serves: by the same kernels with the same arguments as the general way, or by that."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_mha
 from attention_oracle import make_arguments
 from fused_mha import dispatch, plans
+from native.test_operators import operands
 from test_functional_errors import BIAS_K, BIAS_V, KEY, QUERY, ROWS, VALUE
 from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 
@@ -164,14 +167,14 @@ def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given
     step(fused_mha.attention, arguments)
     assert len(launches.by_triton) == len(launches.by_address) == len(addresses)
     rows = zip(launches.by_triton, launches.by_address, addresses, strict=True)
-    for (kernel, programs, _, call, _), launched, (of, tensors, operands) in rows:
+    for (kernel, programs, _, call, _), launched, (of, tensors, others) in rows:
         numbers = call[launcher.TENSORS :]
         assert of.kernel is kernel
         function, *grid, warps, shared, kinds, values, stream = launched
         assert (function, grid, warps, shared, stream) == (77, [programs, 1, 1], 8, 4096, 99)
-        assert values == (*tensors, *numbers, *operands, None, None)  # and no scratch memory
+        assert values == (*tensors, *numbers, *others, None, None)  # and no scratch memory
         of_numbers = "".join("f" if isinstance(x, float) else "i" for x in numbers)
-        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(operands) + 2)
+        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + 2)
 
 
 def test_numbers_beyond_32_bits_are_launched_as_such():
@@ -390,6 +393,27 @@ class TestKinds:
             fused_mha.attention(**make_arguments(S=S))
             assert len(plans._kept) <= 3
         assert plans._kept
+
+    def test_they_hold_no_tensor(self):
+        arguments = make_arguments(**SIZES["small"], mask_dtype=torch.bool, padding_dtype=torch.bool)
+        step(kept_attention, arguments)
+        held = [weakref.ref(x) for x in arguments.values()]
+        del arguments
+        gc.collect()
+        assert plans._kept
+        assert [x() for x in held] == [None] * 5
+
+
+def test_the_operators_keep_their_plans_too(launches, monkeypatch):
+    monkeypatch.setattr(launch, "DEVICE", "cpu")
+    monkeypatch.setattr(launch, "MOST_PLANS", 2)
+    monkeypatch.setattr(launch, "_plans", {})
+    for S, count in ((5, 1), (5, 1), (6, 2), (6, 2), (7, 1)):
+        arguments = operands(S=S)
+        output, _, _, stats = launch.attention(*arguments)
+        launch.attention_backward(output, None, None, output, stats, False, False, *arguments)
+        assert len(launch._plans) == count
+    assert len(launches.by_triton) == 5 * 3
 
 
 def test_autocast_casts_first(in_general):

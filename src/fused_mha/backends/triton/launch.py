@@ -25,6 +25,7 @@ from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
+from fused_mha.modes import memory_of
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
 
@@ -33,6 +34,7 @@ LARGEST_OF_FLASH = 128  # head size
 # some 50 microseconds of host time (benchmarks/host_time.py).
 LEAST_SCORES_OF_FLASH = 1 << 26
 MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
+DEVICE, MOST_PLANS = "cuda", 1024  # on which plans are kept, a few kilobytes each
 TENSORS = 8  # the first fields of `Arguments`
 Tensors = tuple[Tensor | None, ...]
 Maker = Callable[[], Tensor]
@@ -41,7 +43,7 @@ Maker = Callable[[], Tensor]
 def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, weights or an empty tensor, log-sum-exp, and the rows' maxima and sums."""
     arguments = Arguments(*inputs)
-    output, weights, lse, stats = Plan(arguments).forward(arguments[:TENSORS])
+    output, weights, lse, stats = _plan_of(arguments).forward(arguments[:TENSORS])
     return output, output.new_empty((0,)) if weights is None else weights, lse, stats
 
 
@@ -58,10 +60,27 @@ def attention_gradients(
     """Those of query, key, value, mask, columns of scores, and of the biases for each batch element; or None."""
     arguments = Arguments(*inputs)
     grads = (grad_output, grad_weights, grad_lse)
-    return Plan(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
+    return _plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
+
+
+def _plan_of(arguments: Arguments) -> Plan:
+    """That of a call of the operators, whose programs are compiled for sizes that come again."""
+    if arguments.query.device.type != DEVICE:
+        return Plan(arguments)
+    memory = (None if x is None else memory_of(x) for x in arguments[:TENSORS])
+    kind = (*memory, *arguments[TENSORS:], preparation.allows_tf32())
+    plan = _plans.get(kind)
+    if plan is None:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[kind] = Plan(arguments)
+    return plan
+
+
+_plans: dict[tuple[object, ...], Plan] = {}
 
 
 class _Backward(NamedTuple):

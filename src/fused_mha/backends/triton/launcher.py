@@ -19,7 +19,8 @@ from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import TENSORS, Call
 
 Operand = Tensor | tuple[Tensor | None, ...] | None
-static_launch: Any = getattr(getattr(torch._C, "_StaticCudaLauncher", None), "_launch_kernel", None)
+_static: Any = getattr(torch._C, "_StaticCudaLauncher", None) if torch.version.hip is None else None
+static_launch: Any = getattr(_static, "_launch_kernel", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _SCRATCH = ("global_scratch_size", "profile_scratch_size")  # two more pointers of every kernel, to nothing here
 _UNUSED = (*_SCRATCH, "launch_cooperative_grid", "launch_pdl")

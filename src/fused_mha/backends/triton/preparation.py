@@ -93,7 +93,7 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
         AVERAGED=False,
         MASK_UNIT=1 if mask is None else readable.unit_of_mask(mask),
         WEIGHTS_UNIT=1,
-        PRECISION="tf32" if arguments.query.dtype == torch.float32 and _allows_tf32() else "ieee",
+        PRECISION="tf32" if arguments.query.dtype == torch.float32 and allows_tf32() else "ieee",
     )
 
 
@@ -134,6 +134,6 @@ def _assembler_is_right(device: torch.device) -> bool:
     return device.type != "cuda" or assembler.of_device(device.index).is_right
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
     """Whether torch's own products of fp32 matrices may round to tf32."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
