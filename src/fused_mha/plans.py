@@ -28,9 +28,8 @@ _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay wha
 _kept: dict[tuple[Any, ...], Served] = {}
 _keys_of = torch._C._dispatch_keys
 
-Tensors = tuple[
-    Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
-]  # in the order of `Served`
+# In the order of `Served`.
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def kind_of(tensors: Tensors, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
