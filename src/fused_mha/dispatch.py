@@ -1,6 +1,6 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` calls `choose`, `plans` `choose` and `forced`, `linear` and `one_call` `allows`,
+`functional.attention` and `plans` call `choose` and `run`, `linear` and `one_call` `allows`,
 `explanation` `explain_inputs`; users call `backend`.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_mha import reference
+from fused_mha import masks, reference
 from fused_mha.backends import cpu, sdpa, triton
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
@@ -144,3 +144,12 @@ def choose(inputs: AttentionInputs) -> Backend:
         if not not_supported_reasons(candidate.capability, inputs) and _may_serve(candidate, inputs):
             return candidate
     raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
+
+
+def run(back_end: Backend, inputs: AttentionInputs) -> AttentionResult:
+    """Compute attention on a back end; one that reads hidden keys is given zeros in their place."""
+    padding = inputs.key_padding_mask
+    if padding is not None and back_end.capability.reads_hidden_keys:
+        key, value = masks.without_hidden_keys(inputs.key, inputs.value, padding)
+        inputs = inputs._replace(key=key, value=value)
+    return back_end.run(inputs)

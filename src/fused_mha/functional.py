@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_mha import dispatch, masks, plans
+from fused_mha import dispatch, plans
 from fused_mha.inputs import AttentionResult, CausalAlignment, Window, check_attention
 from fused_mha.modes import autocast_is_on
 
@@ -112,10 +112,7 @@ def attention(
     back_end = dispatch.choose(inputs)
     if (served := plans.keep(kind, back_end, inputs)) is not None:
         return served(*plans.tensors_of(inputs))
-    if key_padding_mask is not None and back_end.capability.reads_hidden_keys:
-        key, value = masks.without_hidden_keys(key, value, key_padding_mask)
-        inputs = inputs._replace(key=key, value=value)
-    return back_end.run(inputs)
+    return dispatch.run(back_end, inputs)
 
 
 def _autocast(x: Tensor) -> Tensor:

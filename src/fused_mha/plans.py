@@ -96,7 +96,7 @@ def run(inputs: AttentionInputs) -> AttentionResult:
             return served(*tensors)
     back_end = dispatch.choose(inputs)
     served = keep(kind, back_end, inputs)
-    return back_end.run(inputs) if served is None else served(*tensors_of(inputs))
+    return dispatch.run(back_end, inputs) if served is None else served(*tensors_of(inputs))
 
 
 def tensors_of(inputs: AttentionInputs) -> Tensors:
