@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "out" / "host_time"
 INSIDE = "FUSED_MHA_FAKE_CUDA"  # set in the process that measures
+LOOPS, CALLS = 20, 20  # in a row: the first loops bring the code into the caches again
 N, L, H, D = 8, 64, 8, 32  # the kernels do not run, so sizes do not matter
 E = H * D
 
@@ -168,18 +170,24 @@ def _without_grad(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def _timed(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, tuple[float, float]]:
-    """Microseconds a call: the lowest and the median of the turns."""
-    from run import interleave  # noqa: PLC0415 - it imports fused_mha
-
+    """Microseconds a call: the lowest and the median of short loops, some in a row of each contender in turns."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        rounds = interleave(contenders, seconds)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            for name, call in contenders.items():
+                for _ in range(LOOPS):
+                    start = time.perf_counter()
+                    for _ in range(CALLS):
+                        call()
+                    times[name].append((time.perf_counter() - start) / CALLS * 1e6)
+                torch.cuda.synchronize()
     finally:
         gc.enable()
-    times = {name: [turn[name] * 1e3 for turn in rounds] for name in contenders}
-    return {name: (min(turns), statistics.median(turns)) for name, turns in times.items()}
+    return {name: (min(found), statistics.median(found)) for name, found in times.items()}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ int cuModuleGetFunction(void **function, void *module, const char *name) { retur
 int cuModuleLoad(void **module, const char *file) { return handle(module); }
 int cuModuleLoadData(void **module, const void *image) { return handle(module); }
 
+int cuCtxGetDevice(int *device) {
+    *device = 0;
+    return 0;
+}
 int cuDeviceGet(int *device, int ordinal) {
     *device = ordinal;
     return 0;
