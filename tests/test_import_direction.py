@@ -12,7 +12,7 @@ PACKAGE = Path(fused_mha.__file__).parent
 
 # From the top down. "" is the package itself, fused_mha/__init__.py; a file that is not listed fails.
 ALLOWED = {
-    "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention"},
+    "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention", "warm_up"},
     "parity": {"", "testing"},
     "info": {"", "backends.cpu", "backends.triton", "dispatch"},
     "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
@@ -20,10 +20,12 @@ ALLOWED = {
     "testing.parity": {"dispatch", "multi_head_attention", "testing.tolerances"},
     "testing.tolerances": set(),
     "convert": {"multi_head_attention"},
+    "warm_up": {"backends.triton", "functional", "multi_head_attention", "plans"},
     "explanation": {"dispatch", "linear", "multi_head_attention", "one_call"},
-    "multi_head_attention": {"dispatch", "inputs", "masks", "nested", "one_call", "projections", "quantization"},
+    "multi_head_attention": {"inputs", "masks", "nested", "one_call", "plans", "projections", "quantization"},
     "one_call": {"backends.arguments", "backends.cpu", "dispatch", "inputs", "linear", "masks", "modes", "projections"},
-    "functional": {"dispatch", "inputs", "masks", "modes"},
+    "functional": {"dispatch", "inputs", "modes", "plans"},
+    "plans": {"backends.capability", "dispatch", "inputs", "modes"},
     "nested": set(),
     "quantization": set(),
     "projections": {"linear"},
@@ -34,6 +36,7 @@ ALLOWED = {
         "backends.sdpa",
         "backends.triton",
         "inputs",
+        "masks",
         "modes",
         "reference",
     },
@@ -57,18 +60,28 @@ ALLOWED = {
         "backends.arguments",
         "backends.capability",
         "backends.triton.assembler",
+        "backends.triton.eager",
         "backends.triton.launch",
         "backends.triton.tile_config",
         "inputs",
         "ops.fallback",
         "ops.schema",
     },
+    "backends.triton.eager": {"backends.arguments", "backends.triton.launch", "inputs", "modes", "ops.schema"},
     "backends.triton.launch": {
         *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
-        *(f"backends.triton.{name}" for name in ("assembler", "entry", "tile_config", "tiles", "visibility")),
+        *(f"backends.triton.{name}" for name in ("launcher", "preparation", "readable")),
+        *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
+        "modes",
         "ops.gradients",
         "ops.schema",
     },
+    "backends.triton.launcher": {f"backends.triton.{name}" for name in ("entry", "tile_config", "tiles")},
+    "backends.triton.preparation": {
+        *(f"backends.triton.{name}" for name in ("assembler", "readable", "tile_config", "tiles", "visibility")),
+        "ops.schema",
+    },
+    "backends.triton.readable": {"backends.triton.tiles", "ops.schema"},
     "backends.triton.assembler": set(),
     "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
     "backends.triton.backward": {"backends.triton.tiles", "backends.triton.visibility"},
@@ -97,13 +110,13 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
-    "backends.triton.assembler": {"torch", "triton"},
+    **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
         for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")
     },
 }
-ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation"}
+ON_TOP = {"", "parity", "info", "testing", "testing.cases", "testing.parity", "convert", "explanation", "warm_up"}
 
 
 def module_names():

@@ -22,6 +22,7 @@ NAMES = [
     "convert",
     "explain",
     "revert",
+    "warm_up",
 ]
 TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
 PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
@@ -32,6 +33,7 @@ FUNCTIONS = [
     fused_mha.convert,
     fused_mha.explain,
     fused_mha.revert,
+    fused_mha.warm_up,
     fused_mha.testing.assert_parity,
     fused_mha.testing.grid,
 ]

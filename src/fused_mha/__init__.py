@@ -8,6 +8,7 @@ from fused_mha.explanation import explain
 from fused_mha.functional import attention
 from fused_mha.inputs import AttentionResult
 from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.warm_up import warm_up
 
 __version__ = _version("fused-mha")
 
@@ -21,4 +22,5 @@ __all__ = [
     "convert",
     "explain",
     "revert",
+    "warm_up",
 ]

@@ -1,6 +1,6 @@
 """Which back end serves a call: the order, the reasons against each, the override and the explanation.
 
-`functional.attention` calls `choose`, `MultiHeadAttention.forward` `run`, `linear` and `one_call` `allows`,
+`functional.attention` and `plans` call `choose` and `run`, `linear` and `one_call` `allows`,
 `explanation` `explain_inputs`; users call `backend`.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_mha import reference
+from fused_mha import masks, reference
 from fused_mha.backends import cpu, sdpa, triton
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
@@ -112,6 +112,11 @@ def backend(name: str) -> Iterator[None]:
         _override.name = previous
 
 
+def forced() -> str | None:
+    """The name that `backend` forces for this thread."""
+    return _override.name
+
+
 def allows(candidate: Backend) -> bool:
     """Whether a back end is among those that calls are given to, and no other is forced for this thread."""
     return _override.name in (None, candidate.name) and any(known is candidate for known in BACKENDS)
@@ -141,6 +146,10 @@ def choose(inputs: AttentionInputs) -> Backend:
     raise RuntimeError(f"no back end can serve this call.\n{explain_inputs(inputs)}")
 
 
-def run(inputs: AttentionInputs) -> AttentionResult:
-    """Compute attention on the back end that `choose` finds."""
-    return choose(inputs).run(inputs)
+def run(back_end: Backend, inputs: AttentionInputs) -> AttentionResult:
+    """Compute attention on a back end; one that reads hidden keys is given zeros in their place."""
+    padding = inputs.key_padding_mask
+    if padding is not None and back_end.capability.reads_hidden_keys:
+        key, value = masks.without_hidden_keys(inputs.key, inputs.value, padding)
+        inputs = inputs._replace(key=key, value=value)
+    return back_end.run(inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_mha import dispatch, masks
+from fused_mha import dispatch, plans
 from fused_mha.inputs import AttentionResult, CausalAlignment, Window, check_attention
 from fused_mha.modes import autocast_is_on
 
@@ -80,9 +80,17 @@ def attention(
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1;
         `torch.nn.functional.scaled_dot_product_attention`.
     """
-    if autocast_is_on(query.device.type):
+    device = query.device.type
+    if autocast_is_on(device):
         query, key, value = (_autocast(x) for x in (query, key, value))
         bias_k, bias_v = (None if x is None else _autocast(x) for x in (bias_k, bias_v))
+    kind = None
+    if device == plans.DEVICE and not torch.compiler.is_compiling():
+        tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
+        flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale)
+        kind = plans.kind_of(tensors, (*flags, need_weights, average_attn_weights, return_lse))
+        if (served := plans.find(kind)) is not None:
+            return served(*tensors)
     inputs = check_attention(
         query,
         key,
@@ -102,10 +110,9 @@ def attention(
         return_lse=return_lse,
     )
     back_end = dispatch.choose(inputs)
-    if key_padding_mask is not None and back_end.capability.reads_hidden_keys:
-        key, value = masks.without_hidden_keys(key, value, key_padding_mask)
-        inputs = inputs._replace(key=key, value=value)
-    return back_end.run(inputs)
+    if (served := plans.keep(kind, back_end, inputs)) is not None:
+        return served(*plans.tensors_of(inputs))
+    return dispatch.run(back_end, inputs)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -9,6 +12,7 @@ from torch.autograd import forward_ad
 # torch has no public names for these. Where a future torch lacks one, the mode is taken to be active: the reference
 # core serves then, which is slower and right.
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # without a check for torch.jit.script
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # make_fx, FakeTensorMode, ...
 
 
@@ -44,9 +48,9 @@ def is_plain(x: Tensor) -> bool:
 
 def is_eager() -> bool:
     """Whether no compiler, tracer, transform or mode sees the operators that are called."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or _is_tracing():
         return False
-    return not transform_is_active() and _count_dispatch_modes() == 0
+    return not _functorch_is_active() and getattr(forward_ad, "_current_level", 0) < 0 and not _count_dispatch_modes()
 
 
 def is_traced_by_dynamo() -> bool:
@@ -54,14 +58,32 @@ def is_traced_by_dynamo() -> bool:
     return torch.compiler.is_dynamo_compiling() and not transform_is_active() and not torch.onnx.is_in_onnx_export()
 
 
+def may_skip_dispatcher(grads: Iterable[Tensor | None]) -> bool:
+    """Whether a backward that is given these gradients may call kernels as they are."""
+    return (
+        is_eager()
+        and not torch.is_grad_enabled()
+        and all(grad is None or (type(grad) is Tensor and has_plain_memory(grad)) for grad in grads)
+    )
+
+
 def has_plain_memory(x: Tensor) -> bool:
-    """Whether ``x`` is on the CPU, and its memory holds its values: it is no sparse, fake, batched or negated tensor,
-    nor one that a class of its own dispatches.
+    """Whether ``x`` is on the CPU or a GPU, and its memory holds its values: it is no sparse, fake, batched or negated
+    tensor, nor one that a class of its own dispatches.
     """
-    return torch._C._dispatch_keys(x).raw_repr() in _PLAIN_KEYS
+    device = x.device.type
+    return device in ("cpu", "cuda") and torch._C._dispatch_keys(x).raw_repr() in plain_keys(device)
 
 
-_plain = torch.empty(0, device="cpu")
-with torch.inference_mode():
-    _of_inference = torch.empty(0, device="cpu")
-_PLAIN_KEYS = {torch._C._dispatch_keys(_x).raw_repr() for _x in (_plain, _of_inference)}
+def memory_of(x: Tensor) -> tuple[object, ...]:
+    """All of a plain tensor but its values: sizes, strides, dtype, device, and how its address is aligned."""
+    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
+
+
+@functools.cache
+def plain_keys(device_type: str) -> frozenset[int]:
+    """The dispatch keys of tensors of a device that are nothing but memory."""
+    plain = torch.empty(0, device=device_type)
+    with torch.inference_mode():
+        of_inference = torch.empty(0, device=device_type)
+    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))

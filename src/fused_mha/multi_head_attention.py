@@ -16,7 +16,7 @@ from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
-from fused_mha import dispatch, masks, nested, one_call, projections
+from fused_mha import masks, nested, one_call, plans, projections
 from fused_mha.inputs import AttentionInputs, check_are_tensors, check_dropout, check_module_inputs, default_scale
 from fused_mha.quantization import QConfig
 
@@ -276,7 +276,7 @@ class MultiHeadAttention(TorchAttention):
         result = one_call.forward(self, *arguments, dropout_p)
         if result is not None:
             return result
-        heads, weights, _ = dispatch.run(self._attention_inputs(*arguments, N, is_batched, dropout_p))
+        heads, weights, _ = plans.run(self._attention_inputs(*arguments, N, is_batched, dropout_p))
         output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)

@@ -95,6 +95,8 @@ def tensors_of(
     """The tensors of `ops.module.Call` but for the seed, cast under autocast; or why one call cannot serve."""
     if not dispatch.allows(cpu.BACKEND) or cpu.LIBRARY is None:
         return "the back end is not cpu"
+    if not query.is_cpu:
+        return "the query is not on the CPU"
     eager = is_eager()
     if not eager and not is_traced_by_dynamo():
         return "a tracer, a transform or a dispatch mode is active"

@@ -1,8 +1,8 @@
 """The linear maps around the attention core: embeddings to split heads, and heads back to embeddings.
 
 `MultiHeadAttention.forward` calls these. All are differentiable PyTorch on the parameters as they are at the call.
-`hidden` marks the rows of key and value that no query may see: 0 * NaN = NaN would reach the output and the gradients,
-so zeros take their place.
+`hidden` marks the rows of key and value that no query may see: 0 * NaN = NaN would reach the gradients of the weights,
+so zeros or finite numbers take their place. Back ends that read hidden keys are given zeros by `dispatch.run`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,7 @@ def packed_in_projection(
     if hidden is not None:
         query, key, value = without_hidden_keys(query, key, value, hidden)
     if query is key and key is value:
-        packed = _project(query, weight, bias)
-        if hidden is None:
-            q, k, v = packed.chunk(3, dim=-1)
-        else:  # finite numbers may overflow in the product
-            q = packed.narrow(-1, 0, E)
-            k, v = packed.narrow(-1, E, 2 * E).masked_fill(hidden, 0.0).chunk(2, dim=-1)
+        q, k, v = _project(query, weight, bias).chunk(3, dim=-1)
         return q, k, v
     if key is value:
         w_q, w_kv = weight.split([E, 2 * E])

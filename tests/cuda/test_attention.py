@@ -60,7 +60,7 @@ def test_lengths(attention, L, S):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_that_a_mask_hides_are_not_computed(attention, monkeypatch, dtype):
-    monkeypatch.setattr("fused_mha.backends.triton.launch.LEAST_SCORES", 0)
+    monkeypatch.setattr("fused_mha.backends.triton.preparation.LEAST_SCORES", 0)
     document = torch.arange(768) // 256
     arguments = make_arguments(N=1, L=768, S=768, H=4, H_kv=2, D=64, D_v=64, dtype=dtype, **EVERYTHING)
     arguments["attn_mask"] = document[:, None] != document[None, :]

@@ -123,6 +123,37 @@ def test_torch_compile_has_no_graph_break(arguments):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"need_weights": True}, {"dropout_p": 0.3}, {"is_causal": True}],
+    ids=["", "weights", "dropout", "causal"],
+)
+def test_a_kind_of_call_that_came_before_gives_the_bits_of_the_general_way(arguments, monkeypatch):
+    q, k, v = tensors(2, 96, 4, 64)
+
+    def found():
+        torch.manual_seed(2)
+        return gradients(q, k, v, key_padding_mask=padding(2, 96), **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_mha.plans.DEVICE", "none")
+        expected = found()
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(found(), expected, strict=True))
+
+
+def test_later_launches_are_by_address(monkeypatch):
+    from fused_mha.backends.triton import launcher
+
+    launches, launch = [], launcher.static_launch
+    assert launch is not None
+    monkeypatch.setattr(launcher, "static_launch", lambda *arguments: (launches.append(arguments), launch(*arguments)))
+    q, k, v = tensors(3, 40, 4, 64)
+    for _ in range(3):
+        gradients(q, k, v, key_padding_mask=padding(3, 40))
+    assert len(launches) == 2 * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_plain_calls_are_left_to_torch(dtype):
     module = fused_mha.MultiHeadAttention(64, 4, batch_first=True, device="cuda", dtype=dtype)

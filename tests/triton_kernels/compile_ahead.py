@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fused_mha.backends.triton import assembler, launch
+from fused_mha.backends.triton import assembler, launch, launcher, preparation
 from fused_mha.backends.triton.entry import entry
 from fused_mha.backends.triton.tiles import TENSORS
 from fused_mha.ops.schema import Arguments
@@ -120,9 +120,9 @@ def kernels(
     made_by = assembler.choice(architecture // 10)
     if not newer_assembler:
         made_by = assembler.Assembler(None, False, "Triton's")
-    launch._shared_memory = lambda _: SHARED_MEMORY[architecture]
-    launch._assembler_is_right = lambda _: made_by.is_right
-    launch._run = lambda kernel, _, how, call, *operands: found.append(
+    preparation._shared_memory = lambda _: SHARED_MEMORY[architecture]
+    preparation._assembler_is_right = lambda _: made_by.is_right
+    launcher.run = lambda kernel, _, how, call, *operands: found.append(
         compile_one(kernel, call, operands[:-1], operands[-1], how, architecture, made_by)
     )
 

@@ -1,6 +1,7 @@
 """The Triton kernels under Triton's interpreter, which runs them on the CPU; `tests/conftest.py` turns it on."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,3 +31,54 @@ def attention(monkeypatch):
     monkeypatch.setattr(cpu, "_forward", launch.attention)
     monkeypatch.setattr(cpu, "_backward", launch.attention_backward)
     return attention
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Tensors of the CPU stand for those of a GPU: the CPU's back end has the kernels and the plans of `triton`."""
+    if torch.cuda.is_available():
+        pytest.skip("tests/cuda calls the kernels on the GPU")
+    from fused_mha import dispatch, plans
+    from fused_mha.backends import cpu, triton
+    from fused_mha.backends.triton import launch
+
+    stands_in = cpu.BACKEND._replace(served=triton.BACKEND.served, leaves=lambda _: None)
+    monkeypatch.setattr(dispatch, "BACKENDS", (stands_in, *dispatch.BACKENDS[1:]))
+    monkeypatch.setattr(cpu, "_forward", launch.attention)
+    monkeypatch.setattr(cpu, "_backward", launch.attention_backward)
+    monkeypatch.setattr(plans, "DEVICE", "cpu")
+    plans.forget()
+    yield
+    plans.forget()
+
+
+@pytest.fixture
+def in_general(monkeypatch):
+    """`attention` by the general way."""
+
+    import fused_mha
+    from fused_mha import plans
+
+    def attention(**arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(plans, "DEVICE", "cuda")
+            return fused_mha.attention(**arguments)
+
+    return attention
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What `launcher.run` and `static_launch` are given; the first returns `compiled`."""
+    from fused_mha.backends.triton import launcher
+
+    found = SimpleNamespace(by_triton=[], by_address=[], compiled=None)
+
+    def run(kernel, programs, how, call, *operands_and_tile):
+        found.by_triton.append((kernel, programs, how, call, operands_and_tile))
+        return found.compiled
+
+    monkeypatch.setattr(launcher, "run", run)
+    monkeypatch.setattr(launcher, "static_launch", lambda *arguments: found.by_address.append(arguments))
+    monkeypatch.setattr(launcher, "_current_stream", lambda device: 100 + device)
+    return found

@@ -12,7 +12,8 @@ from triton_kernels.kinds import matches_oracle
 
 pytest.importorskip("triton")
 assembler = pytest.importorskip("fused_mha.backends.triton.assembler")
-launch = pytest.importorskip("fused_mha.backends.triton.launch")
+launcher = pytest.importorskip("fused_mha.backends.triton.launcher")
+preparation = pytest.importorskip("fused_mha.backends.triton.preparation")
 
 WRONG, NEWER = (SimpleNamespace(path=f"/bin/ptxas-{version}", version=version) for version in ("12.8", "12.9"))
 
@@ -98,8 +99,8 @@ def test_other_chips_keep_tritons_own():
 
 @pytest.mark.parametrize("is_right", [True, False])
 def test_tiles_of_one_width_give_the_same(attention, monkeypatch, is_right):
-    tiles, run = [], launch._run
-    monkeypatch.setattr(launch, "_assembler_is_right", lambda _: is_right)
-    monkeypatch.setattr(launch, "_run", lambda *arguments: (tiles.append(arguments[-1]), run(*arguments)))
+    tiles, run = [], launcher.run
+    monkeypatch.setattr(preparation, "_assembler_is_right", lambda _: is_right)
+    monkeypatch.setattr(launcher, "run", lambda *arguments: (tiles.append(arguments[-1]), run(*arguments)))
     matches_oracle(attention, make_arguments(N=1, L=5, S=40, H=2, H_kv=1, D=40, D_v=24, dtype=torch.float16))
     assert {tile.BLOCK_D == tile.BLOCK_DV for tile in tiles} == {not is_right}

@@ -57,6 +57,7 @@ def test_weights_after_torchs_flash_kernel(attention, monkeypatch, is_causal, av
 
     monkeypatch.setattr("fused_mha.backends.triton.launch._flash_attention", flash)
     monkeypatch.setattr("fused_mha.backends.triton.launch._has_flash", lambda _: True)
+    monkeypatch.setattr("fused_mha.backends.triton.launch.LEAST_SCORES_OF_FLASH", 0)
     wanted = {"need_weights": True, "average_attn_weights": averaged, "is_causal": is_causal, "scale": 0.3}
     matches_oracle(attention, make_arguments(N=2, L=70, S=70, H=2, H_kv=2, D=24, D_v=24, dtype=torch.float16, **wanted))
     assert calls == [((2, 2, 70, 24), 0.3)]
@@ -79,6 +80,7 @@ def test_weights_after_torchs_flash_kernel(attention, monkeypatch, is_causal, av
         {"D_v": 16},
         {"is_causal": True, "S": 8},
         {"L": 1},
+        {"least": 1 << 6},
     ],
     ids=", ".join,
 )
@@ -88,8 +90,10 @@ def test_torchs_flash_kernel_is_not_called_for_what_it_cannot_do(attention, monk
 
     monkeypatch.setattr("fused_mha.backends.triton.launch._flash_attention", flash)
     monkeypatch.setattr("fused_mha.backends.triton.launch._has_flash", lambda _: True)
+    monkeypatch.setattr("fused_mha.backends.triton.launch.LEAST_SCORES_OF_FLASH", other.get("least", 0))
     sizes = {"N": 1, "L": 5, "S": 5, "H": 2, "H_kv": 2, "D": 24, "D_v": 24, "dtype": torch.float16}
-    results = attention(**make_arguments(**sizes | {"need_weights": True} | other))
+    changed = {name: value for name, value in other.items() if name != "least"}
+    results = attention(**make_arguments(**sizes | {"need_weights": True} | changed))
     assert results.output.isfinite().all()
 
 

@@ -9,7 +9,8 @@ from attention_oracle import make_arguments
 from triton_kernels.kinds import EVERYTHING, PER_HEAD, matches_oracle
 
 pytest.importorskip("triton")
-launch = pytest.importorskip("fused_mha.backends.triton.launch")
+launcher = pytest.importorskip("fused_mha.backends.triton.launcher")
+preparation = pytest.importorskip("fused_mha.backends.triton.preparation")
 
 ALL_VISIBLE = {"hidden": 0.0, "mask_dtype": torch.bool}
 
@@ -23,7 +24,7 @@ def blocks(length, size):
 @pytest.fixture
 def searched(monkeypatch):
     """Every mask is searched for tiles to skip, however small the call is and however few heads share the mask."""
-    monkeypatch.setattr(launch, "_pays_to_search", lambda *_: True)
+    monkeypatch.setattr(preparation, "_pays_to_search", lambda *_: True)
 
 
 @pytest.mark.usefixtures("searched")
@@ -131,10 +132,10 @@ def test_tiles_are_visited_where_a_query_sees_a_key_and_masks_read_where_they_to
     ],
 )
 def test_a_mask_is_searched_where_many_heads_share_it_in_a_large_call(attention, monkeypatch, call, is_searched):
-    monkeypatch.setattr(launch, "LEAST_SCORES", 1000)
+    monkeypatch.setattr(preparation, "LEAST_SCORES", 1000)
     found = []
-    run = launch._run
-    monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(kernel.fn.__name__), run(kernel, *rest)))
+    run = launcher.run
+    monkeypatch.setattr(launcher, "run", lambda kernel, *rest: (found.append(kernel.fn.__name__), run(kernel, *rest)))
     arguments = make_arguments(**{"N": 2, "L": 17, "S": 20, "H": 4, "H_kv": 2, "D": 16} | call)
     attention(**arguments)
     assert ("mask_squares" in found) is is_searched
@@ -156,8 +157,8 @@ def test_expanded_masks_are_read_where_they_lie(attention, monkeypatch, dtype, s
     whole = arguments["attn_mask"][tuple(slice(size) for size in shape)]
     arguments["attn_mask"] = whole.expand(2, 2, 70, 40)
     found = []
-    run = launch._run
-    monkeypatch.setattr(launch, "_run", lambda kernel, *rest: (found.append(rest[2].attn_mask), run(kernel, *rest)))
+    run = launcher.run
+    monkeypatch.setattr(launcher, "run", lambda kernel, *rest: (found.append(rest[2].attn_mask), run(kernel, *rest)))
     matches_oracle(attention, arguments)
     assert all(mask.numel() <= whole.numel() * 40 for mask in found)
 

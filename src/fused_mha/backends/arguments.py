@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,17 @@ from fused_mha.ops.schema import Arguments
 _FAR = 1 << 60  # a key position that no query has
 
 
-def arguments_of(inputs: AttentionInputs) -> Arguments:
+def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed of a call's dropout, from torch's generator; None where nothing is dropped."""
+    if not dropout_p:
+        return None
+    whole = torch.iinfo(torch.int64)
+    return torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)
+
+
+def arguments_of(
+    inputs: AttentionInputs, draw: Callable[[float, torch.device], Tensor | None] = draw_seed
+) -> Arguments:
     """The operator's arguments; draws the seed of a call with dropout."""
     return Arguments(
         inputs.query,
@@ -21,7 +33,7 @@ def arguments_of(inputs: AttentionInputs) -> Arguments:
         inputs.key_padding_mask,
         inputs.bias_k,
         inputs.bias_v,
-        draw_seed(inputs.dropout_p, inputs.query.device),
+        draw(inputs.dropout_p, inputs.query.device),
         *_band(inputs),
         inputs.add_zero_attn,
         float(inputs.dropout_p),
@@ -38,11 +50,3 @@ def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
         right = 0
     diagonal = inputs.key.shape[1] - inputs.query.shape[1] if inputs.causal_alignment == "bottom_right" else 0
     return None if left is None else diagonal - left, None if right is None else diagonal + right
-
-
-def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed of a call's dropout, from torch's generator; None where nothing is dropped."""
-    if not dropout_p:
-        return None
-    whole = torch.iinfo(torch.int64)
-    return torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)

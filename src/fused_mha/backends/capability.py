@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import onnx_export_is_active, transform_is_active
@@ -29,6 +30,10 @@ class Capability(NamedTuple):
     cuda_capability: tuple[int, int] | None = None  # the least; None is any
 
 
+# Query, key, value, attn_mask, key_padding_mask, bias_k and bias_v of a call that differs from another by values alone.
+Served = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], AttentionResult]
+
+
 class Backend(NamedTuple):
     """A named implementation of attention."""
 
@@ -38,6 +43,7 @@ class Backend(NamedTuple):
     run: Callable[[AttentionInputs], AttentionResult]
     notes: Callable[[AttentionInputs], list[str]]  # what `explain` says of a call that it serves
     leaves: Callable[[AttentionInputs], str | None] = lambda _: None  # why it leaves a call that it could serve
+    served: Callable[[AttentionInputs], Served | None] = lambda _: None  # what serves eager calls of one kind faster
 
 
 def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:

@@ -15,7 +15,7 @@ from fused_mha.backends import native, sdpa
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import has_plain_memory, is_eager
+from fused_mha.modes import is_eager, may_skip_dispatcher
 from fused_mha.ops import autograd, gradients, module_autograd, schema
 from fused_mha.ops import module as module_operator
 from fused_mha.ops import product as product_operator
@@ -58,15 +58,6 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
 
 
-def _may_skip_dispatcher(grads: tuple[Tensor | None, ...]) -> bool:
-    """Whether a backward that is given these gradients may call kernels as they are."""
-    return (
-        is_eager()
-        and not torch.is_grad_enabled()
-        and all(grad is None or (type(grad) is Tensor and has_plain_memory(grad)) for grad in grads)
-    )
-
-
 class _Attention(torch.autograd.Function):
     """The operator `attention` and its gradient without the dispatcher, which costs as much as a small attention."""
 
@@ -78,7 +69,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel = _backward if _may_skip_dispatcher(grads) else schema.attention_backward
+        kernel = _backward if may_skip_dispatcher(grads) else schema.attention_backward
         return autograd.backward(ctx, *grads, attention_backward=kernel)
 
 
@@ -93,7 +84,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        multiply = _product if _may_skip_dispatcher(grads) else product_operator.product
+        multiply = _product if may_skip_dispatcher(grads) else product_operator.product
         return product_operator.backward(ctx, *grads, multiply=multiply)
 
 
@@ -108,7 +99,7 @@ class _Module(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        kernel = _module_backward if _may_skip_dispatcher(grads) else module_operator.multi_head_attention_backward
+        kernel = _module_backward if may_skip_dispatcher(grads) else module_operator.multi_head_attention_backward
         return module_autograd.backward(ctx, *grads, kernel=kernel)
 
 

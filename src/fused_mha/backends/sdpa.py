@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fused_mha import masks
-from fused_mha.backends.capability import Backend, Capability
+from fused_mha.backends.capability import Backend, Capability, Served
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import is_plain
 from fused_mha.ops import schema
@@ -52,17 +53,41 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
             query.device,
         )
         mask = schema.own_mask(mask, query) if torch.is_grad_enabled() else mask
+    return _attend(query, key, value, mask, inputs.dropout_p, inputs.is_causal and mask is None, inputs.scale)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> AttentionResult:
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
-        dropout_p=inputs.dropout_p,
-        is_causal=inputs.is_causal and mask is None,
-        scale=inputs.scale,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
         enable_gqa=bool(key.shape[2] != query.shape[2]),  # sizes are tensors under torch.jit.trace
     )
     return AttentionResult(output.transpose(1, 2), None, None)
+
+
+def _served(inputs: AttentionInputs) -> Served | None:
+    """The op itself for a call without masks and virtual keys, which needs nothing else."""
+    if inputs.needs_mask_tensor() or inputs.bias_k is not None or inputs.add_zero_attn:
+        return None
+    dropout_p, is_causal, scale = inputs.dropout_p, inputs.is_causal, inputs.scale
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *_: Tensor | None) -> AttentionResult:
+        return _attend(query, key, value, None, dropout_p, is_causal, scale)
+
+    return attend
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:
@@ -79,4 +104,5 @@ BACKEND = Backend(
     ),
     run=_run,
     notes=_notes,
+    served=_served,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of
-from fused_mha.backends.capability import Backend, Capability
+from fused_mha.backends.capability import Backend, Capability, Served
 from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE, MOST_OF_TORCH
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.ops import fallback, schema
@@ -50,6 +50,12 @@ def _attention_backward(*inputs: Any) -> tuple[Tensor, ...]:
 def _run(inputs: AttentionInputs) -> AttentionResult:
     output, weights, lse, _ = schema.attention(*arguments_of(inputs))
     return AttentionResult(output, weights if inputs.need_weights else None, lse if inputs.return_lse else None)
+
+
+def _served(inputs: AttentionInputs) -> Served:
+    from fused_mha.backends.triton import eager  # noqa: PLC0415 - as above
+
+    return eager.Kept(inputs)
 
 
 def _leaves_to_sdpa(inputs: AttentionInputs) -> str | None:
@@ -91,4 +97,5 @@ BACKEND = Backend(
     run=_run,
     notes=_notes,
     leaves=_leaves_to_sdpa,
+    served=_served,
 )

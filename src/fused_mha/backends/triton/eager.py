@@ -1,0 +1,109 @@
+"""Eager calls without the dispatcher, which costs more than they do: `fused_mha.plans` has one `Kept` for each kind.
+
+What it is given has been checked to be plain tensors of one kind, which no mode, transform or compiler sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_mha.backends.arguments import arguments_of, draw_seed
+from fused_mha.backends.triton.launch import Plan
+from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.modes import may_skip_dispatcher
+from fused_mha.ops import schema
+
+
+class Kept:
+    """All calls whose tensors have the sizes, strides and so on of these inputs, and their flags."""
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        arguments = arguments_of(inputs, _no_seed)
+        self.numbers = arguments[8:]
+        self.plan = Plan(arguments)
+        self._dropout_p, self._device = inputs.dropout_p, inputs.query.device
+        self.returns_output_alone = not inputs.need_weights and not inputs.return_lse
+        self._return_lse = inputs.return_lse
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+    ) -> AttentionResult:
+        """Attention; `plans` sees to it that no mask and no bias needs a gradient."""
+        if attn_mask is not None and attn_mask.dim() == 2:
+            attn_mask = attn_mask[None, None]
+        seed = draw_seed(self._dropout_p, self._device) if self._dropout_p else None
+        others = (attn_mask, key_padding_mask, bias_k, bias_v, seed)
+        if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
+            output, weights, lse, _ = self.plan.forward((query, key, value, *others))
+        elif self.returns_output_alone:
+            return AttentionResult(_record(self, query, key, value, others), None, None)
+        else:
+            output, weights, lse = _record(self, query, key, value, others)
+        return AttentionResult(output, weights, lse if self._return_lse else None)
+
+
+def _no_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """In the place of one that torch's generator would draw."""
+    return torch.empty((2,), dtype=torch.int64, device=device) if dropout_p else None
+
+
+class _Attention(torch.autograd.Function):
+    """The operators `attention` and `attention_backward` of such a call; the fewer inputs, the less it costs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Kept, query: Tensor, key: Tensor, value: Tensor, others: tuple[Tensor | None, ...]
+    ) -> Any:
+        output, weights, lse, stats = kept.plan.forward((query, key, value, *others))
+        attn_mask, key_padding_mask, bias_k, bias_v, seed = others
+        if attn_mask is not None:
+            attn_mask = schema.own_mask(attn_mask, query)
+        if key_padding_mask is not None:
+            key_padding_mask = schema.own_mask(key_padding_mask, query)
+        masks = (attn_mask, key_padding_mask)
+        ctx.save_for_backward(query, key, value, *masks, bias_k, bias_v, seed, output, stats)
+        ctx.kept = kept
+        ctx.set_materialize_grads(False)
+        if kept.returns_output_alone:
+            return output
+        if not (query.requires_grad or key.requires_grad):  # of values alone, neither is a function
+            ctx.mark_non_differentiable(*(x for x in (weights, lse) if x is not None))
+        return output, weights, lse
+
+    @staticmethod
+    def backward(ctx: Any, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = of_results if len(of_results) == _RESULTS else (*of_results, None, None)
+        if grads[0] is grads[1] is grads[2] is None:
+            return (None,) * 5
+        *tensors, output, stats = ctx.saved_tensors
+        has_output = grads[0] is not None
+        if may_skip_dispatcher(grads):
+            grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
+            found = ctx.kept.plan.gradients(tensors, grads, output, stats, False, False)
+        else:
+            numbers = ctx.kept.numbers
+            found = schema.attention_backward(*grads, output, stats, False, False, *tensors, *numbers)
+        _, of_query, of_key, of_value, _ = ctx.needs_input_grad
+        return (
+            None,
+            found[0] if of_query else None,
+            found[1] if of_key else None,
+            found[2] if of_value and has_output else None,  # of which weights and log-sum-exp are no functions
+            None,
+        )
+
+
+_RESULTS = 3  # output, weights and log-sum-exp, or the output alone
+# Without what `Function.apply` does for transforms: of those, there is none here.
+_base: Any = super(torch.autograd.Function, _Attention)
+_record = _base.apply

@@ -1,0 +1,109 @@
+"""What serves an eager call on CUDA of a kind that has come before: looked up, not checked and chosen anew.
+
+`functional.attention` and `MultiHeadAttention.forward` ask. Here the short way and the general one meet: the general
+one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
+`dispatch` and the kernels look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
+flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a mode, those of other tensors
+than plain ones, and those with a mask or bias that needs a gradient, have no kind.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fused_mha import dispatch
+from fused_mha.backends.capability import Backend, Served
+from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.modes import is_eager, memory_of, plain_keys
+
+DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
+MOST_KINDS = 1024  # a few kilobytes each
+_TYPES = (Tensor, Parameter)
+_ROWS = 3  # the first tensors of a call: query, key and value
+_CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
+_kept: dict[tuple[Any, ...], Served] = {}
+_keys_of = torch._C._dispatch_keys
+
+# In the order of `Served`.
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def kind_of(tensors: Tensors, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The kind of a call, or None.
+
+    Args:
+        tensors: query, key, value, attn_mask, key_padding_mask, bias_k and bias_v, not yet checked.
+        flags: the other arguments of `attention`.
+
+    Returns:
+        What `find` and `keep` take.
+    """
+    if not is_eager():
+        return None
+    keys, is_recorded = plain_keys(DEVICE), torch.is_grad_enabled()
+    parts: list[Any] = []
+    for x in tensors:
+        if x is None:
+            parts.append(None)
+        elif (
+            type(x) not in _TYPES
+            or _keys_of(x).raw_repr() not in keys
+            or (is_recorded and len(parts) >= _ROWS and x.requires_grad)
+        ):
+            return None
+        else:
+            parts.append(memory_of(x))
+    is_float = tensors[0].dtype == torch.float32
+    return *parts, *flags, dispatch.forced(), torch.backends.cuda.matmul.fp32_precision if is_float else None
+
+
+def find(kind: tuple[Any, ...] | None) -> Served | None:
+    """What serves calls of a kind; None where the general way has to find out."""
+    try:
+        return _kept.get(kind) if kind is not None else None
+    except TypeError:  # a flag that cannot be hashed
+        return None
+
+
+def keep(kind: tuple[Any, ...] | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:
+    """What serves this call and the later ones of its kind, if the back end that was chosen for it has such."""
+    if kind is None or not all(map(_is_constant, inputs[5:8] + inputs[10:])):
+        return None
+    served = back_end.served(inputs)
+    if served is not None:
+        if len(_kept) >= MOST_KINDS:
+            _kept.clear()
+        _kept[kind] = served
+    return served
+
+
+def forget() -> None:
+    """Forget every kind, for tests and benchmarks that change what `dispatch` or the kernels go by."""
+    _kept.clear()
+
+
+def run(inputs: AttentionInputs) -> AttentionResult:
+    """Compute attention of inputs that were checked."""
+    kind = None
+    if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
+        tensors = tensors_of(inputs)
+        kind = kind_of(tensors, inputs[5:8] + inputs[10:])
+        if (served := find(kind)) is not None:
+            return served(*tensors)
+    back_end = dispatch.choose(inputs)
+    served = keep(kind, back_end, inputs)
+    return dispatch.run(back_end, inputs) if served is None else served(*tensors_of(inputs))
+
+
+def tensors_of(inputs: AttentionInputs) -> Tensors:
+    """The tensors of a call."""
+    query, key, value, attn_mask, key_padding_mask = inputs[:5]
+    return query, key, value, attn_mask, key_padding_mask, inputs.bias_k, inputs.bias_v
+
+
+def _is_constant(flag: object) -> bool:
+    return all(map(_is_constant, flag)) if type(flag) is tuple else type(flag) in _CONSTANTS

@@ -1,0 +1,96 @@
+"""Calls by Triton's own compiler and launcher, with a driver that does nothing; `test_without_gpu` runs it by itself.
+
+It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}) or of `warm_up` ({"warm_up": [...]}), and
+prints how many kernels each step compiled, how many it took from disk, and how many variants the process has.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime import driver
+
+import fused_mha
+from fused_mha import dispatch, plans
+from fused_mha.backends import cpu, triton
+from fused_mha.backends.triton import assembler, launch, preparation
+from fused_mha.backends.triton.entry import entry
+
+
+class WithoutGPU(CudaDriver):
+    """Device 0, an sm_90, on which tensors of the CPU lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda _: 0
+
+    def get_device_capability(self, *_):
+        return (9, 0)
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def stand_in():
+    """Tensors of the CPU are served as those of a GPU."""
+    driver.set_active(WithoutGPU())
+    serves = cpu.BACKEND._replace(served=triton.BACKEND.served, leaves=lambda _: None)
+    dispatch.BACKENDS = (serves, *dispatch.BACKENDS[1:])
+    cpu._forward, cpu._backward = launch.attention, launch.attention_backward
+    plans.DEVICE = "cpu"
+    preparation._shared_memory = lambda _: 227 << 10
+    assembler.of_device = lambda _: assembler.Assembler(None, True, "Triton's")
+
+
+def attend(N=2, L=32, S=32, H=4, D=16, layout="contiguous", backward=True, **flags):
+    """One call; `layout` is how queries lie."""
+
+    def draw(length):
+        if layout == "packed":  # as a module's projection gives them
+            return torch.zeros(N, length, 3 * H * D, dtype=torch.float16)[..., : H * D].view(N, length, H, D)
+        if layout == "heads first":
+            return torch.zeros(N, H, length, D, dtype=torch.float16).transpose(1, 2)
+        if layout == "odd":  # strides that 16 bytes do not divide
+            return torch.zeros(N, length, H, D + 3, dtype=torch.float16)[..., :D]
+        return torch.zeros(N, length, H, D, dtype=torch.float16)
+
+    if flags.pop("padding", False):
+        flags["key_padding_mask"] = torch.zeros(N, S, dtype=torch.bool)
+    leaves = [draw(length).requires_grad_(backward) for length in (L, S, S)]
+    output = fused_mha.attention(*leaves, **flags).output
+    if backward:
+        torch.autograd.grad(output, leaves, torch.zeros_like(output))
+
+
+def main(steps):
+    """A list of [compiled, taken from disk, variants]."""
+    stand_in()
+    found = {True: 0, False: 0}
+
+    def listen(*, cache_hit, **_):
+        found[cache_hit] += 1
+
+    knobs.compilation.listener = listen
+    results = []
+    for step in steps:
+        found.update({True: 0, False: 0})
+        for call in step.get("calls", ()):
+            attend(**call)
+        for sizes, calls, backward in step.get("warm_up", ()):
+            typed = [{name: getattr(torch, str(x), x) for name, x in call.items()} for call in calls]
+            fused_mha.warm_up(sizes, calls=typed, dtype=torch.float16, device="cpu", backward=backward)
+        results.append([found[False], found[True], sum(len(kept[0]) for kept in entry.device_caches.values())])
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,255 @@
+"""Eager calls that `plans` serves: by the same kernels with the same arguments as the general way, or by that."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fused_mha
+from attention_oracle import make_arguments
+from fused_mha import plans
+from native.test_operators import operands
+from test_functional_errors import BIAS_K, BIAS_V, KEY, QUERY, ROWS, VALUE
+from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
+
+pytest.importorskip("triton")
+from fused_mha.backends.triton import launch, launcher, preparation
+
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
+SIZES = {
+    "even": {"N": 2, "L": 32, "S": 48, "H": 4, "H_kv": 2, "D": 16, "D_v": 8},
+    "small": {"N": 1, "L": 5, "S": 9, "H": 1, "H_kv": 1, "D": 16, "D_v": 8},
+    "odd": {"N": 3, "L": 5, "S": 7, "H": 2, "H_kv": 1, "D": 20, "D_v": 12},
+}
+
+
+def kept_attention(**arguments):
+    """`attention` of a kind that was kept before."""
+    with torch.no_grad():
+        fused_mha.attention(**arguments)
+    count = len(plans._kept)
+    assert count > 0
+    results = fused_mha.attention(**arguments)
+    assert len(plans._kept) == count
+    return results
+
+
+def described(x):
+    """A tensor as a kernel sees it; where it lies, if it is one of the caller's."""
+    if isinstance(x, torch.Tensor):
+        return (x.dtype, x.numel(), x.stride()[-1:])
+    return tuple(map(described, x)) if isinstance(x, tuple) else x
+
+
+def flat(operands):
+    for x in operands:
+        if isinstance(x, tuple):
+            yield from flat(x)
+        elif x is not None:
+            yield x
+
+
+def compiled(**metadata):
+    """What Triton returns of a launch."""
+    usual = {"num_ctas": 1, "num_warps": 8, "shared": 4096, "global_scratch_size": 0, "profile_scratch_size": 0}
+    return SimpleNamespace(function=77, metadata=SimpleNamespace(**usual | metadata))
+
+
+def step(attention, arguments):
+    """A forward and a backward, by all results."""
+    torch.manual_seed(3)
+    leaves = [arguments[name].detach().requires_grad_() for name in ("query", "key", "value")]
+    results = attention(**arguments | dict(zip(("query", "key", "value"), leaves, strict=True)))
+    differentiable = [x for x in results if x is not None and x.requires_grad]
+    return torch.autograd.grad([x.sum() for x in differentiable], leaves, allow_unused=True)
+
+
+def seen(launches):
+    """What is compared of launches, and how often a kernel was launched."""
+    return [
+        (kernel.fn.__name__, programs, how, tuple(map(described, call)), tuple(map(described, operands)))
+        for kernel, programs, how, call, operands in launches.by_triton
+    ]
+
+
+@pytest.mark.parametrize("searched", [False, True], ids=["", "searched"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_same_kernels_are_launched_with_the_same_arguments(
+    launches, in_general, monkeypatch, case, sizes, searched
+):
+    monkeypatch.setattr(preparation, "_pays_to_search", lambda *_: searched)
+    arguments = make_arguments(**sizes | case, dtype=torch.float16)
+    step(in_general, arguments)
+    expected = seen(launches)
+    assert len(expected) >= 3
+    for _ in range(3):
+        launches.by_triton.clear()
+        step(fused_mha.attention, arguments)
+        assert seen(launches) == expected
+    assert len(plans._kept) == 1
+
+
+@pytest.fixture
+def addresses(monkeypatch):
+    """Of each launch, its launcher, and the addresses of the call's tensors and of the operands."""
+    found, alive = [], []  # what lives on gives no other tensor its address
+    method = launcher.Launcher.__call__
+
+    def call(self, tensors, *operands):
+        alive.append((tensors, operands))
+        found.append((self, *([x.data_ptr() for x in flat(of)] for of in (tensors, operands))))
+        return method(self, tensors, *operands)
+
+    monkeypatch.setattr(launcher.Launcher, "__call__", call)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given(launches, addresses, case):
+    arguments = make_arguments(**SIZES["even"] | case, dtype=torch.float16)
+    launches.compiled = compiled()
+    step(fused_mha.attention, arguments)
+    assert not launches.by_address
+    addresses.clear()
+    step(fused_mha.attention, arguments)
+    assert len(launches.by_triton) == len(launches.by_address) == len(addresses)
+    rows = zip(launches.by_triton, launches.by_address, addresses, strict=True)
+    for (kernel, programs, _, call, _), launched, (of, tensors, others) in rows:
+        numbers = call[launcher.TENSORS :]
+        assert of.kernel is kernel
+        function, *grid, warps, shared, kinds, values, stream = launched
+        assert (function, grid, warps, shared, stream) == (77, [programs, 1, 1], 8, 4096, 99)
+        assert values == (*tensors, *numbers, *others, None, None)  # and no scratch memory
+        of_numbers = "".join("f" if isinstance(x, float) else "i" for x in numbers)
+        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + 2)
+
+
+def test_numbers_beyond_32_bits_are_launched_as_such():
+    kinds = [launcher._kind(number) for number in (0, -1, (1 << 31) - 1, -(1 << 31), 1 << 31, -(1 << 31) - 1, 0.5)]
+    assert kinds == ["i", "i", "i", "i", "l", "l", "f"]
+
+
+@pytest.mark.parametrize("missing", ["the launcher", "a launch without scratch memory", "no profiler"])
+def test_without_the_short_way_every_launch_is_tritons(launches, monkeypatch, missing):
+    arguments = make_arguments(**SIZES["even"], padding_dtype=torch.bool, dtype=torch.float16)
+    launches.compiled = compiled(global_scratch_size=128 * (missing == "a launch without scratch memory"))
+    if missing == "the launcher":
+        monkeypatch.setattr(launcher, "static_launch", None)
+    if missing == "no profiler":
+        monkeypatch.setattr(launcher.knobs.runtime.launch_enter_hook, "calls", [print])
+    for _ in range(3):
+        step(fused_mha.attention, arguments)
+    assert len(launches.by_triton) == 3 * 3
+    assert not launches.by_address
+
+
+@pytest.mark.parametrize(
+    ("sizes", "case"), [("small", "averaged weights"), ("odd", "bool mask and padding"), ("small", "dropout")]
+)
+def test_results_are_right(case, sizes):
+    matches_oracle(kept_attention, make_arguments(**SIZES[sizes] | CASES[case]))
+
+
+def test_results_are_the_bits_of_the_general_way(in_general):
+    arguments = make_arguments(**SIZES["odd"], padding_dtype=torch.float32, **EVERYTHING)
+    found, expected = (step(attention, arguments) for attention in (kept_attention, in_general))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_mask_that_is_filled_anew_before_the_backward_changes_nothing(in_general):
+    arguments = make_arguments(**SIZES["small"], mask_dtype=torch.bool, padding_dtype=torch.bool)
+
+    def spoiled(**arguments):
+        masks = {name: arguments[name].clone() for name in ("attn_mask", "key_padding_mask")}
+        results = kept_attention(**arguments | masks)
+        for mask in masks.values():
+            mask.logical_not_()
+        return results
+
+    assert all(map(torch.equal, step(spoiled, arguments), step(in_general, arguments)))
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "value"])
+@pytest.mark.parametrize("through", ["output", "weights", "lse"])
+def test_gradients_of_one_input_by_one_result(in_general, wanted, through):
+    arguments = make_arguments(**SIZES["small"], **EVERYTHING)
+
+    def gradient(attention):
+        leaf = arguments[wanted].detach().requires_grad_()
+        result = getattr(attention(**arguments | {wanted: leaf}), through)
+        return torch.autograd.grad(result.square().sum(), leaf)[0] if result.requires_grad else None
+
+    found, expected = gradient(kept_attention), gradient(in_general)
+    assert (found is None) == (expected is None) == (wanted == "value" and through != "output")
+    assert found is None or torch.equal(found, expected)
+
+
+def test_second_derivatives_go_by_the_reference(in_general):
+    arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool)
+
+    def second(attention):
+        leaf = arguments["query"].detach().requires_grad_()
+        output = attention(**arguments | {"query": leaf}).output
+        (first,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(second(kept_attention), second(in_general))
+
+
+def test_hooks_see_what_is_saved():
+    arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool)
+    packed = []
+
+    def pack(x):
+        packed.append(x.shape)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        gradients = step(kept_attention, arguments)
+    assert len(packed) == 6  # query, key, value, padding, output and statistics
+    assert all(map(torch.equal, gradients, step(kept_attention, arguments)))
+
+
+def test_the_operators_keep_their_plans_too(launches, monkeypatch):
+    monkeypatch.setattr(launch, "DEVICE", "cpu")
+    monkeypatch.setattr(launch, "MOST_PLANS", 2)
+    monkeypatch.setattr(launch, "_plans", {})
+    for S, count in ((5, 1), (5, 1), (6, 2), (6, 2), (7, 1)):
+        arguments = operands(S=S)
+        output, _, _, stats = launch.attention(*arguments)
+        launch.attention_backward(output, None, None, output, stats, False, False, *arguments)
+        assert len(launch._plans) == count
+    assert len(launches.by_triton) == 5 * 3
+
+
+def test_autocast_casts_first(in_general):
+    arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.float16):
+            found, expected = fused_mha.attention(**arguments).output, in_general(**arguments).output
+        assert found.dtype == torch.float16
+        assert torch.equal(found, expected)
+    assert len(plans._kept) == 1
+
+
+@pytest.mark.parametrize(("wrong", "exception", "text"), ROWS)
+def test_mistakes_are_seen_beside_a_kept_kind(launches, wrong, exception, text):
+    right = {"query": QUERY, "key": KEY, "value": VALUE}
+    for more in ({}, {"bias_k": BIAS_K, "bias_v": BIAS_V}):
+        fused_mha.attention(**right | more)
+    for _ in range(2):
+        with pytest.raises(exception) as caught:
+            fused_mha.attention(**right | wrong)
+        assert str(caught.value) == text
+
+
+def test_the_module_goes_the_short_way(launches):
+    module = fused_mha.MultiHeadAttention(16, 4, batch_first=True)
+    x, padding = torch.randn(2, 8, 16), torch.zeros(2, 8, dtype=torch.bool)
+    with fused_mha.backend("cpu"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fused_mha.one_call.forward", lambda *_: None)
+        for _ in range(3):
+            module(x, x, x, key_padding_mask=padding)
+    assert len(plans._kept) == 1

@@ -1,0 +1,172 @@
+"""What makes a kind of calls, for `plans`, and which calls have none."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import fused_mha
+from attention_oracle import make_arguments
+from fused_mha import plans
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
+
+
+def kind_of(**arguments):
+    """That of a call; None where it goes the general way."""
+    names = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v")
+    return plans.kind_of(tuple(map(arguments.get, names)), ("top_left", False))
+
+
+def test_calls_that_differ_by_values_alone_are_of_one():
+    first, second = (make_arguments(seed=seed, padding_dtype=torch.bool) for seed in (0, 1))
+    assert kind_of(**first) == kind_of(**second) is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"L": 5},
+        {"H_kv": 4},
+        {"D_v": 4},
+        {"dtype": torch.float16},
+        {"mask_dtype": torch.bool},
+        {"mask_dtype": torch.float32},
+        {"padding_dtype": torch.bool},
+        {"bias_kv": True},
+    ],
+    ids=str,
+)
+def test_sizes_dtypes_and_masks_make_others(other):
+    assert kind_of(**make_arguments()) != kind_of(**make_arguments(**other))
+
+
+def test_strides_and_addresses_make_others():
+    arguments = make_arguments(D=8)
+    query = arguments["query"]
+    strided = query.transpose(1, 2).contiguous().transpose(1, 2)
+    moved = torch.cat([query.new_zeros(1), query.flatten()])[1:].view(query.shape)
+    kinds = [kind_of(**arguments | {"query": x}) for x in (query, strided, moved)]
+    assert len(set(kinds)) == 3
+
+
+def test_every_flag_makes_another(launches):
+    flags = [
+        {},
+        {"is_causal": True},
+        {"causal_alignment": "bottom_right"},
+        {"window": (3, None)},
+        {"add_zero_attn": True},
+        {"dropout_p": 0.5},
+        {"scale": 0.3},
+        {"need_weights": True},
+        {"average_attn_weights": False},
+        {"return_lse": True},
+    ]
+    arguments = make_arguments()
+    for count, given in enumerate(flags, 1):
+        fused_mha.attention(**arguments, **given)
+        assert len(plans._kept) == count
+    with fused_mha.backend("cpu"):
+        fused_mha.attention(**arguments)
+    assert len(plans._kept) == len(flags) + 1
+
+
+def test_a_forced_back_end_serves(launches):
+    arguments = make_arguments()
+    fused_mha.attention(**arguments)
+    launches.by_triton.clear()
+    with fused_mha.backend("reference"):
+        assert fused_mha.attention(**arguments).output.isfinite().all()
+    assert not launches.by_triton
+
+
+def test_tensors_of_a_class_of_their_own_have_none():
+    class Named(torch.Tensor):
+        pass
+
+    arguments = make_arguments(padding_dtype=torch.bool)
+    for name, x in arguments.items():
+        assert kind_of(**arguments | {name: x.as_subclass(Named)}) is None
+        assert kind_of(**arguments | {name: x.to("meta")}) is None
+    assert kind_of(**arguments | {"query": torch.nn.Parameter(arguments["query"])}) is not None
+
+
+def test_tensors_that_are_more_than_memory_have_none():
+    arguments = make_arguments()
+    query = arguments["query"]
+    negated = torch.complex(query, query).conj().imag
+    assert negated.is_neg()
+    for x in (negated, query.to_sparse(), torch._to_functional_tensor(query)):
+        assert kind_of(**arguments | {"query": x}) is None
+
+
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask", "bias_k", "bias_v"])
+def test_masks_and_biases_that_need_a_gradient_have_none(name):
+    arguments = make_arguments(mask_dtype=torch.float32, padding_dtype=torch.float32, bias_kv=True)
+    arguments[name].requires_grad_()
+    assert kind_of(**arguments) is None
+    with torch.no_grad():
+        assert kind_of(**arguments) is not None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+def test_modes_and_transforms_have_none():
+    arguments = make_arguments()
+    kinds = []
+
+    def note(query):
+        kinds.append(kind_of(**arguments | {"query": query}))
+        return query.sum()
+
+    torch.func.grad(note)(arguments["query"])
+    torch.func.vmap(note)(arguments["query"][None])
+    with forward_ad.dual_level():
+        note(arguments["query"])
+    with FlopCounterMode(display=False):
+        note(arguments["query"])
+    torch.jit.trace(note, arguments["query"], check_trace=False)
+    assert kinds == [None] * 5
+
+
+def test_a_compiled_call_asks_for_none(monkeypatch, in_general):
+    def ask(*_):
+        raise AssertionError("asked")
+
+    arguments = make_arguments(padding_dtype=torch.bool)
+    expected = in_general(**arguments).output
+    fused_mha.attention(**arguments)
+    monkeypatch.setattr(plans, "kind_of", ask)
+    torch._dynamo.reset()
+    found = torch.compile(fused_mha.attention, backend="aot_eager", fullgraph=True)(**arguments).output
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("flag", [{"window": [3, 3]}, {"scale": torch.tensor(0.5)}], ids=["list", "tensor"])
+def test_flags_that_may_change_are_not_kept(flag):
+    arguments = make_arguments(**flag)
+    for _ in range(2):
+        assert fused_mha.attention(**arguments).output.isfinite().all()
+    assert not plans._kept
+
+
+def test_they_do_not_pile_up(launches, monkeypatch):
+    monkeypatch.setattr(plans, "MOST_KINDS", 3)
+    for S in range(1, 9):
+        fused_mha.attention(**make_arguments(S=S))
+        assert len(plans._kept) <= 3
+    assert plans._kept
+
+
+def test_they_hold_no_tensor():
+    arguments = make_arguments(mask_dtype=torch.bool, padding_dtype=torch.bool)
+    fused_mha.attention(**arguments)
+    held = [weakref.ref(x) for x in arguments.values()]
+    del arguments
+    gc.collect()
+    assert plans._kept
+    assert [x() for x in held] == [None] * 5
