@@ -7,7 +7,7 @@ import platform
 import torch
 
 from fused_mha import __version__
-from fused_mha.backends import cpu, native
+from fused_mha.backends import cpu
 from fused_mha.backends.triton import assemblers
 from fused_mha.dispatch import BACKENDS
 
@@ -21,7 +21,7 @@ def main() -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": f"{_processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
-        "tiles": _left_to_torch(),
+        "tiles": _tiles(),
         "threads": str(torch.get_num_threads()),
         "devices": ", ".join(devices),
         "assembler": "; ".join(assemblers()) or "none, without a GPU for the Triton kernels",
@@ -38,9 +38,9 @@ def _processor() -> str:
     return f"{name} ({platform.machine()})" if name else platform.machine()
 
 
-def _left_to_torch() -> str:
+def _tiles() -> str:
     """Whose the processor's tiles are: ours, or those of torch's kernels, which then get calls for them."""
-    if cpu.LIBRARY is not None and cpu.LIBRARY.isa == native.TILE_ISA:
+    if cpu.LIBRARY is not None and cpu.LIBRARY.isa == "avx512_amx":
         return "AMX, for bfloat16"
     dtypes = () if cpu.LIBRARY is None else cpu.LIBRARY.tile_dtypes
     if torch.bfloat16 not in dtypes:

@@ -19,8 +19,13 @@ NEGATIVE_INFINITY = float("-inf")
 
 
 def hidden_keys(key_padding_mask: Tensor) -> Tensor:
-    """The keys that a mask hides from every query: True of a bool mask, -inf of a float one."""
-    return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == NEGATIVE_INFINITY
+    """The keys that a mask hides from every query: True of a bool mask, -inf of a float one.
+
+    Autograd may keep the result, and the caller fill the mask anew.
+    """
+    if key_padding_mask.dtype != torch.bool:
+        return key_padding_mask == NEGATIVE_INFINITY
+    return key_padding_mask.clone() if torch.is_grad_enabled() else key_padding_mask
 
 
 def per_head(attn_mask: Tensor, N: int, num_heads: int) -> Tensor:

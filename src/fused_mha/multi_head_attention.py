@@ -340,7 +340,6 @@ class MultiHeadAttention(TorchAttention):
         if key_padding_mask is not None:
             # A copy where autograd records: callers fill their mask anew for the next call.
             hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
-            hidden = hidden.clone() if torch.is_grad_enabled() else hidden
             if not is_batched:
                 key_padding_mask = key_padding_mask.unsqueeze(0)
             elif not self.batch_first:

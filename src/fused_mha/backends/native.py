@@ -66,7 +66,7 @@ class Library:
         return names
 
     def set_isa(self, name: str) -> None:
-        """Use an instruction set from now on; RuntimeError if there is no such."""
+        """Use an instruction set from now on, while no call runs; RuntimeError if there is no such."""
         if self._functions["set_isa"](name.encode()) != 0:
             raise RuntimeError(
                 f"{ISA_VARIABLE} must be one of {', '.join(self.available_isas)}, which this installation has for this "
@@ -76,7 +76,7 @@ class Library:
 
     def _use(self, isa: str) -> None:
         self.isa = isa  # the instruction set in use
-        # Whose products the processor has tiles (AMX) for, which torch's libraries use and this one does not.
+        # Whose products the processor has tiles (AMX) for, which torch's libraries use and this instruction set does not.
         self.tile_dtypes = tuple(
             dtype
             for dtype, code in _HALF_DTYPES.items()

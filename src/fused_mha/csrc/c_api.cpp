@@ -89,7 +89,8 @@ const char* fused_mha_available_isa(int64_t index) {
 
 const char* fused_mha_cpu_name(void) { return fused_mha::cpu_name(); }
 int64_t fused_mha_cpu_has_tiles(int64_t dtype) {
-    return dtype == FUSED_MHA_BFLOAT16 ? cpu_has_amx_bf16() : dtype == FUSED_MHA_FLOAT16 && cpu_has_amx_fp16();
+    const bool has = dtype == FUSED_MHA_BFLOAT16 ? cpu_has_amx_bf16() : dtype == FUSED_MHA_FLOAT16 && cpu_has_amx_fp16();
+    return has && fused_mha::system_lends_tiles();
 }
 
 const char* fused_mha_isa(void) { return fused_mha::current_name(); }

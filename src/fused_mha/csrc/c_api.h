@@ -133,7 +133,7 @@ FUSED_MHA_EXPORT void fused_mha_set_parallel_for(fused_mha_parallel_for parallel
 // Instruction sets by index, best last, null at the end; those that were compiled in and run on this machine.
 FUSED_MHA_EXPORT const char* fused_mha_available_isa(int64_t index);
 FUSED_MHA_EXPORT const char* fused_mha_isa(void);
-FUSED_MHA_EXPORT int64_t fused_mha_set_isa(const char* name);
+FUSED_MHA_EXPORT int64_t fused_mha_set_isa(const char* name);  // while no call runs
 
 // The name of the processor as CPUID gives it, empty where there is none; and whether it has tiles (AMX) for products of
 // a dtype.

@@ -62,10 +62,10 @@ public:
         if (needs_deltas) delta.run(deltas, base);
         memset(tickets, 0, size_t(ticket_count()) * sizeof *tickets);
         auto task = [&](int64_t index, int64_t worker) {
-            const TileScope tiles;
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             // Chunk by chunk: a task waits for the chunk before, which most often is done.
             Worker(*this, arena).run(index % lanes, index / lanes);
+            release_tiles();
         };
         fused_mha::run(lanes * chunks, call.attention.threads, task);
     }
@@ -387,12 +387,12 @@ private:
 #if defined(FMHA_BFLOAT16_DOT)
             if (multiplies_by_tiles<P>()) {
                 constexpr int64_t TILES = (BLOCK_ROWS / 2 + TILE_STEPS - 1) / TILE_STEPS, TILE = TILE_STEPS * TILE_STEPS;
-                alignas(64) float tiles[TILES * TILE];
+                alignas(64) float a_tiles[TILES * TILE];
                 for (int64_t key = 0; key < COLUMNS; key += TILE_STEPS) {
-                    transpose_to_tiles(a, steps, key, tiles);
+                    transpose_to_tiles(a, steps, key, a_tiles);
                     for (int64_t c = 0; c < columns; c += COLUMNS)
                         gemm<P>(TILE_STEPS, columns - c,
-                                {tiles, TILE_STEPS, TILE, b + c * steps, COLUMNS, sums + c * chunk_rows() + key * COLUMNS,
+                                {a_tiles, TILE_STEPS, TILE, b + c * steps, COLUMNS, sums + c * chunk_rows() + key * COLUMNS,
                                  steps, accumulate});
                 }
                 return;

@@ -139,7 +139,7 @@ template <Layout LAYOUT>
 void gemm_by_tiles(int rows, int64_t columns, const GemmArguments& g);  // in tiles.h
 #endif
 
-// `rows` from 1 to MR, `columns` from 1 to NR: whole vectors are computed.
+// `rows` from 1 to MR (by tiles to 16), `columns` from 1 to NR: whole vectors are computed.
 template <class P, Layout LAYOUT = Layout::PANELS>
 void gemm(int rows, int64_t columns, const GemmArguments& g) {
 #if defined(FMHA_BFLOAT16_DOT)

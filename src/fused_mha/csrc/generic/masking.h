@@ -197,8 +197,19 @@ private:
     bool additive_hides_all(int64_t n, int64_t h, int64_t row, int64_t rows, int64_t first, int64_t real) const {
         for (int64_t r = 0; r < (a.attn_mask.size[2] > 1 ? rows : 1); ++r) {
             const int64_t index = mask_index(n, h, row + r, first);
-            for (int64_t c = 0; c < real; ++c)  // mostly the first is finite
-                if (element_as<T>(a.attn_mask.dtype, a.attn_mask.data, index + c) != NEGATIVE_INFINITY) return false;
+            auto is_hidden = [&](int64_t c) {
+                return element_as<T>(a.attn_mask.dtype, a.attn_mask.data, index + c) == NEGATIVE_INFINITY;
+            };
+            if (!is_hidden(0)) return false;  // most often
+            if (real == COLUMNS) {
+                Vec<T> x[2], visible[2];
+                load_mask<T>(a.attn_mask, index, 1, real, x);
+                for (int v = 0; v < 2; ++v) visible[v] = x[v] == splat(NEGATIVE_INFINITY) ? Vec<T>{} : splat(T(1));
+                if (reduce_max(max(visible[0], visible[1])) > 0) return false;
+                continue;
+            }
+            for (int64_t c = 1; c < real; ++c)
+                if (!is_hidden(c)) return false;
         }
         return true;
     }

@@ -43,7 +43,8 @@ struct Matrices {
     bool has_few_rows = false;  // few_rows.h computes it
 
     // As it has least to pack: by a few rows, or C^T = B^T A^T. `all_rows` counts those of the whole call, of which this
-    // may be a part: the sums must not depend on how it is cut. Tiles multiply so fast that packing weighs more.
+    // may be a part: the sums must not depend on how it is cut. Tiles multiply faster than few_rows.h, which does not use
+    // them, so that packing pays off from fewer rows on; and it weighs more beside the product.
     Matrices with_least_to_pack(bool by_tiles, int64_t all_rows) const {
         Matrices m = *this;
         const bool is_forward = right_is_transposed && !left_is_transposed;

@@ -69,9 +69,9 @@ public:
     void multiply(uintptr_t packed, uintptr_t workers) {
         place(packed);
         auto multiply = [&](int64_t index, int64_t worker) {
-            const TileScope tiles;
             Arena arena{workers + uintptr_t(worker * worker_size)};
             Worker(*this, arena).run(index / column_chunks.parts, index % column_chunks.parts);
+            release_tiles();
         };
         fused_mha::run(row_chunks.parts * column_chunks.parts, of.threads, multiply);
     }

@@ -1,7 +1,7 @@
 // The product of gemm.h by the processor's tiles (AMX): sixteen steps along K of bfloat16 pairs in one instruction.
 //
 // A panel of A is a tile as it lies, and so is half a panel of B. The shapes of the tiles are part of a thread's state,
-// which other libraries change too: a task that multiplies holds a `TileScope`.
+// which other libraries change too: a task that multiplies ends with `release_tiles`.
 #pragma once
 
 #include "generic/panels.h"
@@ -12,8 +12,9 @@ namespace {
 #if defined(FMHA_BFLOAT16_DOT)
 
 constexpr int TILE_STEPS = 16, TILE_COLUMNS = 16;
+static_assert(TILE_STEPS == Panels<BFloat16>::A_WIDTH && 2 * TILE_COLUMNS == NR<float>);
 
-// Two sets of tiles for rows of A and C, as tasks have row tiles of two sizes: to shape tiles anew takes 140 cycles.
+// Two sets of tiles for rows of A and C, as most tasks have row tiles of two sizes: to shape tiles anew takes 140 cycles.
 class TileShapes {
 public:
     // The set for `rows` rows.
@@ -51,10 +52,7 @@ private:
 
 thread_local TileShapes tile_shapes;
 
-// Leaves a thread without tiles, as it was before.
-struct TileScope {
-    ~TileScope() { tile_shapes.release(); }
-};
+inline void release_tiles() { tile_shapes.release(); }
 
 template <int TILE>
 FMHA_INLINE void tile_load(const void* from, int64_t row_bytes) {
@@ -153,13 +151,11 @@ FMHA_INLINE void gemm_by_tiles(int rows, int64_t columns, const GemmArguments& g
 
 #else
 
-struct TileScope {
-    ~TileScope() {}  // so that a scope is no unused variable
-};
+inline void release_tiles() {}
 
 #endif
 
-// Whether `gemm` does; the same from the workspace's size to the end of a call.
+// Whether `gemm` does. No call may run while that changes: fused_mha_set_isa says so.
 template <class P>
 bool multiplies_by_tiles() {
     return P::KSTEP == 2 && tiles_in_use.load(std::memory_order_relaxed);

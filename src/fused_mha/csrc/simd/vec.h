@@ -79,10 +79,8 @@ FMHA_INLINE T portable_reduce_add(Vec<T> v) {
     return lanes[0];
 }
 
-// 2^x takes two steps: `scalable` gives the x that can be rounded to n, and `scale` gives 2^n * p. Below the normal
-// exponents the power is 0, and NaN stays NaN.
-//
-// The exponent whose bits are those of 0; -inf has no distance to n.
+// 2^x takes two steps: `scalable` gives an x whose distance to the nearest integer n is a number, unless x is NaN, and
+// `scale` gives 2^n * p: 0 from ZERO_EXPONENT on downwards, whose bits are those of 0.
 template <class T>
 constexpr T ZERO_EXPONENT = sizeof(T) == 4 ? T(-127) : T(-1023);
 // For an integral n from that exponent to 0 or a little above.

@@ -31,8 +31,8 @@ FMHA_INLINE double reduce_add(vdouble v) { return _mm512_reduce_add_pd(v); }
 
 FMHA_INLINE vfloat round(vfloat x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 FMHA_INLINE vdouble round(vdouble x) { return _mm512_roundscale_pd(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-// Zeros by a mask: an instruction whose result underflows costs an Intel processor over a hundred cycles, and every
-// hidden key's does.
+// Zeros by a mask: an instruction whose result underflows costs an Intel processor over a hundred cycles, and each hidden
+// key's would.
 FMHA_INLINE vfloat scalable(vfloat x) { return x; }
 FMHA_INLINE vdouble scalable(vdouble x) { return x; }
 FMHA_INLINE vfloat scale(vfloat p, vfloat n) {
