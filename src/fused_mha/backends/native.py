@@ -76,7 +76,7 @@ class Library:
 
     def _use(self, isa: str) -> None:
         self.isa = isa  # the instruction set in use
-        # Whose products the processor has tiles (AMX) for, which torch's libraries use and this instruction set does not.
+        # Of whose tiles (AMX) torch's libraries make use, and this instruction set does not.
         self.tile_dtypes = tuple(
             dtype
             for dtype, code in _HALF_DTYPES.items()
