@@ -43,7 +43,7 @@ Maker = Callable[[], Tensor]
 def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, weights or an empty tensor, log-sum-exp, and the rows' maxima and sums."""
     arguments = Arguments(*inputs)
-    output, weights, lse, stats = _plan_of(arguments).forward(arguments[:TENSORS])
+    output, weights, lse, stats = plan_of(arguments).forward(arguments[:TENSORS])
     return output, output.new_empty((0,)) if weights is None else weights, lse, stats
 
 
@@ -60,14 +60,14 @@ def attention_gradients(
     """Those of query, key, value, mask, columns of scores, and of the biases for each batch element; or None."""
     arguments = Arguments(*inputs)
     grads = (grad_output, grad_weights, grad_lse)
-    return _plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
+    return plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
 
 
-def _plan_of(arguments: Arguments) -> Plan:
-    """That of a call of the operators, whose programs are compiled for sizes that come again."""
+def plan_of(arguments: Arguments) -> Plan:
+    """That of calls of the operators with tensors of the same memory, which come again."""
     if arguments.query.device.type != DEVICE:
         return Plan(arguments)
     memory = (None if x is None else memory_of(x) for x in arguments[:TENSORS])
