@@ -35,9 +35,8 @@ MASKS = {
 
 
 def with_masks_laid_out(arguments, layout):
-    return {
-        name: lay_out(x, layout) if name in ("attn_mask", "key_padding_mask") else x for name, x in arguments.items()
-    }
+    masks = {name: lay_out(x, layout) for name, x in arguments.items() if name in ("attn_mask", "key_padding_mask")}
+    return arguments | masks
 
 
 def kept_attention(**arguments):
@@ -246,15 +245,19 @@ def packed_views():
     return arguments | dict(zip(("query", "key", "value"), projected.unbind(2), strict=True))
 
 
+def negated(x):
+    """The same tensor, of which torch has noted that the memory holds its negative."""
+    return torch._neg_view(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(-x))
+
+
 @pytest.mark.parametrize(
     ("pack", "unpack"),
     [
-        (torch.clone, torch.clone),
+        (torch.clone, lambda x: x),
         (lambda x: x.double() if x.is_floating_point() else x, lambda x: x.float() if x.is_floating_point() else x),
-        (torch.Tensor.numpy, torch.from_numpy),
-        (lambda x: x, lambda x: x.to_sparse().to_dense().as_subclass(Named)),
+        (lambda x: x, lambda x: negated(x) if x.is_floating_point() else x),
     ],
-    ids=["clone", "another dtype", "the same memory", "a subclass"],
+    ids=["clone", "another dtype", "negated"],
 )
 def test_hooks_see_what_is_saved(in_general, pack, unpack):
     arguments, packed, unpacked = packed_views(), [], []
@@ -272,10 +275,6 @@ def test_hooks_see_what_is_saved(in_general, pack, unpack):
     assert len(packed) == len(unpacked) == 6  # query, key, value, padding, output and statistics
     for found, expected in zip(gradients, step(in_general, arguments), strict=True):
         torch.testing.assert_close(found, expected)
-
-
-class Named(torch.Tensor):
-    """One that is dispatched as all others."""
 
 
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 4, 5], ids=["query", "key", "value", "padding", "output", "stats"])
