@@ -102,7 +102,8 @@ _keys_of = torch._C._dispatch_keys
 @functools.cache
 def plain_keys(device_type: str) -> frozenset[int]:
     """The dispatch keys of tensors of a device that are nothing but memory."""
-    plain = torch.empty(0, device=device_type)
+    with torch.inference_mode(False):  # the first call may be inside that mode
+        plain = torch.empty(0, device=device_type)
     with torch.inference_mode():
         of_inference = torch.empty(0, device=device_type)
     return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))
