@@ -146,10 +146,13 @@ def addresses(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("scratch", [2, 1, 0])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given(launches, addresses, case):
+def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given(launches, addresses, case, scratch):
     arguments = make_arguments(**SIZES["even"] | case, dtype=torch.float16)
     launches.compiled = compiled()
+    for name in launcher._SCRATCH[scratch:]:  # older kernels have no such pointers
+        delattr(launches.compiled.metadata, name)
     step(fused_mha.attention, arguments)
     assert not launches.by_address
     addresses.clear()
@@ -161,9 +164,9 @@ def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given
         assert of.kernel is kernel
         function, *grid, warps, shared, kinds, values, stream = launched
         assert (function, grid, warps, shared, stream) == (77, [programs, 1, 1], 8, 4096, 99)
-        assert values == (*tensors, *numbers, *others, None, None)  # and no scratch memory
+        assert values == (*tensors, *numbers, *others, *[None] * scratch)  # and no scratch memory
         of_numbers = "".join("f" if isinstance(x, float) else "i" for x in numbers)
-        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + 2)
+        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + scratch)
 
 
 def test_numbers_beyond_32_bits_are_launched_as_such():
@@ -171,14 +174,19 @@ def test_numbers_beyond_32_bits_are_launched_as_such():
     assert kinds == ["i", "i", "i", "i", "l", "l", "f"]
 
 
-@pytest.mark.parametrize("missing", ["the launcher", "a launch without scratch memory", "no profiler"])
+@pytest.mark.parametrize(
+    "missing", ["the launcher", "the stream", "a launch without scratch memory", "no enter hook", "no exit hook"]
+)
 def test_without_the_short_way_every_launch_is_tritons(launches, monkeypatch, missing):
     arguments = make_arguments(**SIZES["even"], padding_dtype=torch.bool, dtype=torch.float16)
     launches.compiled = compiled(global_scratch_size=128 * (missing == "a launch without scratch memory"))
     if missing == "the launcher":
         monkeypatch.setattr(launcher, "static_launch", None)
-    if missing == "no profiler":
-        monkeypatch.setattr(launcher.knobs.runtime.launch_enter_hook, "calls", [print])
+    if missing == "the stream":
+        monkeypatch.setattr(launcher, "_current_stream", None)
+    if missing.endswith("hook"):  # of a profiler
+        hook = "launch_enter_hook" if "enter" in missing else "launch_exit_hook"
+        monkeypatch.setattr(getattr(launcher.knobs.runtime, hook), "calls", [print])
     for _ in range(3):
         step(fused_mha.attention, arguments)
     assert len(launches.by_triton) == 3 * 3
