@@ -3,8 +3,8 @@
 `functional.attention` and `MultiHeadAttention.forward` ask. Here the short way and the general one meet: the general
 one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
 `dispatch` and the kernels look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
-flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a mode, those of other tensors
-than plain ones, and those with a mask or bias that needs a gradient, have no kind.
+flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other
+tensors than plain ones, and those with a mask or bias that needs a gradient, have no kind.
 """
 
 from __future__ import annotations

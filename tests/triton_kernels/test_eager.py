@@ -336,6 +336,7 @@ def test_mistakes_are_seen_beside_a_kept_kind(launches, wrong, exception, text):
     right = {"query": QUERY, "key": KEY, "value": VALUE}
     for more in ({}, {"bias_k": BIAS_K, "bias_v": BIAS_V}):
         fused_mha.attention(**right | more)
+    assert len(plans._kept) == 2
     for _ in range(2):
         with pytest.raises(exception) as caught:
             fused_mha.attention(**right | wrong)

@@ -101,7 +101,8 @@ class Plan:
     """How a call's kernels are launched: what the sizes, strides and dtypes of its tensors and its flags decide, and
     whether the tensors lie at multiples of 16 bytes.
 
-    It serves every call of which all these are the same, and holds none of their tensors.
+    It serves every call of which all these are the same, and holds none of their tensors. A backward has a plan of
+    its own where what was saved for it lies otherwise than what the forward was given.
     """
 
     def __init__(self, wanted: Arguments) -> None:
