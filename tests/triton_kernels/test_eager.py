@@ -321,6 +321,21 @@ def test_the_operators_keep_their_plans_too(launches, monkeypatch):
     assert len(launches.by_triton) == 5 * 3
 
 
+@pytest.mark.parametrize("name", launch._GIVEN)
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda x: x[..., :-1], lambda x: x.to("meta")])
+def test_a_backward_is_given_what_the_forward_gave(launches, name, change):
+    arguments = operands(need_weights=True)
+    output, weights, lse, stats = launch.attention(*arguments)
+    given = dict(zip(launch._GIVEN, (output, weights, lse, output, stats), strict=True))
+    launch.attention_backward(*given.values(), False, False, *arguments)
+    x = given[name]
+    found = change(x)
+    with pytest.raises(RuntimeError) as caught:
+        launch.attention_backward(*(given | {name: found}).values(), False, False, *arguments)
+    texts = [f"{tuple(of.shape)} of {of.dtype} on {of.device}" for of in (x, found)]
+    assert str(caught.value) == f"{name} must be {texts[0]}; got {texts[1]}"
+
+
 def test_autocast_casts_first(in_general):
     arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool)
     for _ in range(2):

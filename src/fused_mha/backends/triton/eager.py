@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of, draw_seed
-from fused_mha.backends.triton.launch import TENSORS, Plan, plan_of
+from fused_mha.backends.triton.launch import TENSORS, Plan, plan_of, results_of
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import may_skip_dispatcher, memory_of, memory_of_each
 from fused_mha.ops import schema
@@ -29,11 +29,7 @@ class Kept:
         self.plan = Plan(arguments)
         self._dropout_p, self._device = inputs.dropout_p, inputs.query.device
         self._memory = [None if x is None else memory_of(x) for x in arguments[:TENSORS]]
-        N, L, H, _ = inputs.query.shape
-        self._results = (
-            ((N, L, H, inputs.value.shape[3]), inputs.query.dtype, self._device),
-            ((2, N, H, L), torch.float32, self._device),
-        )
+        self._output, _, _, self._stats = results_of(arguments)
         self.returns_output_alone = not inputs.need_weights and not inputs.return_lse
         self._return_lse = inputs.return_lse
 
@@ -67,7 +63,8 @@ class Kept:
         """
         *tensors, output, stats = saved
         memory = memory_of_each(saved, self._device.type)
-        if memory is None or self._results != tuple((x.shape, x.dtype, x.device) for x in (output, stats)):
+        pairs = ((output, self._output), (stats, self._stats))
+        if memory is None or any((x.shape, x.dtype, x.device) != wanted for x, wanted in pairs):
             return None
         del memory[TENSORS:]
         if memory == self._memory:
