@@ -26,7 +26,9 @@ def calls(monkeypatch):
     monkeypatch.setattr(warm_up_module, "attention", attention)
     monkeypatch.setattr(warm_up_module, "_reason_against", lambda: None)
     monkeypatch.setattr(plans, "DEVICE", "cpu")
-    return found
+    plans.forget()
+    yield found
+    plans.forget()
 
 
 def sizes(inputs):
@@ -69,6 +71,38 @@ def test_a_model_says_what_its_calls_are(calls):
     inputs, given = calls[0]
     assert "dropout_p" not in given
     assert not inputs[0].requires_grad
+
+
+def test_modules_without_a_packed_weight_or_with_another_out_projection(calls):
+    replaced = fused_mha.MultiHeadAttention(16, 4, dtype=torch.bfloat16)
+    replaced.out_proj = nn.Sequential(nn.Linear(16, 16))
+    assert fused_mha.warm_up(replaced, calls=[PADDING], lengths=[3]) == 1
+    assert fused_mha.warm_up(fused_mha.MultiHeadAttention(16, 4, kdim=8, dtype=torch.float16), calls=[PADDING]) == 1
+    assert [inputs[0].dtype for inputs, _ in calls] == [torch.bfloat16, torch.float16]
+
+
+def test_generators_stay_as_they_are(calls):
+    before = torch.get_rng_state()
+    fused_mha.warm_up([16], calls=[{"dropout_p": 0.5}], lengths=[8], dtype=torch.float32, device="cpu")
+    assert calls
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_are_compiled_in_inference_mode_too(calls):
+    with torch.inference_mode():
+        assert fused_mha.warm_up(fused_mha.MultiHeadAttention(16, 4), calls=[PADDING], lengths=[3]) == 1
+        assert torch.is_inference_mode_enabled()
+    (inputs, _), *_ = calls
+    assert all(x.requires_grad for x in inputs)
+
+
+def test_calls_are_cast_under_autocast(calls, monkeypatch):
+    outputs, attention = [], warm_up_module.attention
+    monkeypatch.setattr(warm_up_module, "attention", lambda *x, **y: outputs.append(attention(*x, **y)) or outputs[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        fused_mha.warm_up([16], calls=[PADDING], lengths=[3], dtype=torch.float32, device="cpu")
+    assert calls
+    assert outputs[0].output.dtype == torch.bfloat16
 
 
 def test_without_a_core_for_cuda_it_says_so_and_does_nothing(capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """What each mask means, in one place, on plain tensors.
 
-`reference` and the sdpa back end turn all masks of a call into one additive bias here; `functional` and `projections`
-keep the keys that are hidden from every query out of the arithmetic.
+`reference` and the sdpa back end turn all masks of a call into one additive bias here; `dispatch` keeps the keys that
+are hidden from every query out of the arithmetic.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 # torch has no public names for these. Where a future torch lacks one, the mode is taken to be active: the reference
 # core serves then, which is slower and right.
@@ -80,10 +81,29 @@ def memory_of(x: Tensor) -> tuple[object, ...]:
     return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
 
 
+def memory_of_each(tensors: Iterable[Tensor | None], device_type: str) -> list[tuple[object, ...] | None] | None:
+    """`memory_of` all of them; None if one is no plain tensor or parameter of such a device."""
+    keys = plain_keys(device_type)
+    found: list[tuple[object, ...] | None] = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        elif type(x) not in _TYPES or _keys_of(x).raw_repr() not in keys:
+            return None
+        else:
+            found.append(memory_of(x))
+    return found
+
+
+_TYPES = (Tensor, Parameter)
+_keys_of = torch._C._dispatch_keys
+
+
 @functools.cache
 def plain_keys(device_type: str) -> frozenset[int]:
     """The dispatch keys of tensors of a device that are nothing but memory."""
-    plain = torch.empty(0, device=device_type)
+    with torch.inference_mode(False):  # the first call may be inside that mode
+        plain = torch.empty(0, device=device_type)
     with torch.inference_mode():
         of_inference = torch.empty(0, device=device_type)
     return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))

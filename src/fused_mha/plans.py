@@ -3,8 +3,8 @@
 `functional.attention` and `MultiHeadAttention.forward` ask. Here the short way and the general one meet: the general
 one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
 `dispatch` and the kernels look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
-flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a mode, those of other tensors
-than plain ones, and those with a mask or bias that needs a gradient, have no kind.
+flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other
+tensors than plain ones, and those with a mask or bias that needs a gradient, have no kind.
 """
 
 from __future__ import annotations
@@ -13,20 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fused_mha import dispatch
 from fused_mha.backends.capability import Backend, Served
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_eager, memory_of, plain_keys
+from fused_mha.modes import is_eager, memory_of_each
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
-_TYPES = (Tensor, Parameter)
 _ROWS = 3  # the first tensors of a call: query, key and value
 _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
 _kept: dict[tuple[Any, ...], Served] = {}
-_keys_of = torch._C._dispatch_keys
 
 # In the order of `Served`.
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -44,21 +41,13 @@ def kind_of(tensors: Tensors, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """
     if not is_eager():
         return None
-    keys, is_recorded = plain_keys(DEVICE), torch.is_grad_enabled()
-    parts: list[Any] = []
-    for x in tensors:
-        if x is None:
-            parts.append(None)
-        elif (
-            type(x) not in _TYPES
-            or _keys_of(x).raw_repr() not in keys
-            or (is_recorded and len(parts) >= _ROWS and x.requires_grad)
-        ):
-            return None
-        else:
-            parts.append(memory_of(x))
+    memory = memory_of_each(tensors, DEVICE)
+    if memory is None:
+        return None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[_ROWS:]):
+        return None
     is_float = tensors[0].dtype == torch.float32
-    return *parts, *flags, dispatch.forced(), torch.backends.cuda.matmul.fp32_precision if is_float else None
+    return *memory, *flags, dispatch.forced(), torch.backends.cuda.matmul.fp32_precision if is_float else None
 
 
 def find(kind: tuple[Any, ...] | None) -> Served | None:

@@ -53,7 +53,8 @@ def warm_up(
     Triton compiles a kernel at the first call that needs it, for seconds, and keeps it on disk for later processes.
     One variant serves all lengths, batches and numbers of heads. Only an attn_mask and weights have others: for rows
     that are no multiples of 16 bytes, and a mask for calls of 2^24 scores or more, where it is searched for tiles to
-    skip. Give ``lengths`` and ``batch_size`` of each kind. Calls that go to torch's own kernels compile nothing.
+    skip. Give ``lengths`` and ``batch_size`` of each kind. Calls that go to torch's own kernels compile nothing. Under
+    `torch.autocast`, calls are cast as the model's: enter it if the model runs so. torch's generators stay as they are.
 
     Args:
         target: a model, for every `MultiHeadAttention` in it as it is now (dtype, device, training mode); or head
@@ -107,7 +108,9 @@ def warm_up(
     jobs = list(dict.fromkeys(every))  # a model has many layers of one kind
     for i, (of, call, length) in enumerate(jobs, 1):
         start = time.perf_counter()
-        _call(of, dict(call), batch_size, length, bool(backward))
+        generators = [of.device] if of.device.type == "cuda" else []  # beside the CPU's
+        with torch.random.fork_rng(generators), torch.inference_mode(False):
+            _call(of, dict(call), batch_size, length, bool(backward))
         named = ", ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in call)
         size = of.D if of.D_v == of.D else f"{of.D} and {of.D_v}"
         what = f"heads of {size}, {str(of.dtype).removeprefix('torch.')}, length {length}, {named or 'no options'}"
@@ -126,7 +129,7 @@ def _heads_of(model: nn.Module) -> list[_Heads]:
             flags["bias_kv"] = True
         if module.training and module.dropout:
             flags["dropout_p"] = module.dropout
-        weight = module.out_proj.weight
+        weight = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
         D = module.embed_dim // module.num_heads
         heads.append(_Heads(D, D, module.num_heads, weight.dtype, weight.device, tuple(flags.items())))
     return heads

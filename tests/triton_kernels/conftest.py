@@ -47,6 +47,8 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(cpu, "_forward", launch.attention)
     monkeypatch.setattr(cpu, "_backward", launch.attention_backward)
     monkeypatch.setattr(plans, "DEVICE", "cpu")
+    monkeypatch.setattr(launch, "DEVICE", "cpu")
+    monkeypatch.setattr(launch, "_plans", {})
     plans.forget()
     yield
     plans.forget()

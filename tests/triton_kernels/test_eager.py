@@ -8,12 +8,13 @@ import torch
 import fused_mha
 from attention_oracle import make_arguments
 from fused_mha import plans
+from native.call_space import LAYOUTS, lay_out
 from native.test_operators import operands
 from test_functional_errors import BIAS_K, BIAS_V, KEY, QUERY, ROWS, VALUE
 from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 
 pytest.importorskip("triton")
-from fused_mha.backends.triton import launch, launcher, preparation
+from fused_mha.backends.triton import launch, launcher, preparation, readable
 
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 
@@ -22,6 +23,20 @@ SIZES = {
     "small": {"N": 1, "L": 5, "S": 9, "H": 1, "H_kv": 1, "D": 16, "D_v": 8},
     "odd": {"N": 3, "L": 5, "S": 7, "H": 2, "H_kv": 1, "D": 20, "D_v": 12},
 }
+
+
+MASKS = {
+    "padding": {"padding_dtype": torch.bool},
+    "float padding": {"padding_dtype": torch.float16},
+    "mask": {"mask_dtype": torch.bool},
+    "float mask": {"mask_dtype": torch.float32},
+    "mask of batch elements and heads": {"mask_dtype": torch.bool, "mask_shape": "NHLS"},
+}
+
+
+def with_masks_laid_out(arguments, layout):
+    masks = {name: lay_out(x, layout) for name, x in arguments.items() if name in ("attn_mask", "key_padding_mask")}
+    return arguments | masks
 
 
 def kept_attention(**arguments):
@@ -38,7 +53,7 @@ def kept_attention(**arguments):
 def described(x):
     """A tensor as a kernel sees it; where it lies, if it is one of the caller's."""
     if isinstance(x, torch.Tensor):
-        return (x.dtype, x.numel(), x.stride()[-1:])
+        return (x.dtype, x.shape, x.stride())
     return tuple(map(described, x)) if isinstance(x, tuple) else x
 
 
@@ -91,6 +106,31 @@ def test_the_same_kernels_are_launched_with_the_same_arguments(
     assert len(plans._kept) == 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+def test_kernels_are_launched_with_the_strides_of_the_tensors_they_are_given(launches, in_general, masks, layout):
+    arguments = with_masks_laid_out(make_arguments(**SIZES["even"], **masks, dtype=torch.float16), layout)
+    step(in_general, arguments)
+    expected = seen(launches)
+    launches.by_triton.clear()
+    step(fused_mha.attention, arguments)
+    assert seen(launches) == expected
+    for _, _, _, call, _ in launches.by_triton:
+        for x, strides in ((call.query, call[9:12]), (call.key, call[12:15]), (call.value, call[15:18])):
+            assert x.stride()[:3] == strides
+        if call.attn_mask is not None:
+            assert readable.strides(call.attn_mask) == (call.mask_n, call.mask_h, call.mask_l)
+        if call.padding is not None:
+            assert call.padding.stride(0) == call.padding_n
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+def test_gradients_beside_masks_in_any_memory(in_general, masks, layout):
+    arguments = with_masks_laid_out(make_arguments(**SIZES["small"] | {"N": 2}, **masks), layout)
+    assert all(map(torch.equal, step(kept_attention, arguments), step(in_general, arguments)))
+
+
 @pytest.fixture
 def addresses(monkeypatch):
     """Of each launch, its launcher, and the addresses of the call's tensors and of the operands."""
@@ -106,10 +146,13 @@ def addresses(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("scratch", [2, 1, 0])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given(launches, addresses, case):
+def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given(launches, addresses, case, scratch):
     arguments = make_arguments(**SIZES["even"] | case, dtype=torch.float16)
     launches.compiled = compiled()
+    for name in launcher._SCRATCH[scratch:]:  # older kernels have no such pointers
+        delattr(launches.compiled.metadata, name)
     step(fused_mha.attention, arguments)
     assert not launches.by_address
     addresses.clear()
@@ -121,9 +164,9 @@ def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given
         assert of.kernel is kernel
         function, *grid, warps, shared, kinds, values, stream = launched
         assert (function, grid, warps, shared, stream) == (77, [programs, 1, 1], 8, 4096, 99)
-        assert values == (*tensors, *numbers, *others, None, None)  # and no scratch memory
+        assert values == (*tensors, *numbers, *others, *[None] * scratch)  # and no scratch memory
         of_numbers = "".join("f" if isinstance(x, float) else "i" for x in numbers)
-        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + 2)
+        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + scratch)
 
 
 def test_numbers_beyond_32_bits_are_launched_as_such():
@@ -131,14 +174,19 @@ def test_numbers_beyond_32_bits_are_launched_as_such():
     assert kinds == ["i", "i", "i", "i", "l", "l", "f"]
 
 
-@pytest.mark.parametrize("missing", ["the launcher", "a launch without scratch memory", "no profiler"])
+@pytest.mark.parametrize(
+    "missing", ["the launcher", "the stream", "a launch without scratch memory", "no enter hook", "no exit hook"]
+)
 def test_without_the_short_way_every_launch_is_tritons(launches, monkeypatch, missing):
     arguments = make_arguments(**SIZES["even"], padding_dtype=torch.bool, dtype=torch.float16)
     launches.compiled = compiled(global_scratch_size=128 * (missing == "a launch without scratch memory"))
     if missing == "the launcher":
         monkeypatch.setattr(launcher, "static_launch", None)
-    if missing == "no profiler":
-        monkeypatch.setattr(launcher.knobs.runtime.launch_enter_hook, "calls", [print])
+    if missing == "the stream":
+        monkeypatch.setattr(launcher, "_current_stream", None)
+    if missing.endswith("hook"):  # of a profiler
+        hook = "launch_enter_hook" if "enter" in missing else "launch_exit_hook"
+        monkeypatch.setattr(getattr(launcher.knobs.runtime, hook), "calls", [print])
     for _ in range(3):
         step(fused_mha.attention, arguments)
     assert len(launches.by_triton) == 3 * 3
@@ -198,30 +246,94 @@ def test_second_derivatives_go_by_the_reference(in_general):
     torch.testing.assert_close(second(kept_attention), second(in_general))
 
 
-def test_hooks_see_what_is_saved():
-    arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool)
-    packed = []
+def packed_views():
+    """Arguments whose query, key and value are views of one projection."""
+    arguments = make_arguments(N=2, L=5, S=5, H=2, H_kv=2, D=16, D_v=16, padding_dtype=torch.bool, need_weights=True)
+    projected = torch.stack([arguments[name] for name in ("query", "key", "value")], dim=2)
+    return arguments | dict(zip(("query", "key", "value"), projected.unbind(2), strict=True))
 
-    def pack(x):
+
+def negated(x):
+    """The same tensor, of which torch has noted that the memory holds its negative."""
+    return torch._neg_view(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(-x))
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (torch.clone, lambda x: x),
+        (lambda x: x.double() if x.is_floating_point() else x, lambda x: x.float() if x.is_floating_point() else x),
+        (lambda x: x, lambda x: negated(x) if x.is_floating_point() else x),
+    ],
+    ids=["clone", "another dtype", "negated"],
+)
+def test_hooks_see_what_is_saved(in_general, pack, unpack):
+    arguments, packed, unpacked = packed_views(), [], []
+
+    def packs(x):
         packed.append(x.shape)
-        return x.clone()
+        return pack(x.detach())
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    def unpacks(x):
+        unpacked.append(x)
+        return unpack(x)
+
+    with torch.autograd.graph.saved_tensors_hooks(packs, unpacks):
         gradients = step(kept_attention, arguments)
-    assert len(packed) == 6  # query, key, value, padding, output and statistics
-    assert all(map(torch.equal, gradients, step(kept_attention, arguments)))
+    assert len(packed) == len(unpacked) == 6  # query, key, value, padding, output and statistics
+    for found, expected in zip(gradients, step(in_general, arguments), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3, 4, 5], ids=["query", "key", "value", "padding", "output", "stats"])
+def test_tensors_of_another_dtype_are_launched_by_no_plan(which):
+    arguments, saved = packed_views(), []
+
+    def unpack(x):
+        saved.append(x)
+        return x.half() if len(saved) == which + 1 else x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Plan, "gradients", None)
+        patch.setattr("fused_mha.ops.schema.attention_backward", lambda *_: (None,) * 3)
+        step(kept_attention, arguments)
+
+
+def test_a_leaf_may_be_laid_out_anew_before_the_backward(in_general):
+    arguments = packed_views()
+
+    def gradient(attention):
+        leaf = arguments["query"].detach().requires_grad_()
+        output = attention(**arguments | {"query": leaf}).output
+        leaf.data = leaf.data.contiguous()
+        return torch.autograd.grad(output.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(gradient(kept_attention), gradient(in_general))
 
 
 def test_the_operators_keep_their_plans_too(launches, monkeypatch):
-    monkeypatch.setattr(launch, "DEVICE", "cpu")
     monkeypatch.setattr(launch, "MOST_PLANS", 2)
-    monkeypatch.setattr(launch, "_plans", {})
     for S, count in ((5, 1), (5, 1), (6, 2), (6, 2), (7, 1)):
         arguments = operands(S=S)
         output, _, _, stats = launch.attention(*arguments)
         launch.attention_backward(output, None, None, output, stats, False, False, *arguments)
         assert len(launch._plans) == count
     assert len(launches.by_triton) == 5 * 3
+
+
+@pytest.mark.parametrize("name", launch._GIVEN)
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda x: x[..., :-1], lambda x: x.to("meta")])
+def test_a_backward_is_given_what_the_forward_gave(launches, name, change):
+    arguments = operands(need_weights=True)
+    output, weights, lse, stats = launch.attention(*arguments)
+    given = dict(zip(launch._GIVEN, (output, weights, lse, output, stats), strict=True))
+    launch.attention_backward(*given.values(), False, False, *arguments)
+    x = given[name]
+    found = change(x)
+    with pytest.raises(RuntimeError) as caught:
+        launch.attention_backward(*(given | {name: found}).values(), False, False, *arguments)
+    texts = [f"{tuple(of.shape)} of {of.dtype} on {of.device}" for of in (x, found)]
+    assert str(caught.value) == f"{name} must be {texts[0]}; got {texts[1]}"
 
 
 def test_autocast_casts_first(in_general):
@@ -239,6 +351,7 @@ def test_mistakes_are_seen_beside_a_kept_kind(launches, wrong, exception, text):
     right = {"query": QUERY, "key": KEY, "value": VALUE}
     for more in ({}, {"bias_k": BIAS_K, "bias_v": BIAS_V}):
         fused_mha.attention(**right | more)
+    assert len(plans._kept) == 2
     for _ in range(2):
         with pytest.raises(exception) as caught:
             fused_mha.attention(**right | wrong)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_mha
 from attention_oracle import make_arguments
-from fused_mha import plans
+from fused_mha import modes, plans
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
@@ -83,6 +83,15 @@ def test_a_forced_back_end_serves(launches):
     with fused_mha.backend("reference"):
         assert fused_mha.attention(**arguments).output.isfinite().all()
     assert not launches.by_triton
+
+
+def test_calls_after_a_first_one_in_inference_mode_have_one():
+    modes.plain_keys.cache_clear()
+    arguments = make_arguments(padding_dtype=torch.bool)
+    with torch.inference_mode():
+        assert kind_of(**arguments) is not None
+        assert kind_of(**make_arguments()) is not None
+    assert kind_of(**arguments) is not None
 
 
 def test_tensors_of_a_class_of_their_own_have_none():

@@ -1,20 +1,23 @@
 """Eager calls without the dispatcher, which costs more than they do: `fused_mha.plans` has one `Kept` for each kind.
 
-What it is given has been checked to be plain tensors of one kind, which no mode, transform or compiler sees.
+What a call is given has been checked to be plain tensors of one kind, which no dispatch mode, transform or compiler
+sees. What its backward is given has not: hooks and assignments to `data` change what was saved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of, draw_seed
-from fused_mha.backends.triton.launch import Plan
+from fused_mha.backends.triton.launch import TENSORS, Plan, plan_of, results_of
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import may_skip_dispatcher
+from fused_mha.modes import may_skip_dispatcher, memory_of, memory_of_each
 from fused_mha.ops import schema
+from fused_mha.ops.schema import Arguments
 
 
 class Kept:
@@ -22,9 +25,11 @@ class Kept:
 
     def __init__(self, inputs: AttentionInputs) -> None:
         arguments = arguments_of(inputs, _no_seed)
-        self.numbers = arguments[8:]
+        self.numbers = arguments[TENSORS:]
         self.plan = Plan(arguments)
         self._dropout_p, self._device = inputs.dropout_p, inputs.query.device
+        self._memory = [None if x is None else memory_of(x) for x in arguments[:TENSORS]]
+        self._output, _, _, self._stats = results_of(arguments)
         self.returns_output_alone = not inputs.need_weights and not inputs.return_lse
         self._return_lse = inputs.return_lse
 
@@ -50,6 +55,26 @@ class Kept:
         else:
             output, weights, lse = _record(self, query, key, value, others)
         return AttentionResult(output, weights, lse if self._return_lse else None)
+
+    def plan_of_saved(self, saved: Sequence[Tensor | None]) -> Plan | None:
+        """That of a backward, of what was saved for it; None where the general way has to serve it.
+
+        It is the forward's, if the memory is the same. The copy of a mask may have other strides than the caller's.
+        """
+        *tensors, output, stats = saved
+        memory = memory_of_each(saved, self._device.type)
+        pairs = ((output, self._output), (stats, self._stats))
+        if memory is None or any((x.shape, x.dtype, x.device) != wanted for x, wanted in pairs):
+            return None
+        del memory[TENSORS:]
+        if memory == self._memory:
+            return self.plan
+        is_alike = _without_layout_of_masks(memory) == _without_layout_of_masks(self._memory)
+        return plan_of(Arguments.of(tensors, self.numbers)) if is_alike else None
+
+
+def _without_layout_of_masks(memory: list[Any]) -> list[Any]:
+    return [x if x is None or i not in _MASKS else (x[0], *x[2:4]) for i, x in enumerate(memory)]
 
 
 def _no_seed(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -85,11 +110,13 @@ class _Attention(torch.autograd.Function):
         grads = of_results if len(of_results) == _RESULTS else (*of_results, None, None)
         if grads[0] is grads[1] is grads[2] is None:
             return (None,) * 5
-        *tensors, output, stats = ctx.saved_tensors
+        saved = ctx.saved_tensors  # each time asks the hooks
+        *tensors, output, stats = saved
         has_output = grads[0] is not None
-        if may_skip_dispatcher(grads):
+        plan = ctx.kept.plan_of_saved(saved) if may_skip_dispatcher(grads) else None
+        if plan is not None:
             grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
-            found = ctx.kept.plan.gradients(tensors, grads, output, stats, False, False)
+            found = plan.gradients(tensors, grads, output, stats, False, False)
         else:
             numbers = ctx.kept.numbers
             found = schema.attention_backward(*grads, output, stats, False, False, *tensors, *numbers)
@@ -103,6 +130,7 @@ class _Attention(torch.autograd.Function):
         )
 
 
+_MASKS = (3, 4)  # of the tensors of a call
 _RESULTS = 3  # output, weights and log-sum-exp, or the output alone
 # Without what `Function.apply` does for transforms: of those, there is none here.
 _base: Any = super(torch.autograd.Function, _Attention)

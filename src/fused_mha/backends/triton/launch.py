@@ -36,6 +36,7 @@ LEAST_SCORES_OF_FLASH = 1 << 26
 MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
 DEVICE, MOST_PLANS = "cuda", 1024  # on which plans are kept, a few kilobytes each
 TENSORS = 8  # the first fields of `Arguments`
+_GIVEN = ("grad_output", "grad_weights", "grad_lse", "output", "stats")
 Tensors = tuple[Tensor | None, ...]
 Maker = Callable[[], Tensor]
 
@@ -43,7 +44,7 @@ Maker = Callable[[], Tensor]
 def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, weights or an empty tensor, log-sum-exp, and the rows' maxima and sums."""
     arguments = Arguments(*inputs)
-    output, weights, lse, stats = _plan_of(arguments).forward(arguments[:TENSORS])
+    output, weights, lse, stats = plan_of(arguments).forward(arguments[:TENSORS])
     return output, output.new_empty((0,)) if weights is None else weights, lse, stats
 
 
@@ -60,14 +61,32 @@ def attention_gradients(
     """Those of query, key, value, mask, columns of scores, and of the biases for each batch element; or None."""
     arguments = Arguments(*inputs)
     grads = (grad_output, grad_weights, grad_lse)
-    return _plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
+    of_output, of_weights, of_lse, of_stats = results_of(arguments)
+    expected = (of_output, of_weights, of_lse, of_output, of_stats)
+    for name, x, wanted in zip(_GIVEN, (*grads, output, stats), expected, strict=True):
+        if x is not None and (found := (tuple(x.shape), x.dtype, x.device)) != wanted:  # a hook may give back any
+            texts = ("{} of {} on {}".format(*of) for of in (wanted, found))
+            raise RuntimeError("{} must be {}; got {}".format(name, *texts))
+    return plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
 
 
-def _plan_of(arguments: Arguments) -> Plan:
-    """That of a call of the operators, whose programs are compiled for sizes that come again."""
+def results_of(a: Arguments) -> tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]:
+    """Shape, dtype and device of the output, the weights, the log-sum-exp and the statistics."""
+    N, L, H, _ = a.query.shape
+    dtype, device = a.query.dtype, a.query.device
+    return (
+        ((N, L, H, a.value.shape[3]), dtype, device),
+        (a.weights_shape, dtype, device),
+        ((N, H, L), torch.float32, device),
+        ((2, N, H, L), torch.float32, device),
+    )
+
+
+def plan_of(arguments: Arguments) -> Plan:
+    """That of calls of the operators with tensors of the same memory, which come again."""
     if arguments.query.device.type != DEVICE:
         return Plan(arguments)
     memory = (None if x is None else memory_of(x) for x in arguments[:TENSORS])
@@ -101,7 +120,8 @@ class Plan:
     """How a call's kernels are launched: what the sizes, strides and dtypes of its tensors and its flags decide, and
     whether the tensors lie at multiples of 16 bytes.
 
-    It serves every call of which all these are the same, and holds none of their tensors.
+    It serves every call of which all these are the same, and holds none of their tensors. A backward has a plan of
+    its own where what was saved for it lies otherwise than what the forward was given.
     """
 
     def __init__(self, wanted: Arguments) -> None:

@@ -22,7 +22,7 @@ Operand = Tensor | tuple[Tensor | None, ...] | None
 _static: Any = getattr(torch._C, "_StaticCudaLauncher", None) if torch.version.hip is None else None
 static_launch: Any = getattr(_static, "_launch_kernel", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_SCRATCH = ("global_scratch_size", "profile_scratch_size")  # two more pointers of every kernel, to nothing here
+_SCRATCH = ("global_scratch_size", "profile_scratch_size")  # more pointers of a kernel that has them, to nothing here
 _UNUSED = (*_SCRATCH, "launch_cooperative_grid", "launch_pdl")
 
 
@@ -34,6 +34,7 @@ class Launcher:
         self.numbers = tuple(call[TENSORS:])
         self._compiled: Any = None  # which keeps the code loaded
         self._kinds = ""
+        self._scratch: tuple[None, ...] = ()
 
     def __call__(self, tensors: tuple[Any, ...], *operands: Operand) -> None:
         """Launch it on the current device and stream.
@@ -61,19 +62,19 @@ class Launcher:
             compiled.metadata.num_warps,
             compiled.metadata.shared,
             self._kinds,
-            (*arguments, None, None),
+            (*arguments, *self._scratch),
             _current_stream(tensors[0].get_device()),
         )
 
     def _remember(self, compiled: Any, tensors: tuple[Tensor | None, ...], operands: tuple[Operand, ...]) -> None:
         """What Triton has compiled and launched; nothing where it cannot be launched without Triton."""
-        if static_launch is None or compiled is None:  # by the interpreter
+        if static_launch is None or _current_stream is None or compiled is None:  # by the interpreter, none is
             return
         if compiled.metadata.num_ctas != 1 or any(getattr(compiled.metadata, name, 0) for name in _UNUSED):
             return
-        scratch = "O" * sum(hasattr(compiled.metadata, name) for name in _SCRATCH)
+        self._scratch = tuple(None for name in _SCRATCH if hasattr(compiled.metadata, name))
         given, taken = (sum(x is not None for x in _flat(of)) for of in (tensors, operands))
-        self._kinds = "O" * given + "".join(map(_kind, self.numbers)) + "O" * taken + scratch
+        self._kinds = "O" * given + "".join(map(_kind, self.numbers)) + "O" * (taken + len(self._scratch))
         self._compiled = compiled
 
 
@@ -105,5 +106,5 @@ def _bytes(x: Tensor | None) -> Tensor | None:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of each launch from Triton."""
-    hook = knobs.runtime.launch_enter_hook
-    return hook is not None and bool(hook.calls)
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(hook is not None and bool(hook.calls) for hook in hooks)
