@@ -56,13 +56,12 @@ class Kept:
             output, weights, lse = _record(self, query, key, value, others)
         return AttentionResult(output, weights, lse if self._return_lse else None)
 
-    def plan_of_saved(self, saved: Sequence[Tensor | None]) -> Plan | None:
+    def plan_of_saved(self, tensors: Sequence[Tensor | None], output: Tensor, stats: Tensor) -> Plan | None:
         """That of a backward, of what was saved for it; None where the general way has to serve it.
 
         It is the forward's, if the memory is the same. The copy of a mask may have other strides than the caller's.
         """
-        *tensors, output, stats = saved
-        memory = memory_of_each(saved, self._device.type)
+        memory = memory_of_each((*tensors, output, stats), self._device.type)
         pairs = ((output, self._output), (stats, self._stats))
         if memory is None or any((x.shape, x.dtype, x.device) != wanted for x, wanted in pairs):
             return None
@@ -110,10 +109,9 @@ class _Attention(torch.autograd.Function):
         grads = of_results if len(of_results) == _RESULTS else (*of_results, None, None)
         if grads[0] is grads[1] is grads[2] is None:
             return (None,) * 5
-        saved = ctx.saved_tensors  # each time asks the hooks
-        *tensors, output, stats = saved
+        *tensors, output, stats = ctx.saved_tensors
         has_output = grads[0] is not None
-        plan = ctx.kept.plan_of_saved(saved) if may_skip_dispatcher(grads) else None
+        plan = ctx.kept.plan_of_saved(tensors, output, stats) if may_skip_dispatcher(grads) else None
         if plan is not None:
             grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
             found = plan.gradients(tensors, grads, output, stats, False, False)
