@@ -40,7 +40,7 @@ def _processor() -> str:
 
 def _tiles() -> str:
     """Whose the processor's tiles are: ours, or those of torch's kernels, which then get calls for them."""
-    if cpu.LIBRARY is not None and cpu.LIBRARY.isa == "avx512_amx":
+    if cpu.LIBRARY is not None and cpu.LIBRARY.uses_tiles:
         return "AMX, for bfloat16"
     dtypes = () if cpu.LIBRARY is None else cpu.LIBRARY.tile_dtypes
     if torch.bfloat16 not in dtypes:

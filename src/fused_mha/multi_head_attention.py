@@ -338,7 +338,6 @@ class MultiHeadAttention(TorchAttention):
         head_dim = self.embed_dim // self.num_heads
         hidden = None
         if key_padding_mask is not None:
-            # A copy where autograd records: callers fill their mask anew for the next call.
             hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
             if not is_batched:
                 key_padding_mask = key_padding_mask.unsqueeze(0)

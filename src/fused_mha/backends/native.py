@@ -74,13 +74,18 @@ class Library:
             )
         self._use(name)
 
+    @property
+    def uses_tiles(self) -> bool:
+        """Whether products of bfloat16 take the processor's tiles (AMX)."""
+        return self.isa == TILE_ISA
+
     def _use(self, isa: str) -> None:
         self.isa = isa  # the instruction set in use
         # Of whose tiles (AMX) torch's libraries make use, and this instruction set does not.
         self.tile_dtypes = tuple(
             dtype
             for dtype, code in _HALF_DTYPES.items()
-            if self._has_tiles(code) and not (dtype is torch.bfloat16 and isa == TILE_ISA)
+            if self._has_tiles(code) and not (dtype is torch.bfloat16 and self.uses_tiles)
         )
 
     def exp2(self, x: Tensor) -> Tensor:

@@ -134,6 +134,12 @@ FMHA_INLINE void gemm_of_rows(int rows, const GemmArguments& g) {
     gemm_rows<P, R, VECTORS, LAYOUT>(g);
 }
 
+// Whether `gemm` takes the processor's tiles. No call may run while that changes: fused_mha_set_isa says so.
+template <class P>
+bool multiplies_by_tiles() {
+    return P::KSTEP == 2 && tiles_in_use.load(std::memory_order_relaxed);
+}
+
 #if defined(FMHA_BFLOAT16_DOT)
 template <Layout LAYOUT>
 void gemm_by_tiles(int rows, int64_t columns, const GemmArguments& g);  // in tiles.h
@@ -144,7 +150,7 @@ template <class P, Layout LAYOUT = Layout::PANELS>
 void gemm(int rows, int64_t columns, const GemmArguments& g) {
 #if defined(FMHA_BFLOAT16_DOT)
     if constexpr (P::KSTEP == 2 && LAYOUT != Layout::TRANSPOSED)
-        if (tiles_in_use.load(std::memory_order_relaxed)) return gemm_by_tiles<LAYOUT>(rows, columns, g);
+        if (multiplies_by_tiles<P>()) return gemm_by_tiles<LAYOUT>(rows, columns, g);
 #endif
     if (columns > LANES<typename P::Accumulator>)
         gemm_of_rows<P, 2, LAYOUT>(rows, g);

@@ -155,11 +155,5 @@ inline void release_tiles() {}
 
 #endif
 
-// Whether `gemm` does. No call may run while that changes: fused_mha_set_isa says so.
-template <class P>
-bool multiplies_by_tiles() {
-    return P::KSTEP == 2 && tiles_in_use.load(std::memory_order_relaxed);
-}
-
 }  // namespace
 }  // namespace fused_mha::FMHA_ISA
