@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_mha
 from attention_cells import Cell
 from fused_mha.testing import tolerance
+from module_cases import module_case
+from module_cells import Cell as ModuleCell
+from module_cells import Mode, inference, modules
 
 from run import BenchCase, GroupBar, Report, skipped
 
@@ -30,7 +33,6 @@ DROPOUT = 0.1
 GROUPS = {
     "plain and causal, forward": GroupBar(0.97, 1.0),
     "plain and causal, forward and backward": GroupBar(0.97, 1.0),
-    "module with averaged weights, forward": GroupBar(2.5, 4.0),
     "padding, forward and backward": GroupBar(1.5, 2.5),
     "causal and padding, forward and backward": GroupBar(1.5, 2.5),
     "causal mask as a tensor, forward and backward": GroupBar(1.5, 2.5),
@@ -38,15 +40,23 @@ GROUPS = {
     "dropout, forward and backward": GroupBar(1.0, 1.2),
     "own kernels, forward": GroupBar(0.7, 0.9),
     "own kernels, forward and backward": GroupBar(0.5, 0.65),
-    "small module, forward": GroupBar(1.0, 1.5),
+    "module, inference": GroupBar(1.0, 1.2),
+    "module, training step": GroupBar(1.0, 1.2),
+    "small module, inference": GroupBar(1.0, 1.5),
+    "small module, training step": GroupBar(1.0, 1.5),
 }
 CELLS = tuple(Cell(N, H, L, L, D) for D in (64, 128) for N, H, L in ((8, 12, 512), (4, 16, 2048), (1, 16, 4096)))
 LONG = tuple(Cell(4, 16, 4096, 4096, D) for D in (64, 128))
 QUICK = (Cell(2, 2, 40, 40, 64),)
 COMPILED = tuple(Cell(1, 16, 1024, 1024, D) for D in (64, 128))  # of every length the kernels are the same
-MODULES = ((8, 512, 768, 12), (1, 4096, 1024, 16))  # N, L, E, H
-SMALL_MODULES = ((1, 16, 256, 8),)
-QUICK_MODULES = ((2, 20, 64, 4),)
+WEIGHTS_BARS = {  # of averaged weights, in inference and bf16
+    ModuleCell(8, 512, 512, 768, 12): 1.5,
+    ModuleCell(1, 4096, 4096, 1024, 16): 3.0,
+}
+MODULES = tuple(WEIGHTS_BARS)
+SMALL_MODULES = (ModuleCell(1, 16, 16, 256, 8), ModuleCell(8, 64, 64, 256, 8))
+QUICK_MODULES = (ModuleCell(2, 20, 20, 64, 4),)
+MODULE_BAR = 0.97
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
@@ -65,10 +75,45 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
     for cell in cells:
         for name, arguments in _masked(cell).items():
             yield _case(f"{name}, forward and backward", str(cell), cell, True, **arguments)
-    for sizes in QUICK_MODULES if options.quick else MODULES:
-        yield _module_case("module with averaged weights, forward", sizes, need_weights=True)
-    for sizes in QUICK_MODULES if options.quick else SMALL_MODULES:
-        yield _module_case("small module, forward", sizes, need_weights=False)
+    modules, small = (QUICK_MODULES, QUICK_MODULES) if options.quick else (MODULES, SMALL_MODULES)
+    for cell in modules:
+        for name, mode in _module_modes().items():
+            bar = WEIGHTS_BARS.get(cell, MODULE_BAR) if name == "weights" and mode.dtype == DTYPE else MODULE_BAR
+            yield _module_case("module", cell, name, mode, bar if not mode.training else MODULE_BAR)
+    for cell in small:
+        for name, mode in _small_modes().items():
+            yield _module_case("small module", cell, name, mode, 1.0)
+
+
+def _module_modes() -> dict[str, Mode]:
+    half, single = Mode(DTYPE, device=DEVICE), Mode(torch.float32, device=DEVICE)
+    train = half._replace(training=True)
+    inferences = _small_modes()
+    return {
+        **{name: mode for name, mode in inferences.items() if not mode.training},
+        "causal, padding": half._replace(causal=True, padding=True),
+        **{name: mode for name, mode in inferences.items() if mode.training},
+        "train, causal, padding": train._replace(causal=True, padding=True),
+        "train, dropout": train._replace(dropout=DROPOUT),
+        "train, dropout, weights": train._replace(dropout=DROPOUT, weights=True),
+        "fp32, weights": single._replace(weights=True),
+        "fp32, plain": single,
+        "fp32, padding": single._replace(padding=True),
+        "fp32, train, plain": single._replace(training=True),
+        "fp32, train, padding": single._replace(training=True, padding=True),
+    }
+
+
+def _small_modes() -> dict[str, Mode]:
+    half = Mode(DTYPE, device=DEVICE)
+    kinds = {"plain": half, "weights": half._replace(weights=True), "padding": half._replace(padding=True)}
+    return {**kinds, **{f"train, {name}": mode._replace(training=True) for name, mode in kinds.items()}}
+
+
+def _module_case(group: str, cell: ModuleCell, name: str, mode: Mode, bar: float) -> BenchCase:
+    return module_case(
+        f"{group}, {'training step' if mode.training else 'inference'}", f"{cell}, {name}", cell, mode, bar
+    )
 
 
 def _masked(cell: Cell) -> dict[str, dict[str, Any]]:
@@ -83,22 +128,29 @@ def _masked(cell: Cell) -> dict[str, dict[str, Any]]:
     }
 
 
-PARTS = len(COMPILED) * 6  # which `warm` divides the kernels into
+def _kinds() -> list[tuple[Cell, torch.dtype, dict[str, Any]]]:
+    """Of calls whose kernels differ: head size, dtype and arguments, those that need no gradient among them."""
+    weights = {"need_weights": True}
+    kinds = [(cell, DTYPE, arguments) for cell in COMPILED for arguments in (*_masked(cell).values(), {}, weights)]
+    (cell, *_), small = COMPILED, Cell(1, 8, 64, 64, 32)
+    masked = _masked(cell)
+    kinds += [(cell, DTYPE, masked[name] | weights) for name in ("padding", "dropout")]
+    kinds += [(cell, torch.float32, arguments) for arguments in (masked["padding"], weights)]
+    return kinds + [(small, DTYPE, arguments) for arguments in (_masked(small)["padding"], weights)]
+
+
+PARTS = 2 * 7 + 6  # which `warm` divides the kernels into
 
 
 def warm(part: int) -> None:
     """Compile the kernels of a part of the cases into Triton's cache of files, for the processes that come."""
-    cell = COMPILED[part % len(COMPILED)]
-    kinds = list(_masked(cell).values())
-    inputs = [torch.randn(1, 1024, 16, cell.D, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(3)]
-    kind = part // len(COMPILED)
-    if kind < len(kinds):
-        fused_mha.attention(*inputs, **kinds[kind]).output.sum().backward()
-        return
+    cell, dtype, arguments = _kinds()[part]
+    shape = (cell.N, cell.L, cell.H, cell.D)
+    inputs = [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
     with fused_mha.backend("triton"):
-        fused_mha.attention(*inputs).output.sum().backward()
-    with torch.no_grad():
-        fused_mha.attention(*inputs, need_weights=True)
+        results = fused_mha.attention(*inputs, **arguments)
+    loss = results.output.sum() if results.weights is None else results.output.sum() + results.weights.sum()
+    loss.backward()
 
 
 def _merged(cell: Cell, attn_mask: Tensor | None, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor | None:
@@ -189,49 +241,24 @@ def _exact(merged: Tensor | None, is_causal: bool, q: Tensor, k: Tensor, v: Tens
     return output.transpose(1, 2).to(DTYPE)
 
 
-def _modules(sizes: tuple[int, int, int, int]) -> tuple[nn.Module, nn.Module, Tensor]:
-    N, L, E, H = sizes
-    theirs = nn.MultiheadAttention(E, H, batch_first=True, device=DEVICE, dtype=DTYPE).eval()
-    ours = fused_mha.MultiHeadAttention(E, H, batch_first=True, device=DEVICE, dtype=DTYPE).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return ours, theirs, torch.randn(N, L, E, device=DEVICE, dtype=DTYPE)
-
-
-def _module_case(group: str, sizes: tuple[int, int, int, int], *, need_weights: bool) -> BenchCase:
-    ours, theirs, x = _modules(sizes)
-
-    def call(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            return module(x, x, x, need_weights=need_weights)
-
-    def verify() -> None:
-        for found, other in zip(call(ours), call(theirs), strict=True):
-            if found is not None and other is not None:
-                torch.testing.assert_close(found, other, atol=2e-2, rtol=2e-2)  # the tests have the oracle
-
-    contenders = [functools.partial(call, module) for module in (ours, theirs)]
-    N, L, E, H = sizes
-    return BenchCase(group, f"{N}x{L}x{E}x{H}", contenders[0], {"torch": contenders[1]}, 0.0, verify)
-
-
 def _memory(options: argparse.Namespace) -> Report:
     """Peak memory beside inputs and results of a call with averaged weights."""
     if not HAS_GPU:
         return skipped("there is no CUDA device")
     lines, values = [], {}
-    for sizes in MODULES:
-        *modules, x = _modules(sizes)
+    mode = Mode(DTYPE, weights=True, device=DEVICE)
+    for cell in MODULES:
         peaks = {}
-        for name, module in zip(("ours", "torch"), modules, strict=True):
-            with torch.no_grad():
-                module(x, x, x)
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                module(x, x, x)
-                peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        lines.append(f"{sizes}: ours {peaks['ours']:.0f} MiB, torch {peaks['torch']:.0f} MiB")
-        values[str(sizes)] = peaks
+        for name, module in modules(cell, mode)._asdict().items():
+            run = inference(module, cell, mode)
+            run()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        lines.append(f"{cell}: ours {peaks['ours']:.0f} MiB, torch {peaks['theirs']:.0f} MiB")
+        values[str(cell)] = peaks
     return Report(lines, values)
 
 

@@ -55,7 +55,7 @@ def _verify(run: Run, cell: Cell, mode: Mode) -> None:
 def _verify_without_dropout(cell: Cell, mode: Mode) -> None:
     ours, theirs = modules(cell, mode)
     with torch.set_grad_enabled(mode.training), autocast(mode):
-        assert_parity(ours, theirs, *inputs(cell, mode.dtype, mode.batch_first), **arguments(cell, mode))
+        assert_parity(ours, theirs, *inputs(cell, mode.dtype, mode.batch_first, mode.device), **arguments(cell, mode))
 
 
 def _seeded(run: Run, seed: int) -> tuple[torch.Tensor, ...]:

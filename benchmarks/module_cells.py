@@ -75,6 +75,7 @@ class Mode(NamedTuple):
     per_head: bool = False  # the weights
     attn_mask: AttnMask | None = None  # random; no causal one beside it
     batch_first: bool = True
+    device: str = "cpu"
 
 
 class Modules(NamedTuple):
@@ -88,6 +89,7 @@ def modules(cell: Cell, mode: Mode) -> Modules:
     """Both modules as the mode wants them."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"dropout": mode.dropout, "batch_first": mode.batch_first, "dtype": mode.dtype}
+    options["device"] = mode.device
     theirs = nn.MultiheadAttention(cell.E, cell.H, **options)
     ours = fused_mha.MultiHeadAttention(cell.E, cell.H, **options)
     ours.load_state_dict(theirs.state_dict(), assign=True)  # one memory: neither weights are the colder ones
@@ -95,12 +97,14 @@ def modules(cell: Cell, mode: Mode) -> Modules:
 
 
 @functools.cache  # the groups share them
-def inputs(cell: Cell, dtype: torch.dtype = torch.float32, batch_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    cell: Cell, dtype: torch.dtype = torch.float32, batch_first: bool = True, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value; what is one tensor in the call is one here."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> Tensor:
-        drawn = torch.randn(cell.N, length, cell.E, generator=generator).to(dtype)
+        drawn = torch.randn(cell.N, length, cell.E, generator=generator).to(device, dtype)
         return drawn if batch_first else drawn.transpose(0, 1).contiguous()
 
     query = draw(cell.L)
@@ -120,7 +124,7 @@ def arguments(cell: Cell, mode: Mode) -> dict[str, Any]:
         given["is_causal"] = True
     if mode.attn_mask is not None:
         given["attn_mask"] = _attn_mask(cell, mode.attn_mask, mode.dtype)
-    return given
+    return {name: x.to(mode.device) if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
 def _attn_mask(cell: Cell, kind: AttnMask, dtype: torch.dtype) -> Tensor:
@@ -136,12 +140,12 @@ def _attn_mask(cell: Cell, kind: AttnMask, dtype: torch.dtype) -> Tensor:
 
 def autocast(mode: Mode) -> contextlib.AbstractContextManager[object]:
     """Around a call, as in a model's forward: torch keeps cast parameters no longer than that."""
-    return torch.autocast("cpu", torch.bfloat16) if mode.autocast else contextlib.nullcontext()
+    return torch.autocast(mode.device, torch.bfloat16) if mode.autocast else contextlib.nullcontext()
 
 
 def inference(module: nn.Module, cell: Cell, mode: Mode) -> Run:
     """A call that gives the output and, if wanted, the weights."""
-    query, key, value = inputs(cell, mode.dtype, mode.batch_first)
+    query, key, value = inputs(cell, mode.dtype, mode.batch_first, mode.device)
     others = arguments(cell, mode)
 
     def call() -> tuple[Tensor, ...]:
@@ -168,12 +172,12 @@ def general_path(call: Run) -> Run:
 
 def training_step(module: nn.Module, cell: Cell, mode: Mode) -> Run:
     """A call that gives the output, weights if wanted, and the output's gradients of inputs and parameters."""
-    given = inputs(cell, mode.dtype, mode.batch_first)
+    given = inputs(cell, mode.dtype, mode.batch_first, mode.device)
     leaf_of = {id(x): x.clone().requires_grad_() for x in given}
     query, key, value = (leaf_of[id(x)] for x in given)
     leaves = [*leaf_of.values(), *module.parameters()]
     others = arguments(cell, mode)
-    cotangent = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(mode.dtype)
+    cotangent = torch.randn(query.shape, generator=torch.Generator().manual_seed(1)).to(mode.device, mode.dtype)
 
     def call() -> tuple[Tensor, ...]:
         with autocast(mode):

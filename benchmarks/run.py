@@ -218,9 +218,10 @@ def _run(name: str, stem: str, options: argparse.Namespace) -> int:
     if not cases and not reports:
         print(f"{name}: no case's or report's name contains {options.only!r}", file=sys.stderr)
         return 2
-    for case in tqdm(cases, desc="verify", disable=not sys.stderr.isatty(), leave=False):
-        with case.setup():
-            case.verify()  # no speed is reported of wrong results
+    wrong = [
+        case for case in tqdm(cases, desc="verify", disable=not sys.stderr.isatty(), leave=False) if _is_wrong(case)
+    ]
+    cases = [case for case in cases if case not in wrong]  # no speed is reported of wrong results
     print(f"{name}: {_environment(name, options)['device']}, {options.threads} threads, torch {torch.__version__}")
     rows = []
     for case in tqdm(cases, desc="measure", disable=not sys.stderr.isatty(), leave=False):
@@ -239,12 +240,15 @@ def _run(name: str, stem: str, options: argparse.Namespace) -> int:
         **_environment(name, options),
         "rows": [{**row._asdict(), "timings": row.rounded_timings} for row in rows],
         "groups": [group._asdict() for group in groups],
+        "wrong": [f"{case.group}, {case.name}" for case in wrong],
         "reports": [],
     }
     _save(result, options.out / f"{stem}.json")  # now already: a report may fail
+    if wrong:
+        print("wrong results:", *result["wrong"], sep="\n  ")
     if rows:
         _plot(rows, groups, options.out / f"{stem}.png", f"{name}, {result['device']}, {options.threads} threads")
-    is_right = True
+    is_right = not wrong
     fails = bool(missed) or not all(group.passes for group in groups)
     for title, measure_report in reports.items():
         report: Report = measure_report(options)
@@ -254,6 +258,17 @@ def _run(name: str, stem: str, options: argparse.Namespace) -> int:
         is_right = is_right and report.is_right
         _save(result, options.out / f"{stem}.json")
     return 0 if is_right and (options.no_bars or not fails) else 1
+
+
+def _is_wrong(case: BenchCase) -> bool:
+    """Whether the case cannot be verified; prints why."""
+    try:
+        with case.setup():
+            case.verify()
+    except (AssertionError, RuntimeError) as error:  # the other cases are measured nevertheless
+        tqdm.write(f"WRONG {case.group}, {case.name}: {error}")
+        return True
+    return False
 
 
 def _save(result: Mapping[str, object], path: Path) -> None:
