@@ -159,6 +159,15 @@ def _module_groups(
             "its two linear maps": operators,
         }
         yield f"module, inference, {name}", {title: _without_grad(call) for title, call in contenders.items()}
+    leaf, grad = x.clone().requires_grad_(), torch.zeros_like(x)
+
+    def step(module: torch.nn.Module, options: dict[str, Any]) -> Callable[[], object]:
+        leaves = [leaf, *module.parameters()]
+        return lambda: torch.autograd.grad(module.train()(leaf, leaf, leaf, **options)[0], leaves, grad)
+
+    for name, options in calls.items():
+        named = {"fused_mha.MultiHeadAttention": module, "nn.MultiheadAttention": theirs}
+        yield f"module, training step, {name}", {title: step(of, options) for title, of in named.items()}
 
 
 def _without_grad(call: Callable[[], object]) -> Callable[[], object]:

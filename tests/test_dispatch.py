@@ -169,12 +169,17 @@ class TestReasons:
         missing = Capability(is_installed=False, weights=False, lse=False)
         assert not_supported_reasons(missing, checked(**arguments)) == ["it is not in this installation"]
 
-    def test_masks_on_another_device_than_the_cpu_are_one_against_sdpa(self):
-        arguments = {name: x.to("meta") for name, x in make_arguments(mask_dtype=torch.bool).items()}
-        assert not_supported_reasons(sdpa.BACKEND.capability, checked(**arguments)) == [
-            "its kernels for meta are not known to be right on rows that a mask hides everywhere"
-        ]
-        assert explain_attention(**arguments).chosen == "reference"
+    def test_masks_of_half_types_on_another_device_than_the_cpu_are_one_against_sdpa(self):
+        def reasons(dtype):
+            given = make_arguments(mask_dtype=torch.bool, dtype=dtype).items()
+            arguments = {name: x.to("meta") for name, x in given}
+            return explain_attention(**arguments).chosen, not_supported_reasons(
+                sdpa.BACKEND.capability, checked(**arguments)
+            )
+
+        reason = "its kernels for meta are not known to be right with a mask in torch.bfloat16"
+        assert reasons(torch.bfloat16) == ("reference", [reason])
+        assert reasons(torch.float32) == ("sdpa", [])
 
     def test_onnx_export_goes_to_operators_of_torch(self, monkeypatch, module, x, served_by):
         monkeypatch.setattr("torch.onnx._internal.exporter._flags._is_onnx_exporting", True)

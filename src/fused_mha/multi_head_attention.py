@@ -272,11 +272,17 @@ class MultiHeadAttention(TorchAttention):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
             query, key, value = projections.recordable(query, key, value)
         arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        kept = one_call.kept(self, *arguments)
+        if kept is not None and kept.served is not None:
+            return one_call.serve(kept, kept.served)
         N, is_batched, dropout_p = self._checked(*arguments)
         result = one_call.forward(self, *arguments, dropout_p)
         if result is not None:
             return result
-        heads, weights, _ = plans.run(self._attention_inputs(*arguments, N, is_batched, dropout_p))
+        inputs = self._attention_inputs(*arguments, N, is_batched, dropout_p)
+        if kept is not None and (served := one_call.keep(kept, self, inputs)) is not None:
+            return one_call.serve(kept, served)
+        heads, weights, _ = plans.run(inputs)
         output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)

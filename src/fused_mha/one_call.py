@@ -1,4 +1,5 @@
-"""The whole forward of a module by one operator: projections and attention.
+"""The whole forward of a module in one: projections and attention, by one operator on the CPU, and by what `plans`
+keeps of eager calls on CUDA.
 
 `MultiHeadAttention.forward` asks here first. What this does not serve (transforms, hooks, replaced projections,
 gradients of masks, NaN in hidden keys) goes through `projections` and `dispatch`, with the same results. `explain` asks
@@ -8,28 +9,30 @@ for the reason.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from fused_mha import dispatch, linear, masks, projections
+from fused_mha import dispatch, linear, masks, plans, projections
 from fused_mha.backends import cpu
 from fused_mha.backends.arguments import draw_seed
-from fused_mha.inputs import default_scale
+from fused_mha.backends.capability import ServedModule
+from fused_mha.inputs import AttentionInputs, default_scale
 from fused_mha.modes import autocast_is_on, is_eager, is_traced_by_dynamo
+from fused_mha.ops.module import TENSORS, Call
 
 _IN_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 _OUT_NAMES = ("weight", "bias")
 
 
-def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
-    """The parameters in the order of `ops.module.Call`; None where one is hooked, replaced or of another shape.
+def _found_parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
+    """The parameters in the order of `ops.module.Call`; None where one is hooked or replaced.
 
     They are taken from where `nn.Module` keeps them: pruning, parametrizations and adapters keep theirs elsewhere.
     """
-    own, out_proj, E = module._parameters, module._modules.get("out_proj"), module.embed_dim
+    own, out_proj = module._parameters, module._modules.get("out_proj")
     if not isinstance(out_proj, nn.Linear) or not projections.is_stock(out_proj):
         return None
     of_out = out_proj._parameters
@@ -41,7 +44,14 @@ def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
         for name in names:  # in torch 2.10 and 2.11, Dynamo cannot compare sets with dictionaries
             if name not in parameters or name in others:
                 return None
-    found = (*map(own.__getitem__, _IN_NAMES), of_out["weight"], of_out["bias"], module.bias_k, module.bias_v)
+    return (*map(own.__getitem__, _IN_NAMES), of_out["weight"], of_out["bias"], module.bias_k, module.bias_v)
+
+
+def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
+    """The same; None too where one is of another shape, or not contiguous."""
+    found, E = _found_parameters(module), module.embed_dim
+    if found is None:
+        return None
     virtual = (1, 1, E)
     shapes = ((3 * E, E), (E, E), (E, module.kdim), (E, module.vdim), (3 * E,), (E, E), (E,), virtual, virtual)
     for x, shape in zip(found, shapes, strict=True):
@@ -144,12 +154,100 @@ def tensors_of(
     if key_padding_mask is not None and eager and not (_is_finite(key) and (value is key or _is_finite(value))):
         return "a key that key_padding_mask hides may be NaN or infinite"
     if attn_mask is not None:
-        N = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
-        attn_mask = masks.per_head(attn_mask, N, module.num_heads)
+        attn_mask = masks.per_head(attn_mask, _batch_size(query, module.batch_first), module.num_heads)
     return *inputs, *parameters, attn_mask, key_padding_mask
 
 
 _MASK_DTYPES = (torch.bool, *cpu.DTYPES)
+
+
+class Kept(NamedTuple):
+    """A call on CUDA, and what serves calls of its kind; `served` is None where the general way has to find out."""
+
+    kind: plans.Kind
+    served: ServedModule | None
+    inputs: tuple[Tensor, Tensor, Tensor]
+    parameters: tuple[Any, ...]
+    masks: tuple[Tensor | None, Tensor | None]
+    numbers: tuple[Any, ...]  # of `ops.module.Call`
+
+    def tensors(self, seed: Tensor | None = None) -> tuple[Any, ...]:
+        """Those of `ops.module.Call`; what `served` is given has a seed if there is dropout."""
+        (query, key, value), (attn_mask, padding) = self.inputs, self.masks
+        batch_first, num_heads, *_ = self.numbers
+        if value is key and self.parameters[0] is not None:
+            key, value = None if key is query else key, None
+        if attn_mask is not None:
+            attn_mask = masks.per_head(attn_mask, _batch_size(query, batch_first), num_heads)
+        return query, key, value, *self.parameters, attn_mask, padding, seed
+
+
+def kept(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> Kept | None:
+    """An eager call on CUDA whose kind `plans` may know, not yet checked; None where the steps have to be taken."""
+    device = query.device.type
+    if device != plans.DEVICE or torch.compiler.is_compiling() or autocast_is_on(device):
+        return None
+    parameters = _found_parameters(module)
+    if parameters is None:
+        return None
+    num_heads, dropout_p = module.num_heads, module.dropout if module.training else 0.0
+    flags = (
+        module.batch_first,
+        num_heads,
+        is_causal,
+        module.add_zero_attn,
+        dropout_p,
+        need_weights,
+        average_attn_weights,
+    )
+    sizes = (module.embed_dim, module.kdim, module.vdim)
+    learning = (query, key, value, *parameters)
+    recorded = cpu.is_recorded(*learning)
+    tensors = (*learning, attn_mask, key_padding_mask)
+    kind = plans.kind_of(tensors, (*flags, *sizes, recorded, key is query, value is key), len(learning))
+    if kind is None or type(num_heads) is not int:
+        return None
+    numbers = (
+        *flags[:4],
+        float(dropout_p),
+        default_scale(module.embed_dim // num_heads),
+        need_weights,
+        average_attn_weights,
+    )
+    return Kept(kind, plans.find(kind), (query, key, value), parameters, (attn_mask, key_padding_mask), numbers)
+
+
+def serve(call: Kept, served: ServedModule) -> tuple[Tensor, Tensor | None]:
+    """What `MultiHeadAttention.forward` returns."""
+    return served(call.tensors(draw_seed(call.numbers[_DROPOUT_P], call.inputs[0].device)))
+
+
+_DROPOUT_P = Call._fields.index("dropout_p") - TENSORS
+
+
+def keep(call: Kept, module: nn.MultiheadAttention, inputs: AttentionInputs) -> ServedModule | None:
+    """What serves this call, which was checked, and the later ones of its kind."""
+    parameters = _parameters(module)
+    if parameters is None or any(x is not None and x.dtype != inputs.query.dtype for x in (*call.inputs, *parameters)):
+        return None
+    if not plans.is_constant(call.numbers):
+        return None
+    back_end = dispatch.choose(inputs)
+    return plans.remember(call.kind, back_end.serves_module(Call.of((*call.tensors(), *call.numbers))))
+
+
+def _batch_size(query: Tensor, batch_first: bool) -> int:
+    return 1 if query.dim() == 2 else query.shape[0 if batch_first else 1]
 
 
 def _is_weight(x: Tensor) -> bool:

@@ -1,15 +1,16 @@
 """What serves an eager call on CUDA of a kind that has come before: looked up, not checked and chosen anew.
 
-`functional.attention` and `MultiHeadAttention.forward` ask. Here the short way and the general one meet: the general
-one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
-`dispatch` and the kernels look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
+`functional.attention` and `one_call` ask. Here the short way and the general one meet: the general one serves the first
+call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`, `dispatch` and the kernels
+look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
 flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other
 tensors than plain ones, and those with a mask or bias that needs a gradient, have no kind.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,18 +24,21 @@ DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or ha
 MOST_KINDS = 1024  # a few kilobytes each
 _ROWS = 3  # the first tensors of a call: query, key and value
 _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
-_kept: dict[tuple[Any, ...], Served] = {}
+Kind = tuple[Any, ...]
+Serves = TypeVar("Serves")
+_kept: dict[Kind, Any] = {}
 
 # In the order of `Served`.
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def kind_of(tensors: Tensors, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _ROWS) -> Kind | None:
     """The kind of a call, or None.
 
     Args:
-        tensors: query, key, value, attn_mask, key_padding_mask, bias_k and bias_v, not yet checked.
-        flags: the other arguments of `attention`.
+        tensors: of the call, not yet checked: first those that may need a gradient.
+        flags: its other arguments.
+        may_learn: how many tensors may need a gradient.
 
     Returns:
         What `find` and `keep` take.
@@ -44,13 +48,13 @@ def kind_of(tensors: Tensors, flags: tuple[Any, ...]) -> tuple[Any, ...] | None:
     memory = memory_of_each(tensors, DEVICE)
     if memory is None:
         return None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[_ROWS:]):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[may_learn:]):
         return None
-    is_float = tensors[0].dtype == torch.float32
+    is_float = tensors[0] is not None and tensors[0].dtype == torch.float32
     return *memory, *flags, dispatch.forced(), torch.backends.cuda.matmul.fp32_precision if is_float else None
 
 
-def find(kind: tuple[Any, ...] | None) -> Served | None:
+def find(kind: Kind | None) -> Any:
     """What serves calls of a kind; None where the general way has to find out."""
     try:
         return _kept.get(kind) if kind is not None else None
@@ -58,11 +62,15 @@ def find(kind: tuple[Any, ...] | None) -> Served | None:
         return None
 
 
-def keep(kind: tuple[Any, ...] | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:
+def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:
     """What serves this call and the later ones of its kind, if the back end that was chosen for it has such."""
-    if kind is None or not all(map(_is_constant, inputs[5:8] + inputs[10:])):
+    if kind is None or not all(map(is_constant, inputs[5:8] + inputs[10:])):
         return None
-    served = back_end.served(inputs)
+    return remember(kind, back_end.served(inputs))
+
+
+def remember(kind: Kind, served: Serves) -> Serves:
+    """What serves calls of a kind; nothing is kept where that is None."""
     if served is not None:
         if len(_kept) >= MOST_KINDS:
             _kept.clear()
@@ -94,5 +102,6 @@ def tensors_of(inputs: AttentionInputs) -> Tensors:
     return query, key, value, attn_mask, key_padding_mask, inputs.bias_k, inputs.bias_v
 
 
-def _is_constant(flag: object) -> bool:
-    return all(map(_is_constant, flag)) if type(flag) is tuple else type(flag) in _CONSTANTS
+def is_constant(flag: object) -> bool:
+    """Whether a flag that is equal to this one at a later call means the same."""
+    return all(map(is_constant, flag)) if type(flag) is tuple else type(flag) in _CONSTANTS

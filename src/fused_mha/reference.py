@@ -84,11 +84,8 @@ def attention(
     )
     empty = visible = None
     if bias is not None and not virtual_keys:
-        # The softmax of a row of -inf alone is NaN, and so is its gradient: such a row scores as if it were not
-        # masked, and what it gives is multiplied by zero below.
-        empty = (bias == masks.NEGATIVE_INFINITY).all(dim=-1, keepdim=True)  # [N|1, H|1, L|1, 1]
+        bias, empty = masks.without_empty_rows(bias)
         visible = empty.logical_not().to(dtype)
-        bias = bias.masked_fill(empty, 0.0)
 
     if dtype != out_dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import onnx_export_is_active, transform_is_active
+from fused_mha.ops.module import Call
 
 
 class Capability(NamedTuple):
@@ -25,13 +26,15 @@ class Capability(NamedTuple):
     reads_hidden_keys: bool = True  # 0 * NaN = NaN: zeros have to take the place of keys that are hidden from all
     empty_tensors: bool = True
     cpu_dropout: bool = True
-    off_cpu_masks: bool = True  # any but plain causal, on other devices than the CPU, ONNX too
+    off_cpu_half_masks: bool = True  # any but plain causal, on other devices than the CPU; in ONNX, of all dtypes
     most_head_size: int | None = None  # None is any
     cuda_capability: tuple[int, int] | None = None  # the least; None is any
 
 
 # Query, key, value, attn_mask, key_padding_mask, bias_k and bias_v of a call that differs from another by values alone.
 Served = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], AttentionResult]
+# The tensors of `ops.module.Call`; output and weights.
+ServedModule = Callable[[Sequence[Tensor | None]], tuple[Tensor, Tensor | None]]
 
 
 class Backend(NamedTuple):
@@ -44,6 +47,7 @@ class Backend(NamedTuple):
     notes: Callable[[AttentionInputs], list[str]]  # what `explain` says of a call that it serves
     leaves: Callable[[AttentionInputs], str | None] = lambda _: None  # why it leaves a call that it could serve
     served: Callable[[AttentionInputs], Served | None] = lambda _: None  # what serves eager calls of one kind faster
+    serves_module: Callable[[Call], ServedModule | None] = lambda _: None  # what does so with the projections
 
 
 def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
@@ -71,9 +75,11 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
             reasons.append(f"it knows no {' and no '.join(sorted(unknown))}")
     if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
-    if inputs.needs_mask_tensor() and not capability.off_cpu_masks and (device != "cpu" or onnx_export_is_active()):
-        where = "ONNX" if device == "cpu" else device
-        reasons.append(f"its kernels for {where} are not known to be right on rows that a mask hides everywhere")
+    if inputs.needs_mask_tensor() and not capability.off_cpu_half_masks:
+        if onnx_export_is_active():
+            reasons.append("its kernels for ONNX are not known to be right on rows that a mask hides everywhere")
+        elif device != "cpu" and inputs.query.dtype in (torch.float16, torch.bfloat16):
+            reasons.append(f"its kernels for {device} are not known to be right with a mask in {inputs.query.dtype}")
     head_size = max(inputs.query.shape[3], inputs.value.shape[3])
     if capability.most_head_size is not None and head_size > capability.most_head_size:
         reasons.append(f"its largest head size is {capability.most_head_size} (it is {head_size})")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused_mha import masks
-from fused_mha.backends.capability import Backend, Capability, Served
+from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.modes import is_plain
 from fused_mha.ops import schema
+from fused_mha.ops.module import GRADIENTS, Call
 from fused_mha.reference import append_virtual_keys
 
 
@@ -35,9 +39,9 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     query, S = inputs.query, inputs.key.shape[1]
     key = append_virtual_keys(inputs.key, inputs.bias_k, inputs.add_zero_attn)
     value = append_virtual_keys(inputs.value, inputs.bias_v, inputs.add_zero_attn)
-    mask = None
+    mask = empty = None
     if inputs.needs_mask_tensor():
-        # Beside half queries the op takes an fp32 mask (on the CPU, the only place where masks come here):
+        # Beside half queries the op takes an fp32 mask (on the CPU, the only place where theirs come here):
         # finfo(fp32).min would be -inf in fp16.
         is_half = query.dtype in (torch.float16, torch.bfloat16)
         mask = masks.attention_bias(
@@ -52,8 +56,14 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
             torch.float32 if is_half else query.dtype,
             query.device,
         )
+        if mask is not None and not query.is_cpu and key.shape[1] == S:  # a virtual key is seen by every query
+            mask, empty = masks.without_empty_rows(mask)
         mask = schema.own_mask(mask, query) if torch.is_grad_enabled() else mask
-    return _attend(query, key, value, mask, inputs.dropout_p, inputs.is_causal and mask is None, inputs.scale)
+    result = _attend(query, key, value, mask, inputs.dropout_p, inputs.is_causal and mask is None, inputs.scale)
+    if empty is None:
+        return result
+    visible = empty.logical_not().to(query.dtype).transpose(1, 2)
+    return result._replace(output=result.output * visible)
 
 
 def _attend(
@@ -90,6 +100,32 @@ def _served(inputs: AttentionInputs) -> Served | None:
     return attend
 
 
+def _serves_module(call: Call) -> ServedModule | None:
+    """On CUDA, torch's operator of a whole module: the same products and the same SDPA in one call."""
+    D = call.query.shape[-1] // call.num_heads
+    has_masks = call.attn_mask is not None or call.key_padding_mask is not None or call.is_causal
+    is_simple = call.key is None and call.bias_k is None and not (call.add_zero_attn or call.need_weights or has_masks)
+    if not is_simple or call.in_bias is None or call.out_bias is None or call.query.dim() != 3 or call.dropout_p:
+        return None
+    if not call.batch_first or call.query.shape[1] == 1 or D % 8 or not call.query.is_cuda:
+        return None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:GRADIENTS]):
+        return None
+    E, num_heads = call.query.shape[-1], call.num_heads
+
+    def attend(tensors: Sequence[Any]) -> tuple[Tensor, None]:
+        x, _, _, in_weight, _, _, _, in_bias, out_weight, out_bias = tensors[:_BIAS_K]
+        output, _ = torch._native_multi_head_attention(
+            x, x, x, E, num_heads, in_weight, in_bias, out_weight, out_bias, None, False
+        )
+        return output, None
+
+    return attend
+
+
+_BIAS_K = Call._fields.index("bias_k")
+
+
 def _notes(inputs: AttentionInputs) -> list[str]:
     if _without_redundant_mask(inputs).needs_mask_tensor():
         return ["the masks of the call are merged into one additive tensor, (N|1, H|1, L|1, S)"]
@@ -100,9 +136,10 @@ BACKEND = Backend(
     name="sdpa",
     summary="torch.nn.functional.scaled_dot_product_attention",
     capability=Capability(
-        weights=False, lse=False, transforms=False, empty_tensors=False, cpu_dropout=False, off_cpu_masks=False
+        weights=False, lse=False, transforms=False, empty_tensors=False, cpu_dropout=False, off_cpu_half_masks=False
     ),
     run=_run,
     notes=_notes,
     served=_served,
+    serves_module=_serves_module,
 )

@@ -30,12 +30,13 @@ _OF_OUTPUT = {"out_weight", "out_bias"}  # nothing before them needs their gradi
 _OF_VALUES = {"value", "value_weight", "bias_v"}  # which the attention weights do not depend on either
 
 
-def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Save what `backward` reads."""
+def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """Save what `backward` reads; there may be None in the place of no weights."""
     _, weights, *kept = output
     needed = {name for name, is_needed in zip(_NAMES, ctx.needs_input_grad, strict=False) if is_needed}
     before_heads = needed - _OF_OUTPUT
-    ctx.mark_non_differentiable(*kept, *(() if before_heads - _OF_VALUES else (weights,)))
+    others = () if weights is None or before_heads - _OF_VALUES else (weights,)
+    ctx.mark_non_differentiable(*kept, *others)
     ctx.set_materialize_grads(False)  # no gradient of the weights: no work for it
     saved, ctx.unread = list(inputs[:TENSORS]), []
     for i, (name, x) in enumerate(zip(Call._fields, saved, strict=False)):
@@ -53,21 +54,26 @@ def backward(
     grad_output: Tensor | None,
     grad_weights: Tensor | None,
     *_: Any,
-    kernel: Callable[..., tuple[Tensor, ...]] = multi_head_attention_backward,
+    kernel: Callable[..., tuple[Tensor | None, ...] | None] = multi_head_attention_backward,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the operator's arguments; differentiable again if autograd asks for that."""
+    """The gradients of the operator's arguments; differentiable again if autograd asks for that.
+
+    The kernel returns None where it cannot read what was saved.
+    """
     none = (None,) * (len(Call._fields) + 1 - GRADIENTS)
     saved = ctx.saved_tensors  # which may be unpacked once only
     if grad_output is grad_weights is None:
         return (None,) * (GRADIENTS + len(none))
     skipped = _OF_OUTPUT | _OF_VALUES if grad_output is None else ()
     wanted = [i for i, name in enumerate(_NAMES) if ctx.needs_input_grad[i] and name not in skipped]
-    if torch.is_grad_enabled() or not ctx.keeps:  # `keep` may be of an export where no gradient was wanted
+    found = None
+    if not torch.is_grad_enabled() and ctx.keeps:  # `keep` may be of an export where no gradient was wanted
+        flags = sum(1 << i for i in wanted)
+        found = kernel(grad_output, grad_weights, *saved[TENSORS:], *saved[:TENSORS], *ctx.numbers, flags)
+    if found is None:
         tensors = _with_unread(ctx, saved[:TENSORS])
         call = Call.of((*tensors, *ctx.numbers))
         return *_gradients(call, wanted, grad_output, grad_weights, torch.is_grad_enabled()), *none
-    flags = sum(1 << i for i in wanted)
-    found = kernel(grad_output, grad_weights, *saved[TENSORS:], *saved[:TENSORS], *ctx.numbers, flags)
     return *(x if i in wanted else None for i, x in enumerate(found)), *none
 
 

@@ -1,6 +1,6 @@
 """The fused CUDA core in Triton, which CUDA builds of torch bring along: registers its kernels, and serves `dispatch`.
 
-Where nothing but causality hides a key, torch's own kernels are near the limit of the chip: `sdpa` serves such a call.
+Where torch's own kernels are the faster ones and as right, they serve: `_leaves_to_torch` is the rule.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_mha.backends import sdpa
 from fused_mha.backends.arguments import arguments_of
-from fused_mha.backends.capability import Backend, Capability, Served
+from fused_mha.backends.capability import Backend, Capability, Served, ServedModule, not_supported_reasons
 from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE, MOST_OF_TORCH
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.ops import fallback, schema
+from fused_mha.ops.module import Call
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,14 +60,42 @@ def _served(inputs: AttentionInputs) -> Served:
     return eager.Kept(inputs)
 
 
-def _leaves_to_sdpa(inputs: AttentionInputs) -> str | None:
-    """Why torch's kernels serve a call as fast and as right, if they do: cuDNN's give NaN for a single query."""
-    if inputs.need_weights or inputs.return_lse or inputs.needs_mask_tensor() or inputs.dropout_p > 0.0:
-        return None
+def _serves_module(call: Call) -> ServedModule | None:
+    from fused_mha.backends.triton import module, readable  # noqa: PLC0415 - as above
+
+    head_size = call.query.shape[-1] // call.num_heads
+    return None if head_size % readable.unit_of(call.query) else module.Kept(call)
+
+
+MOST_SCORES_OF_REFERENCE = 1 << 28  # of a call with weights in fp32: 1 GiB for each tensor of them
+
+
+def _leaves_to_torch(inputs: AttentionInputs) -> str | None:
+    """Why torch's kernels serve a call as fast and as right, if they do.
+
+    Measured on an H100 (benchmarks/results/nvidia_h100): without masks, cuDNN's and FlashAttention take 0.6 to 0.8 of
+    our time in bf16. In fp32, where a Triton product is exact but slow, torch's own take a third to a half, with a
+    merged mask too, and so do scores by cuBLAS where weights are wanted. cuDNN's kernels give NaN for a single query.
+    """
     N, L, H, _ = inputs.query.shape
-    if inputs.bias_k is not None or inputs.add_zero_attn or L == 1 or N * H > MOST_OF_TORCH:
+    if inputs.return_lse or L == 1 or N * H > MOST_OF_TORCH:
         return None
-    return "nothing but causality hides a key, and torch's own kernels are near the limit there"
+    has_virtual_keys = inputs.bias_k is not None or inputs.add_zero_attn
+    if not (inputs.need_weights or inputs.needs_mask_tensor() or inputs.dropout_p > 0.0 or has_virtual_keys):
+        return "nothing but causality hides a key, and torch's own kernels are near the limit there"
+    scores = N * H * L * inputs.key.shape[1]
+    return _leaves_float32(inputs, scores) if inputs.query.dtype == torch.float32 else None
+
+
+def _leaves_float32(inputs: AttentionInputs, scores: int) -> str | None:
+    masks = (inputs.attn_mask, inputs.key_padding_mask)
+    if inputs.window is not None or any(mask is not None and mask.requires_grad for mask in masks):
+        return None
+    if inputs.need_weights and scores > MOST_SCORES_OF_REFERENCE:
+        return None
+    if not inputs.need_weights and not_supported_reasons(sdpa.BACKEND.capability, inputs):
+        return None
+    return "torch's products of float32 are faster on a GPU than Triton's"
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:
@@ -96,6 +126,7 @@ BACKEND = Backend(
     ),
     run=_run,
     notes=_notes,
-    leaves=_leaves_to_sdpa,
+    leaves=_leaves_to_torch,
     served=_served,
+    serves_module=_serves_module,
 )

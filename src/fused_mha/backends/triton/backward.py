@@ -17,13 +17,15 @@ from fused_mha.backends.triton.tiles import (
     block_of_queries,
     full,
     head_of,
-    kept_weights,
+    is_kept,
     load_keys,
     load_of_rows,
     load_rows,
     load_stats,
     load_values,
     multiple,
+    program_of,
+    rows_of_output,
     softmax_tile,
     store_rows,
     tile_of_matrices,
@@ -42,7 +44,9 @@ from fused_mha.backends.triton.visibility import (
 
 
 class Given(NamedTuple):
-    """What the gradients are computed from, beside the call; all contiguous."""
+    """What the gradients are computed from, beside the call; the first, `output` and `cleaned` lie as the output, all
+    others are contiguous.
+    """
 
     grad_output: Any  # (N, L, H, D_v)
     grad_weights: Any  # (N, L, S') or (N, H, L, S'), or None
@@ -92,9 +96,9 @@ def _terms(call, given, head, rows):
 
 @triton.jit
 def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
-    """Rows of a head of a contiguous tensor (N, L, H, D_v)."""
-    at = tensor + (head.n * call.L * call.H + head.h) * TILE.D_V
-    return load_rows(at, call.H * TILE.D_V, rows, is_read, TILE.D_V, TILE.BLOCK_DV)
+    """Rows of a head of the output, or of what lies as the output does."""
+    at = rows_of_output(tensor, call, head, TILE)
+    return load_rows(at, call.output_l, rows, is_read, TILE.D_V, TILE.BLOCK_DV)
 
 
 @triton.jit
@@ -122,7 +126,7 @@ def _weights_and_gradients(
     KIND: tl.constexpr,
     BY_KEYS: tl.constexpr,
 ):
-    """Of a tile: the softmax, the weights after dropout, and the gradients of the softmax, (rows, BLOCK_N).
+    """Of a tile: the softmax, what dropout keeps of it, and the gradients of the softmax, (rows, BLOCK_N).
 
     They are (BLOCK_N, rows) if BY_KEYS. Without a value, only what comes through the weights is in the gradients.
     """
@@ -138,11 +142,10 @@ def _weights_and_gradients(
     softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, KIND)
     weights = softmax
     if call.seed is not None:
-        kept = kept_weights(call, head, queries.rows, start, TILE)
+        kept = is_kept(call, head, queries.rows, start, TILE)
         if BY_KEYS:
             kept = tl.trans(kept)
-        kept = kept.to(tl.float32) * call.kept_factor
-        weights = softmax * kept
+        weights = tl.where(kept, softmax, 0.0)
     if value is None:
         grad = _grad_weights(call, given, head, weights, i, j, TILE)
     else:
@@ -153,7 +156,7 @@ def _weights_and_gradients(
         if given.grad_weights is not None:
             grad += _grad_weights(call, given, head, weights, i, j, TILE)
     if call.seed is not None:
-        grad *= kept
+        grad = tl.where(kept, grad, 0.0) * call.kept_factor
     return softmax, weights, grad
 
 
@@ -208,11 +211,11 @@ def grad_query(call, given, result, TILE: tl.constexpr):
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
-    shift, factor = load_stats(given.stats, call, head, rows)
+    shift, factor = load_stats(given.stats, call, head, rows, TILE)
     if given.cleaned is not None:
         grad_output = tl.where((factor == 0.0)[:, None], 0.0, grad_output)
-        at = given.cleaned + (head.n * call.L * call.H + head.h) * TILE.D_V
-        store_rows(at, call.H * TILE.D_V, rows, rows < call.L, grad_output, TILE.D_V, TILE.BLOCK_DV)
+        at = rows_of_output(given.cleaned, call, head, TILE)
+        store_rows(at, call.output_l, rows, rows < call.L, grad_output, TILE.D_V, TILE.BLOCK_DV)
     query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
     queries = Queries(rows=rows, query=query, grad_output=grad_output, shift=shift, factor=factor)
     tiles = visible_keys(call, first_row, TILE)
@@ -251,8 +254,8 @@ def grad_query(call, given, result, TILE: tl.constexpr):
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
         total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, EDGE)
-    at = result + (head.n * call.L * call.H + head.h) * TILE.D
-    store_rows(at, call.H * TILE.D, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
+    at = result + head.n * call.grad_query_n + head.h * TILE.D
+    store_rows(at, call.grad_query_l, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
 
 class Sums(NamedTuple):
@@ -307,9 +310,8 @@ def grad_key_value(
     """
     blocks = tl.cdiv(call.columns, TILE.BLOCK_N)
     key_heads = call.H // call.group
-    sequence = tl.program_id(0) // blocks
-    n, kv = sequence // key_heads, sequence % key_heads
-    first_column = tl.program_id(0) % blocks * TILE.BLOCK_N
+    n, kv, block = program_of(call, blocks, key_heads)
+    first_column = block * TILE.BLOCK_N
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     head = head_of(call, n, kv * call.group)
     key = load_keys(call, head, columns, TILE, EDGE)
@@ -340,17 +342,13 @@ def grad_key_value(
             at = (head.n * call.H + head.h) * call.S + columns
             tl.store(grad_columns + at, sums.columns, mask=columns < call.S)
     grad_k *= call.scale
-    key_row = n.to(tl.int64) * call.S * key_heads + kv
-    store_rows(grad_key + key_row * TILE.D, key_heads * TILE.D, columns, columns < call.S, grad_k, TILE.D, TILE.BLOCK_D)
-    store_rows(
-        grad_value + key_row * TILE.D_V,
-        key_heads * TILE.D_V,
-        columns,
-        columns < call.S,
-        grad_v,
-        TILE.D_V,
-        TILE.BLOCK_DV,
-    )
+    if call.seed is not None:
+        grad_v *= call.kept_factor
+    is_key = columns < call.S
+    at = grad_key + n.to(tl.int64) * call.grad_key_n + kv * TILE.D
+    store_rows(at, call.grad_key_l, columns, is_key, grad_k, TILE.D, TILE.BLOCK_D)
+    at = grad_value + n.to(tl.int64) * call.grad_value_n + kv * TILE.D_V
+    store_rows(at, call.grad_value_l, columns, is_key, grad_v, TILE.D_V, TILE.BLOCK_DV)
     if call.bias_k is not None:
         of_bias = n.to(tl.int64) * key_heads + kv
         is_bias = columns == call.S

@@ -17,11 +17,12 @@ from fused_mha.backends.triton.tiles import (
     block_of_queries,
     exponentials,
     full,
-    kept_weights,
+    is_kept,
     load_keys,
     load_rows,
     load_values,
     masked_scores,
+    rows_of_output,
     shift_of,
     store_rows,
     zeros,
@@ -50,8 +51,8 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
     row_sum = row_sum * rescaling + tl.sum(weights, 1)
     value = load_values(call, head, columns, TILE, KIND)
     weights = weights.to(value.dtype)
-    if call.seed is not None:
-        weights *= kept_weights(call, head, rows, start, TILE)
+    if call.seed is not None:  # a factor of half types is the cheaper one here, where it changes its layout
+        weights *= tl.where(is_kept(call, head, rows, start, TILE), 1.0, 0.0).to(value.dtype)
     output = tl.dot(weights, value, output * rescaling[:, None], input_precision=TILE.PRECISION)
     return output, later_max, row_sum
 
@@ -81,8 +82,8 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     is_hidden = row_sum == 0.0  # everywhere
     factor = tl.where(is_hidden, 0.0, call.kept_factor / row_sum)
     summed = tl.where(is_hidden[:, None], 0.0, summed * factor[:, None])
-    at_output = output + head.n * call.L * call.H * TILE.D_V + head.h * TILE.D_V
-    store_rows(at_output, call.H * TILE.D_V, rows, rows < call.L, summed, TILE.D_V, TILE.BLOCK_DV)
+    at_output = rows_of_output(output, call, head, TILE)
+    store_rows(at_output, call.output_l, rows, rows < call.L, summed, TILE.D_V, TILE.BLOCK_DV)
     at = head.n * call.H * call.L + head.h * call.L + rows
     tl.store(stats + at, row_max, mask=rows < call.L)
     tl.store(stats + all_rows(call) + at, row_sum, mask=rows < call.L)

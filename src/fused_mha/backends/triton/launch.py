@@ -20,7 +20,7 @@ from fused_mha.backends.triton import preparation, readable
 from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.launcher import Launcher
-from fused_mha.backends.triton.preparation import blocks, prepare, squares_shape, tile_of, with_weights
+from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
@@ -121,10 +121,11 @@ class Plan:
     whether the tensors lie at multiples of 16 bytes.
 
     It serves every call of which all these are the same, and holds none of their tensors. A backward has a plan of
-    its own where what was saved for it lies otherwise than what the forward was given.
+    its own where what was saved for it lies otherwise than what the forward was given. Results are contiguous, unless a
+    layout is given: then the output and its gradient lie so, and the caller gives the tensors of the other gradients.
     """
 
-    def __init__(self, wanted: Arguments) -> None:
+    def __init__(self, wanted: Arguments, layout: Layout | None = None) -> None:
         a = readable.arguments(wanted)
         pairs = zip(wanted[:TENSORS], a[:TENSORS], strict=True)
         self._is_readable = all(x is None or y is None or x.data_ptr() == y.data_ptr() for x, y in pairs)
@@ -136,12 +137,15 @@ class Plan:
         self._unit = readable.unit_of(wanted.query)
         self._flash_is_causal = wanted.last_visible == 0 if wanted.need_weights and _flash_serves(wanted) else None
         self._fills_up = any(size % self._unit for size in self._head_sizes)
-        self._call, self._tiling = prepare(a)
+        self._has_layout = layout is not None
+        layout = layout or Layout.contiguous(a)
+        self._call, self._tiling = prepare(a, layout)
         N, L, H, _ = a.query.shape
         tiling = self._tiling.forward
         programs = N * H * blocks(L, tiling.BLOCK_M)
         self._forward = Launcher(forward, programs, tiling, self._call, tile_of(a, tiling))
-        self._output = self._maker((N, L, H, a.value.shape[3]), a.query.dtype)
+        D_v = a.value.shape[3]
+        self._output = self._maker((N, L, H, D_v), a.query.dtype, (*layout.output, D_v, 1))
         self._lse, self._stats = (self._maker((*two, N, H, L), torch.float32) for two in ((), (2,)))
         self._search = self._weights = None
         if (squares := squares_shape(a)) is not None and a.attn_mask is not None:
@@ -160,12 +164,13 @@ class Plan:
 
     def forward(self, tensors: Tensors) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Output, weights or None, log-sum-exp, and the rows' maxima and sums."""
-        with self._on_device():
+        with self.on_device():
             given = self._given(tensors)
+            output = self._output()
             if self._flash_is_causal is not None:
-                output, lse, stats = _flash_forward(given, self._flash_is_causal, self._call.scale)
+                lse, stats = _flash_forward(given, self._flash_is_causal, self._call.scale, output)
             else:
-                output, lse, stats = self._output(), self._lse(), self._stats()
+                lse, stats = self._lse(), self._stats()
                 self._forward(given, output, lse, stats)
             weights = None
             if self._weights is not None:
@@ -182,9 +187,10 @@ class Plan:
         stats: Tensor,
         mask_grad: bool,
         columns_grad: bool,
+        results: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> tuple[Any, ...]:
         """Those of query, key, value, mask, columns of scores, and of the biases for each batch element; or None."""
-        with self._on_device():
+        with self.on_device():
             call = self._given(tensors)
             of = (grads[1] is not None, grads[2] is not None, mask_grad, columns_grad)
             plan = self._backward.get(of)
@@ -192,16 +198,18 @@ class Plan:
                 plan = self._backward[of] = self._plan_backward(self._readable(tensors), of[0], mask_grad, columns_grad)
             rows = readable.rows
             grad_output, grad_weights, grad_lse = grads
+            if not self._has_layout:
+                grad_output, output = (rows(x.contiguous(), self._unit) for x in (grad_output, output))
             given = Given(
-                rows(grad_output.contiguous(), self._unit),
+                grad_output,
                 None if grad_weights is None else rows(grad_weights.contiguous(), 1),
                 None if grad_lse is None else rows(grad_lse.contiguous(), 1),
-                rows(output.contiguous(), self._unit),
+                output,
                 rows(stats.contiguous(), 1),
                 plan.terms(),
                 None if plan.cleaned is None else plan.cleaned(),
             )
-            grad_query, grad_key, grad_value = (maker() for maker in plan.grads)
+            grad_query, grad_key, grad_value = results or (maker() for maker in plan.grads)
             plan.grad_query(call, given, grad_query)
             if given.cleaned is not None:
                 given = Given(given.cleaned, *given[1:6], None)
@@ -242,7 +250,6 @@ class Plan:
         tiling = self._tiling.grad_key_value
         programs = N * H_kv * blocks(a.columns, tiling.BLOCK_N)
         biases = () if a.bias_k is None else (key, value)
-        output = (N, L, H, value.shape[3])
         return _Backward(
             grad_query,
             grad_mask,
@@ -252,7 +259,7 @@ class Plan:
             self._maker((N, H, S), torch.float32) if columns_grad else None,
             tuple(self._maker((N, H_kv, x.shape[3]), torch.float32) for x in biases),
             self._maker((N, H, 3, blocks(L, MOST_ROWS.value) * MOST_ROWS.value), torch.float32),
-            self._maker(output, query.dtype) if preparation.may_hide_queries(a) else None,
+            None if not preparation.may_hide_queries(a) else self._output,
         )
 
     def _readable(self, tensors: Tensors) -> Arguments:
@@ -270,17 +277,21 @@ class Plan:
             launcher((query, key, value, mask, padding, squares, *others), squares)
         return query, key, value, mask, padding, squares, *others
 
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels are launched and tensors allocated on the current device; the interpreter of the tests has none."""
         if self._index is None or self._index == torch.cuda.current_device():
             return _nothing
         return torch.cuda.device(self._index)
 
-    def _maker(self, shape: tuple[int, ...], dtype: torch.dtype) -> Maker:
-        """What makes an uninitialised tensor; that of Inductor's programs takes half of `torch.empty`'s time."""
+    def _maker(self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Maker:
+        """What makes an uninitialised tensor, a contiguous one without strides.
+
+        That of Inductor's programs takes half of `torch.empty`'s time.
+        """
+        if strides is None:
+            strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if self._index is None or _empty_strided is None:
-            return functools.partial(torch.empty, shape, dtype=dtype, device=self._device)
-        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+            return functools.partial(torch.empty_strided, shape, strides, dtype=dtype, device=self._device)
         return functools.partial(_empty_strided, shape, strides, dtype)
 
 
@@ -304,12 +315,13 @@ def _flash_serves(a: Arguments) -> bool:
     )
 
 
-def _flash_forward(tensors: Tensors, is_causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log-sum-exp and statistics; with the log-sum-exp for the maximum, all sums are 1."""
+def _flash_forward(tensors: Tensors, is_causal: bool, scale: float, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and statistics; with the log-sum-exp for the maximum, all sums are 1."""
     heads = (x.transpose(1, 2) for x in tensors[:3] if x is not None)
-    output, lse, *_ = _flash_attention(*heads, 0.0, is_causal, False, scale=scale)
+    found, lse, *_ = _flash_attention(*heads, 0.0, is_causal, False, scale=scale)
+    output.copy_(found.transpose(1, 2))
     lse = lse.contiguous()
-    return output.transpose(1, 2).contiguous(), lse, torch.stack((lse / scale, torch.ones_like(lse)))
+    return lse, torch.stack((lse / scale, torch.ones_like(lse)))
 
 
 _flash_attention: Any = torch.ops.aten._scaled_dot_product_flash_attention

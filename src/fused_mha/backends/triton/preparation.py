@@ -6,7 +6,7 @@ The arguments are those that `readable` gives. Nothing here reads a tensor or al
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,27 @@ from fused_mha.backends.triton.visibility import SQUARE
 from fused_mha.ops.schema import Arguments, drawn_probability
 
 SMALLEST_BLOCK = 16  # of a side of a product
+MOST_TOGETHER = 8  # batch elements: more would take their keys out of the cache
 LEAST_SCORES = 1 << 24  # of a call, from which on its mask is searched for tiles to skip
 
 
-def prepare(arguments: Arguments) -> tuple[Call, Config]:
+class Layout(NamedTuple):
+    """Strides of batch elements and of rows in what kernels write; heads are contiguous."""
+
+    output: tuple[int, int]
+    grad_query: tuple[int, int]
+    grad_key: tuple[int, int]
+    grad_value: tuple[int, int]
+
+    @classmethod
+    def contiguous(cls, a: Arguments) -> Layout:
+        """Of results that are as those of the operators."""
+        (_, L, H, _), (_, S, H_kv, D), D_v = a.query.shape, a.key.shape, a.value.shape[3]
+        rows = ((L, H * D_v), (L, H * D), (S, H_kv * D), (S, H_kv * D_v))
+        return cls(*((length * size, size) for length, size in rows))
+
+
+def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
     """The numbers of the call, its tensors None, and how its kernels are launched."""
     query, key, value, mask, padding = arguments[:5]
     N, L, H, D = query.shape
@@ -33,7 +50,9 @@ def prepare(arguments: Arguments) -> tuple[Call, Config]:
         *readable.strides(query),
         *readable.strides(key),
         *readable.strides(value),
+        *(stride for of in layout for stride in of),
         *((0, 0, 0) if mask is None else readable.strides(mask)),
+        _together(arguments),
         0 if mask is None else mask.shape[0],
         0 if mask is None else mask.shape[1],
         0 if squares is None or squares[0] == 1 else math.prod(squares[1:]),
@@ -62,6 +81,14 @@ def squares_shape(a: Arguments) -> tuple[int, int, int, int] | None:
         return None
     batches, heads = mask.shape[:2]
     return batches, heads, blocks(a.query.shape[1], SQUARE.value), blocks(a.key.shape[1], SQUARE.value)
+
+
+def _together(a: Arguments) -> int:
+    """How many batch elements, if they share an attn_mask that heads do not: its tiles are read once from memory."""
+    mask, N = a.attn_mask, a.query.shape[0]
+    if mask is None or mask.shape[0] > 1 or mask.shape[1] == 1:
+        return 1
+    return max(count for count in range(1, MOST_TOGETHER + 1) if N % count == 0)
 
 
 def _kind(a: Arguments) -> Kind:

@@ -50,7 +50,7 @@ class Searched(NamedTuple):
 class Call(NamedTuple):
     """What every kernel is given of a call: tensors, then numbers. Strides are in elements, 0 where a mask broadcasts.
 
-    Addresses, strides and head sizes of query, key, value and the biases are multiples of 16 bytes.
+    Addresses, strides and head sizes of all but the masks are multiples of 16 bytes.
     """
 
     query: Any  # (N, L, H, D), as all of them with contiguous last dimensions
@@ -71,9 +71,18 @@ class Call(NamedTuple):
     value_n: Any
     value_l: Any
     value_h: Any
+    output_n: Any  # of the output too and of its gradient, as those below with contiguous heads
+    output_l: Any
+    grad_query_n: Any
+    grad_query_l: Any
+    grad_key_n: Any
+    grad_key_l: Any
+    grad_value_n: Any
+    grad_value_l: Any
     mask_n: Any
     mask_h: Any
     mask_l: Any
+    together: Any  # batch elements, a divisor of N: programs of theirs that share a tile of the mask follow each other
     mask_batches: Any  # how many of them attn_mask is of, and how many heads
     mask_heads: Any
     squares_n: Any
@@ -162,6 +171,12 @@ def load_rows(tensor, row_stride, rows, is_read, D: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
+def rows_of_output(tensor, call, head, TILE: tl.constexpr):
+    """Where a head of the output begins, or of what lies as the output does."""
+    return tensor + head.n * call.output_n + head.h * TILE.D_V
+
+
+@triton.jit
 def store_rows(tensor, row_stride, rows, is_written, values, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The inverse of `load_rows`."""
     elements = tl.arange(0, BLOCK_D)
@@ -209,12 +224,20 @@ def load_values(call, head, columns, TILE: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
+def program_of(call, blocks, heads):
+    """This program's batch element, its head and its block."""
+    element = tl.program_id(0) % call.together
+    rest = tl.program_id(0) // call.together
+    sequence = rest // blocks
+    return sequence // heads * call.together + element, sequence % heads, rest % blocks
+
+
+@triton.jit
 def block_of_queries(call, TILE: tl.constexpr):
     """This program's head and its first query. The last queries come first: causality gives them the most work."""
     blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    sequence = tl.program_id(0) // blocks
-    first_row = (blocks - 1 - tl.program_id(0) % blocks) * TILE.BLOCK_M
-    return head_of(call, sequence // call.H, sequence % call.H), first_row
+    n, h, block = program_of(call, blocks, call.H)
+    return head_of(call, n, h), (blocks - 1 - block) * TILE.BLOCK_M
 
 
 @triton.jit
@@ -266,27 +289,43 @@ def shift_of(row_max):
 
 @triton.jit
 def exponentials(scores, shift, call, TILE: tl.constexpr):
-    """exp(score - the row's shift), 0 where hidden; the shifts broadcast."""
-    factor = LOG2_E if TILE.NATURAL else call.scale * LOG2_E
-    return tl.exp2((scores - shift) * factor)  # the largest is exactly 1, however large the scores are
+    """exp(score - the row's shift), 0 where hidden; the shifts broadcast.
+
+    In fp32 the largest is exactly 1, however large the scores are. For half types one multiply-add has to do, of which
+    the relative error is |score| * 2^-24.
+    """
+    factor = _factor(call, TILE)
+    exact: tl.constexpr = call.query.dtype.element_ty == tl.float32
+    return tl.exp2((scores - shift) * factor if exact else scores * factor - shift * factor)
+
+
+@triton.jit
+def _factor(call, TILE: tl.constexpr):
+    """From scores to exponents of 2."""
+    return LOG2_E if TILE.NATURAL else call.scale * LOG2_E
 
 
 @triton.jit
 def softmax_tile(call, head, shift, row_factor, products, rows, columns, TILE: tl.constexpr, KIND: tl.constexpr):
     """The softmax of scores, before dropout, by what `load_stats` gives of the rows."""
     scores = masked_scores(call, head, products, rows, columns, TILE, KIND)
-    return exponentials(scores, shift, call, TILE) * row_factor
+    if call.query.dtype.element_ty == tl.float32:
+        return exponentials(scores, shift, call, TILE) * row_factor
+    return tl.exp2(scores * _factor(call, TILE) - shift)
 
 
 @triton.jit
-def load_stats(stats, call, head, rows):
+def load_stats(stats, call, head, rows, TILE: tl.constexpr):
     """The shifts of rows and 1 / their sums, 0 where all is hidden, from what the forward stored, (2, N, H, L).
 
-    Rows are one-dimensional here: loads that broadcast cost a register for each element of a tile.
+    For half types the sum is in the shift, a binary logarithm: one operation less for each score. Rows are
+    one-dimensional here: loads that broadcast cost a register for each element of a tile.
     """
-    row_max = load_of_rows(stats, call, head, rows)
+    shift = shift_of(load_of_rows(stats, call, head, rows))
     row_sum = load_of_rows(stats + all_rows(call), call, head, rows)
-    return shift_of(row_max), tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
+    if call.query.dtype.element_ty != tl.float32:
+        shift = tl.where(row_sum == 0.0, float("inf"), shift * _factor(call, TILE) + tl.log2(row_sum))
+    return shift, tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
 
 
 @triton.jit
@@ -302,8 +341,8 @@ def load_of_rows(tensor, call, head, rows):
 
 
 @triton.jit
-def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
-    """1 for the weights that dropout keeps, else 0, (rows, BLOCK_N) in the values' dtype, from a column that 8 divides.
+def is_kept(call, head, rows, first_column, TILE: tl.constexpr):
+    """Whether dropout keeps a weight, (rows, BLOCK_N), from a column that 8 divides.
 
     Philox4x32-7 (Salmon et al., SC 2011) on the counter (key // 8, query, batch * H + head, offset); each of the 8
     halves of its words draws for one key. `csrc/generic/philox.h` draws the same.
@@ -316,5 +355,4 @@ def kept_weights(call, head, rows, first_column, TILE: tl.constexpr):
     words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
     halves = tl.join(words << 16, words)  # the low one first; what is below the upper 16 bits decides nothing
     halves = tl.reshape(halves, zeros(rows.shape[0], TILE.BLOCK_N).shape)
-    is_kept = halves >= (tl.cast(call.threshold, tl.uint32) << 16)
-    return tl.where(is_kept, 1.0, 0.0).to(call.value.dtype.element_ty)
+    return halves >= (tl.cast(call.threshold, tl.uint32) << 16)

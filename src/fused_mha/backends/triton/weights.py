@@ -12,7 +12,7 @@ import triton.language as tl
 from fused_mha.backends.triton.tiles import (
     EDGE,
     head_of,
-    kept_weights,
+    is_kept,
     load_keys,
     load_rows,
     load_stats,
@@ -43,12 +43,12 @@ def weights(call, stats, result, TILE: tl.constexpr):
         query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
         key = load_keys(call, head, columns, TILE, EDGE)
         products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-        shift, factor = load_stats(stats, call, head, rows)
+        shift, factor = load_stats(stats, call, head, rows, TILE)
         of_head = softmax_tile(
             call, head, shift[:, None], factor[:, None], products, rows[:, None], columns[None, :], TILE, EDGE
         )
         if call.seed is not None:
-            of_head *= kept_weights(call, head, rows, first_column, TILE)
+            of_head = tl.where(is_kept(call, head, rows, first_column, TILE), of_head, 0.0)
         total += of_head
     factor = call.kept_factor / call.H if TILE.AVERAGED else call.kept_factor
     row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)

@@ -1,0 +1,65 @@
+"""Rows without NaN and infinity where the padding hides them; `module` calls it before torch's products.
+
+No score reads a hidden key, but the gradient of a weight is a product with all rows, and 0 * NaN = NaN.
+"""
+
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_mha.backends.triton import readable
+from fused_mha.backends.triton.launcher import Launcher
+from fused_mha.backends.triton.tile_config import Launch
+from fused_mha.backends.triton.tiles import TENSORS, Call, hides
+
+_LAUNCH = Launch(BLOCK_M=1, BLOCK_N=1024, num_warps=4, num_stages=1)
+
+
+class Rows(NamedTuple):
+    """What the kernel is compiled for."""
+
+    BLOCK: int
+    LENGTH_FIRST: bool  # rows are those of (S, N, E), else of (N, S, E)
+    GROUPED: bool = False
+    MASK_UNIT: int = 1
+
+
+@triton.jit
+def finite_where_hidden(call, result, TILE: tl.constexpr):
+    """A row of x, with zeros for NaN and infinity if the padding hides it.
+
+    x is `call.query`, and `call.columns` the size of its rows; the padding is contiguous.
+    """
+    row = tl.program_id(0)
+    at = row % call.N * call.S + row // call.N if TILE.LENGTH_FIRST else row
+    is_hidden = hides(tl.load(call.padding + at))
+    begin = row.to(tl.int64) * call.columns
+    for first in range(0, call.columns, TILE.BLOCK):
+        columns = first + tl.arange(0, TILE.BLOCK)
+        is_read = columns < call.columns
+        x = tl.load(call.query + begin + columns, mask=is_read, other=0.0)
+        is_finite = tl.abs(x.to(tl.float32)) < float("inf")
+        tl.store(result + begin + columns, tl.where(is_finite | (is_hidden == 0), x, 0.0), mask=is_read)
+
+
+class Finite:
+    """The kernel for inputs of one size, (N, S, E), or (S, N, E) where ``length_first``."""
+
+    def __init__(self, sizes: tuple[int, int, int], length_first: bool) -> None:
+        N, S, E = sizes
+        numbers = dict.fromkeys(Call._fields[TENSORS:], 0) | {"scale": 0.0, "kept_factor": 0.0}
+        call = Call(**dict.fromkeys(Call._fields[:TENSORS]), **numbers | {"N": N, "S": S, "columns": E})
+        self._launch = Launcher(finite_where_hidden, N * S, _LAUNCH, call, Rows(_LAUNCH.BLOCK_N, length_first))
+
+    def __call__(self, x: Tensor, padding: Tensor) -> Tensor:
+        """``x``, with zeros for NaN and infinity in the rows that the padding (N, S) hides."""
+        x, padding = (readable.rows(y.contiguous(), 1) for y in (x, padding))
+        result = torch.empty_like(x)
+        self._launch((x, None, None, None, padding, None, None, None, None), result)
+        return result

@@ -1,0 +1,215 @@
+"""Whole modules on CUDA by torch's products and the Triton kernels, which run under Triton's interpreter here."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import fused_mha
+from module_calls import CASES, IDS, E, N, S, inputs, masks, matches_torch, modules
+
+pytest.importorskip("triton")
+from fused_mha import dispatch, one_call, plans
+from fused_mha.backends import triton
+from fused_mha.backends.triton import module as kept_modules
+
+
+@pytest.fixture
+def served(as_on_a_gpu, monkeypatch):
+    """The names of the steps of `Kept` that have served calls."""
+    stands_in = dispatch.BACKENDS[0]._replace(serves_module=triton.BACKEND.serves_module)
+    monkeypatch.setattr(dispatch, "BACKENDS", (stands_in, *dispatch.BACKENDS[1:]))
+    monkeypatch.setattr(one_call, "forward", lambda *_: None)  # of the CPU
+    found = []
+
+    def noted(name):
+        step = getattr(kept_modules.Kept, name)
+        monkeypatch.setattr(kept_modules.Kept, name, lambda *arguments: (found.append(name), step(*arguments))[1])
+
+    noted("forward")
+    noted("backward")
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_agrees_with_torch(case, served):
+    matches_torch(case)
+    assert served.count("forward") == 7
+    assert served.count("backward") == 6
+
+
+def gradients(module, x, *others, **arguments):
+    """Those of the input and of all parameters, after the results."""
+    leaf = x.detach().requires_grad_()
+    results = [y for y in module(leaf, *(others or (leaf, leaf)), **arguments) if y is not None]
+    loss = sum(y.square().sum() for y in results)
+    return [*results, *torch.autograd.grad(loss, [leaf, *module.parameters()], allow_unused=True)]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_hidden_rows_reaches_nothing(bad, batch_first, served):
+    ours, _ = modules(batch_first=batch_first)
+    (x, _, _), arguments = inputs("self", batch_first), masks("padding", S, "self")
+    hidden = arguments["key_padding_mask"]
+    hidden = (hidden if batch_first else hidden.T).unsqueeze(-1)
+    spoilt = x.masked_fill(hidden, bad)
+    expected = gradients(ours, x.masked_fill(hidden, 0.0), **arguments)
+    for found, right in zip(gradients(ours, spoilt, **arguments), expected, strict=True):
+        assert torch.equal(found, right)
+    assert torch.isnan(spoilt).any() or torch.isinf(spoilt).any()  # the caller's tensor is as it was
+
+
+def test_what_is_not_finite_elsewhere_is_not_hidden(served):
+    ours, _ = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    x[0, 0, 0] = float("nan")
+    output, _ = ours(x, x, x, **masks("padding", S, "self"))
+    assert output[0].isnan().all()
+    assert output[1].isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", ["in_proj_weight", "in_proj_bias", "out_proj.weight", "input", "all but out_proj"])
+def test_any_part_may_be_frozen(frozen, served):
+    results = []
+    for module in modules(batch_first=True):
+        (x, _, _), arguments = inputs("self", True), masks("padding", S, "self")
+        x.requires_grad_(frozen not in ("input", "all but out_proj"))
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name != frozen and (frozen != "all but out_proj" or name.startswith("out_proj")))
+        output, weights = module(x, x, x, **arguments)
+        assert weights.requires_grad == (frozen != "all but out_proj")
+        output.square().sum().backward()
+        results.append([None if y.grad is None else y.grad for y in (x, *module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_gradient_of_the_weights_alone(served):
+    ours, theirs = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    for module in (ours, theirs):
+        module(x, x, x)[1].square().sum().backward()
+    assert ours.out_proj.weight.grad is None
+    torch.testing.assert_close(ours.in_proj_weight.grad, theirs.in_proj_weight.grad)
+
+
+def test_a_second_derivative_is_right(served):
+    found = []
+    for module in modules(batch_first=True):
+        x = inputs("self", True)[0].requires_grad_()
+        output, _ = module(x, x, x)
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_dropout_is_the_same_in_the_backward_and_in_every_call_of_one_seed(served):
+    ours, _ = modules(batch_first=True, dropout=0.5)
+    (x, _, _), arguments = inputs("self", True), masks("padding", S, "self")
+
+    def run():
+        torch.manual_seed(4)
+        return gradients(ours, x, **arguments)
+
+    first = run()
+    assert all(map(torch.equal, first, run()))
+    direction, step = torch.randn(x.shape, generator=torch.Generator().manual_seed(5)), 1e-2
+    losses = []
+    for sign in (1, -1):
+        torch.manual_seed(4)
+        with torch.no_grad():
+            output, weights = ours(*(x + sign * step * direction,) * 3, **arguments)
+        losses.append((output.square().sum() + weights.square().sum()).item())
+    slope = (losses[0] - losses[1]) / (2 * step)
+    assert slope == pytest.approx((first[2] * direction).sum().item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("change", ["half", "shorter", "sliced"])
+def test_saved_tensors_that_a_hook_changes_take_the_general_way(change, served):
+    ours, _ = modules(batch_first=True)
+    (x, _, _), arguments = inputs("self", True), masks("padding", S, "self")
+    expected = gradients(ours, x, **arguments)
+    served.clear()
+    unpack = {
+        "half": lambda y: y.double() if y.is_floating_point() else y,
+        "shorter": lambda y: y[..., :-1],
+        "sliced": lambda y: torch.stack((y, y), -1)[..., 0],
+    }[change]
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: y, unpack):
+        if change == "sliced":
+            for found, right in zip(gradients(ours, x, **arguments), expected, strict=True):
+                torch.testing.assert_close(found, right)
+        else:
+            with pytest.raises(RuntimeError):
+                gradients(ours, x, **arguments)
+
+
+CHANGES = {
+    "a hook on out_proj": lambda module: module.out_proj.register_forward_hook(lambda *_: None),
+    "another out_proj": lambda module: setattr(module, "out_proj", torch.nn.Sequential(module.out_proj)),
+    "a parametrization": lambda module: torch.nn.utils.parametrizations.weight_norm(module.out_proj),
+    "float16": lambda module: module.half(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_a_module_is_noticed(change, served):
+    ours, _ = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    expected = [y.detach() for y in ours(x, x, x)]
+    assert served
+    served.clear()
+    CHANGES[change](ours)
+    x = x.half() if change == "float16" else x
+    for found, right in zip(ours(x, x, x), expected, strict=True):
+        torch.testing.assert_close(found.float(), right, atol=2e-3, rtol=2e-3)
+    assert not served or change == "float16"
+
+
+def test_another_number_of_heads_and_bad_input_are_noticed(served):
+    ours, theirs = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    ours(x, x, x)
+    for module in (ours, theirs):
+        module.num_heads, module.head_dim = 8, E // 8
+    torch.testing.assert_close(ours(x, x, x)[0], theirs(x, x, x)[0])
+    with pytest.raises(AssertionError, match="embed_dim"):
+        ours(*(x[..., :16],) * 3)
+    with pytest.raises(AssertionError, match="key_padding_mask"):
+        ours(x, x, x, key_padding_mask=torch.zeros(N, S + 1, dtype=torch.bool))
+
+
+def test_weights_are_read_as_they_are_at_the_call(served):
+    ours, theirs = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    ours(x, x, x)
+    for module in (ours, theirs):
+        with torch.no_grad():
+            module.in_proj_weight.mul_(2)
+        module.out_proj.weight = torch.nn.Parameter(module.out_proj.weight.detach() * 3)
+        module.in_proj_bias.data = module.in_proj_bias.data + 1
+    torch.testing.assert_close(ours(x, x, x)[0], theirs(x, x, x)[0])
+
+
+def test_head_sizes_of_no_16_bytes_take_the_steps(served):
+    module = fused_mha.MultiHeadAttention(12, 2, batch_first=True)
+    x = torch.randn(2, 5, 12)
+    expected = torch.nn.MultiheadAttention(12, 2, batch_first=True)
+    expected.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x, x, x)[0], expected(x, x, x)[0])
+    assert not served
+
+
+def test_no_module_and_no_tensor_is_kept(served):
+    module = fused_mha.MultiHeadAttention(E, 4, batch_first=True)
+    x = torch.randn(N, S, E)
+    module(x, x, x)
+    assert len(plans._kept) == 1
+    references = [weakref.ref(y) for y in (module, module.in_proj_weight, x)]
+    del module, x
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
