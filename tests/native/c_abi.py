@@ -18,7 +18,7 @@ if C is not None:
         getattr(C, f"fused_mha_{_name}").restype = getattr(C, f"fused_mha_{_name}_workspace").restype = ctypes.c_int64
     for _name in ("dropout_mask", "exp2", "column_sums"):
         getattr(C, f"fused_mha_{_name}").restype = ctypes.c_int64
-    C.fused_mha_isa_of.restype = ctypes.c_char_p
+    C.fused_mha_isa.restype = C.fused_mha_isa_of.restype = ctypes.c_char_p
 
 
 def _isas_of(dtype: torch.dtype) -> list[str]:

@@ -1,8 +1,8 @@
 """Fixtures of the tests of the CPU library: each instruction set in turn, and a number of threads that is put back.
 
 An instruction set that adds products of bfloat16 to another leaves the other types to that one, as the library says
-itself: no test runs the same code a second time. A test of one type or several, `dtype`, takes `isa`; one of fp32 or fp64
-alone `base_isa`; one of bfloat16 beside a test of the others `bf16_isa`.
+itself: no test runs the same code a second time. A test of several types, its `dtype`, takes `isa`; one of fp32 or fp64
+alone, or of any, `base_isa`; one of bfloat16 beside that `bf16_isa`.
 """
 
 import pytest
