@@ -1,5 +1,6 @@
 """Settings of the whole suite: how long Hypothesis searches, one seed for each test, one thread for each worker."""
 
+import gc
 import os
 
 import pytest
@@ -31,6 +32,11 @@ LONGEST = ("test_compilation", "test_interpreted", "test_skipping", "test_symbol
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests that take longest, so that none of them runs alone at the end, beside an idle worker."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the walk over some ten thousand tests, which stay anyway."""
+    gc.freeze()
 
 
 def pytest_runtest_setup() -> None:

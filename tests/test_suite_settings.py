@@ -55,9 +55,10 @@ def test_warning_of_torchs_library():
 """
 
 
-def run(directory, *arguments, plugin="", tests=TESTS):
+def run(directory, *arguments, plugin="", tests=TESTS, names=("test_it",)):
     (directory / "tests").mkdir()
-    (directory / "tests" / "test_it.py").write_text(tests)
+    for name in names:
+        (directory / "tests" / f"{name}.py").write_text(tests)
     (directory / "foreign_plugin.py").write_text(plugin)
     settings = ["-c", PROJECT / "pyproject.toml", "--rootdir", directory, "-p", "no:cacheprovider", "-rA", "-q"]
     environment = os.environ | {"PYTHONPATH": str(directory)}
@@ -93,13 +94,12 @@ def test_draws(x):
 
 @pytest.mark.parametrize(("profile", "differs"), [((), False), (("--hypothesis-profile=random",), True)])
 def test_two_searches_are_the_same_unless_a_random_one_is_asked_for(tmp_path, profile, differs):
-    drawn = []
-    for name in ("first", "second"):
-        directory = tmp_path / name
-        directory.mkdir()
-        (directory / "conftest.py").write_text((PROJECT / "tests" / "conftest.py").read_text())
-        result = run(directory, *profile, tests=DRAWS)
-        drawn.append([line for line in result.stdout.splitlines() if line.startswith("drew")])
-        assert result.returncode == 0, result.stdout + result.stderr
-    assert (drawn[0] != drawn[1]) is differs
-    assert len(drawn[0]) >= (600 if differs else 40)
+    (tmp_path / "conftest.py").write_text((PROJECT / "tests" / "conftest.py").read_text())
+    result = run(tmp_path, *profile, tests=DRAWS, names=("test_first", "test_second"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second = (
+        [line for line in captured.splitlines() if line.startswith("drew")]
+        for captured in result.stdout.split("test_draws ___")[1:]
+    )
+    assert (first != second) is differs
+    assert len(first) >= (600 if differs else 40)

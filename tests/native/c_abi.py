@@ -18,6 +18,22 @@ if C is not None:
         getattr(C, f"fused_mha_{_name}").restype = getattr(C, f"fused_mha_{_name}_workspace").restype = ctypes.c_int64
     for _name in ("dropout_mask", "exp2", "column_sums"):
         getattr(C, f"fused_mha_{_name}").restype = ctypes.c_int64
+    C.fused_mha_isa.restype = C.fused_mha_isa_of.restype = ctypes.c_char_p
+
+
+def _isas_of(dtype: torch.dtype) -> list[str]:
+    found = []
+    for name in ISAS:
+        C.fused_mha_set_isa(name.encode())
+        if C.fused_mha_isa_of(ctypes.c_int64(DTYPES.index(dtype))) == name.encode():
+            found.append(name)
+    if found:
+        C.fused_mha_set_isa(LIBRARY.isa.encode())
+    return found
+
+
+# The instruction sets that have code of their own for a dtype.
+ISAS_OF = {dtype: _isas_of(dtype) for dtype in DTYPES if dtype.is_floating_point}
 
 
 class TensorFields(ctypes.Structure):

@@ -34,7 +34,14 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @settings(max_examples=examples(120))
 @given(call=calls(dropout=(0.0, 0.0, 0.1, 0.5)))
-def test_any_call_matches_the_oracle(isa, call):
+def test_any_call_matches_the_oracle(base_isa, call):
+    with drawn_seed(*call.seed):
+        assert_matches_dense(call.arguments, call.keep())
+
+
+@settings(max_examples=examples(40))
+@given(call=calls(dtypes=(torch.bfloat16,), dropout=(0.0, 0.0, 0.1, 0.5)))
+def test_any_call_in_bfloat16_matches_the_oracle(bf16_isa, call):
     with drawn_seed(*call.seed):
         assert_matches_dense(call.arguments, call.keep())
 
@@ -68,7 +75,7 @@ def test_gradients_through_each_result(isa, through, masks, dtype):
 
 @pytest.mark.parametrize("mask_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask_shape", MASK_SHAPES)
-def test_gradient_of_a_float_mask_sums_over_what_it_broadcasts(isa, mask_shape, mask_dtype):
+def test_gradient_of_a_float_mask_sums_over_what_it_broadcasts(base_isa, mask_shape, mask_dtype):
     arguments = make_arguments(N=3, L=16, S=35, mask_shape=mask_shape, mask_dtype=mask_dtype, padding_dtype=mask_dtype)
     ours = assert_matches_dense(arguments)
     assert bool((ours["grad of attn_mask"] != 0).any())
@@ -82,14 +89,14 @@ def test_long_sequences_of_several_chunks(isa, L, dtype, wanted):
     assert_matches_dense(make_arguments(N=1, L=L, S=1150, H=2, H_kv=1, D=20, D_v=12, dtype=dtype, **masks, **wanted))
 
 
-def test_sums_over_many_queries_are_as_accurate_as_torchs(isa):
+def test_sums_over_many_queries_are_as_accurate_as_torchs(base_isa):
     assert_matches_dense(make_arguments(N=1, L=8192, S=8, H=1, H_kv=1, D=32, D_v=32))
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize(("L", "S"), [(70, 70), (20, 90), (90, 20)])
-def test_causality_and_windows(isa, L, S, is_causal, alignment):
+def test_causality_and_windows(base_isa, L, S, is_causal, alignment):
     for window in ((0, 0), (3, None), (None, 2), (20, 40)):
         band = {"is_causal": is_causal, "causal_alignment": alignment, "window": window}
         assert_matches_dense(make_arguments(N=1, L=L, S=S, D=8, D_v=8, **band))
@@ -98,7 +105,7 @@ def test_causality_and_windows(isa, L, S, is_causal, alignment):
 
 @pytest.mark.parametrize("heads", [(6, 6), (6, 3), (6, 1), (7, 1)], ids=str)
 @pytest.mark.parametrize("mask_shape", ["LS", "HLS", "NLS"])
-def test_grouped_heads_add_to_the_gradients_of_their_key_head(isa, heads, mask_shape):
+def test_grouped_heads_add_to_the_gradients_of_their_key_head(base_isa, heads, mask_shape):
     H, H_kv = heads
     masks = {"mask_dtype": torch.float32, "mask_shape": mask_shape, "bias_kv": True}
     assert_matches_dense(make_arguments(L=17, S=33, H=H, H_kv=H_kv, D=16, D_v=16, **masks))
@@ -131,7 +138,7 @@ def test_any_memory_layout_gives_the_same_bits(isa, name, dtype):
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "sum"])
-def test_any_memory_layout_of_the_incoming_gradients_gives_the_same_bits(isa, layout):
+def test_any_memory_layout_of_the_incoming_gradients_gives_the_same_bits(base_isa, layout):
     arguments = make_arguments(L=5, S=35, D=17, D_v=9, return_lse=True, **PER_HEAD)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
     results = native_attention(**arguments)
@@ -144,7 +151,7 @@ def test_any_memory_layout_of_the_incoming_gradients_gives_the_same_bits(isa, la
     assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
 
 
-def test_gradients_of_what_is_not_asked_for_are_none_and_change_no_other(isa):
+def test_gradients_of_what_is_not_asked_for_are_none_and_change_no_other(base_isa):
     masks = {"mask_dtype": torch.float32, "padding_dtype": torch.float32, "bias_kv": True}
     arguments = make_arguments(L=17, S=35, **masks)
     everything = run(native_attention, arguments)
@@ -156,7 +163,7 @@ def test_gradients_of_what_is_not_asked_for_are_none_and_change_no_other(isa):
             assert torch.equal(leaf.grad, everything[f"grad of {name}"]), name
 
 
-def test_self_attention_adds_the_gradients_of_query_key_and_value(isa):
+def test_self_attention_adds_the_gradients_of_query_key_and_value(base_isa):
     x = torch.randn(2, 33, 4, 16, requires_grad=True)
     native_attention(query=x, key=x, value=x, is_causal=True).output.square().sum().backward()
     parts = [x.detach().clone().requires_grad_() for _ in range(3)]
@@ -165,7 +172,7 @@ def test_self_attention_adds_the_gradients_of_query_key_and_value(isa):
     assert (x.grad - expected).abs().max().item() <= tolerance(torch.float32, 0.0, expected.abs().max().item())
 
 
-def test_backward_twice_through_one_graph_gives_the_same_bits(isa):
+def test_backward_twice_through_one_graph_gives_the_same_bits(base_isa):
     arguments = make_arguments(L=17, S=35, dropout_p=0.4)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
     output = native_attention(**arguments).output
@@ -176,7 +183,7 @@ def test_backward_twice_through_one_graph_gives_the_same_bits(isa):
 
 @pytest.mark.parametrize("empty", [{"N": 0}, {"L": 0}, {"S": 0}], ids=str)
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
-def test_gradients_of_empty_calls_are_zeros_of_the_right_shape(isa, empty, masks):
+def test_gradients_of_empty_calls_are_zeros_of_the_right_shape(base_isa, empty, masks):
     arguments = make_arguments(**{"L": 5, "S": 6} | masks | empty | {"dropout_p": 0.0}, return_lse=True, **PER_HEAD)
     ours = assert_matches_dense(arguments)
     for name, x in arguments.items():

@@ -41,7 +41,7 @@ def as_function(arguments, forget=()):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_gradients_through_everything_are_the_numeric_ones(isa, case):
+def test_gradients_through_everything_are_the_numeric_ones(base_isa, case):
     function, values = as_function(make_arguments(**SHAPE | {"N": 1} | case | PER_HEAD))
     with drawn_seed(1, 2):
         assert torch.autograd.gradcheck(function, values)
@@ -56,7 +56,7 @@ def test_gradients_are_the_numeric_ones(case, wanted):
 
 
 @pytest.mark.parametrize("wanted", [{"need_weights": True}, PER_HEAD], ids=["averaged", "everything"])
-def test_gradients_through_the_weights_alone_are_the_numeric_ones(isa, wanted):
+def test_gradients_through_the_weights_alone_are_the_numeric_ones(base_isa, wanted):
     function, values = as_function(make_arguments(**SHAPE, mask_dtype=torch.float64, **wanted), ("output", "lse"))
     assert torch.autograd.gradcheck(function, values)
 

@@ -128,7 +128,7 @@ def test_the_module_gives_the_same_bits_in_training_eval_no_grad_and_inference_m
                 assert_same_bits(results(), training)
 
 
-def test_one_batch_element_or_head_does_not_depend_on_the_others(isa):
+def test_one_batch_element_or_head_does_not_depend_on_the_others(base_isa):
     arguments = make_arguments(**SHORT | {"H_kv": 4}, mask_dtype=torch.bool, **PER_HEAD)
     whole = native_attention(**arguments)
     for n, h in ((0, 0), (2, 3)):
@@ -139,7 +139,7 @@ def test_one_batch_element_or_head_does_not_depend_on_the_others(isa):
         assert torch.equal(alone.lse[0, 0], whole.lse[n, h])
 
 
-def test_python_threads_at_once_get_the_same_bits(isa, set_num_threads):
+def test_python_threads_at_once_get_the_same_bits(base_isa, set_num_threads):
     set_num_threads(2)
     arguments = make_arguments(**LONG, mask_dtype=torch.float32, mask_shape="LS")
     expected = run(native_attention, arguments)

@@ -44,7 +44,7 @@ def test_the_oracle_gives_the_known_answers(counter, key, expected):
     assert tuple(int(word) for word in philox4x32(counter, key)) == expected
 
 
-def test_the_mask_holds_the_known_answer(isa):
+def test_the_mask_holds_the_known_answer(base_isa):
     words = (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)  # counter 0, key 0
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     for t, half in enumerate(halves):  # the least probability that drops element t, and the one below
@@ -53,7 +53,7 @@ def test_the_mask_holds_the_known_answer(isa):
 
 
 @each_seed
-def test_the_mask_is_philoxs(isa, seed):
+def test_the_mask_is_philoxs(base_isa, seed):
     shape = (2, 3, 5, 150)
     for p in (0.0, 1e-6, 1 / 65536, 0.1, 0.5, 0.9, 1 - 1 / 65536, 0.9999999, 1.0):
         assert np.array_equal(drawn(seed, shape, p).numpy(), kept(seed, shape, p)), p
@@ -65,7 +65,7 @@ def test_the_mask_is_philoxs(isa, seed):
     shape=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 300)),
     p=st.floats(0.0, 1.0),
 )
-def test_any_mask_is_philoxs(isa, seed, shape, p):
+def test_any_mask_is_philoxs(base_isa, seed, shape, p):
     if abs(p * 65536 % 1 - 0.5) < 1e-9:
         p = 0.25  # a half rounds either way
     assert np.array_equal(drawn(seed, shape, p).numpy(), kept(seed, shape, p))
@@ -79,7 +79,7 @@ def test_devices_without_kernels_draw_the_same_mask(seed):
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0, 0.3])
-def test_masks_of_no_heads_rows_or_keys(isa, p):
+def test_masks_of_no_heads_rows_or_keys(base_isa, p):
     for shape in ((0, 2, 3, 4), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
         assert drawn((1, 2), shape, p).shape == shape
 
@@ -102,7 +102,7 @@ def test_attention_drops_exactly_the_weights_of_the_mask(isa, L, S, band, virtua
 
 
 @pytest.mark.parametrize("p", NEAR_NOTHING_OR_EVERYTHING)
-def test_dropout_changes_no_mean(isa, p):
+def test_dropout_changes_no_mean(base_isa, p):
     arguments = make_arguments(N=1, L=64, S=2048, H=4, H_kv=4, D=4, scale=0.1, **PER_HEAD)
     plain = native_attention(**arguments).weights
     with drawn_seed(11, -12):
@@ -116,7 +116,7 @@ def test_dropout_changes_no_mean(isa, p):
 
 
 @pytest.mark.parametrize("p", NEAR_NOTHING_OR_EVERYTHING)
-def test_results_and_gradients_are_scaled_by_what_is_kept(isa, p):
+def test_results_and_gradients_are_scaled_by_what_is_kept(base_isa, p):
     arguments = make_arguments(N=1, L=33, S=2048, H=2, H_kv=2, D=4, D_v=4, dropout_p=p, **PER_HEAD)
     with drawn_seed(11, -12):
         assert_matches_dense(arguments, torch.from_numpy(kept((11, -12), (1, 2, 33, 2048), p)))
@@ -132,7 +132,7 @@ def test_a_draw_is_replayed_with_the_same_scale(p):
     assert (replayed - output).abs().max().item() <= bound
 
 
-def test_the_backward_drops_the_same_weights(isa):
+def test_the_backward_drops_the_same_weights(base_isa):
     arguments = make_arguments(N=2, L=45, S=67, H=3, H_kv=3, D=8, D_v=67, dropout_p=0.4)
     arguments["value"] = torch.eye(67)[None, :, None].expand(2, -1, 3, -1).contiguous()  # output = weights
     with drawn_seed(11, -12):
@@ -151,7 +151,7 @@ def test_the_backward_drops_the_same_weights(isa):
 
 
 @pytest.mark.parametrize("shape", [{"L": 3, "S": 40}, {"L": 60, "S": 300}], ids=str)
-def test_the_mask_of_an_element_does_not_depend_on_the_size_of_the_call(isa, shape):
+def test_the_mask_of_an_element_does_not_depend_on_the_size_of_the_call(base_isa, shape):
     large = make_arguments(N=2, H=4, H_kv=4, L=60, S=300, D=8, dropout_p=0.5, scale=0.0, **PER_HEAD)
     small = dict(large)
     small["query"] = large["query"][:1, : shape["L"]]
@@ -175,7 +175,7 @@ def test_every_instruction_set_draws_the_same():
     assert {*patterns[0].flatten().tolist()} == {True, False}
 
 
-def test_torch_manual_seed_reproduces_and_two_calls_differ(isa):
+def test_torch_manual_seed_reproduces_and_two_calls_differ(base_isa):
     arguments = make_arguments(L=17, S=30, dropout_p=0.5, need_weights=True)
     torch.manual_seed(3)
     first, second = (native_attention(**arguments).weights for _ in range(2))
@@ -184,13 +184,13 @@ def test_torch_manual_seed_reproduces_and_two_calls_differ(isa):
     assert not torch.equal(first, second)
 
 
-def test_no_dropout_draws_nothing(isa):
+def test_no_dropout_draws_nothing(base_isa):
     state = torch.get_rng_state()
     native_attention(**make_arguments(dropout_p=0.0))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_dropping_everything_gives_zeros_and_keeps_the_log_sum_exp(isa):
+def test_dropping_everything_gives_zeros_and_keeps_the_log_sum_exp(base_isa):
     arguments = make_arguments(L=17, S=35, **PER_HEAD)
     dropped = native_attention(**arguments, dropout_p=1.0)
     assert not dropped.output.any()
@@ -198,7 +198,7 @@ def test_dropping_everything_gives_zeros_and_keeps_the_log_sum_exp(isa):
     assert torch.equal(dropped.lse, native_attention(**arguments).lse)
 
 
-def test_rows_whose_every_weight_is_dropped_have_finite_gradients(isa):
+def test_rows_whose_every_weight_is_dropped_have_finite_gradients(base_isa):
     arguments = make_arguments(L=40, S=3, dropout_p=0.9, mask_dtype=torch.float32, hidden=0.0, **PER_HEAD)
     with drawn_seed(1, 1):
         results = run(native_attention, arguments)

@@ -29,7 +29,14 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 @settings(max_examples=examples(150))
 @given(call=calls(dropout=(0.0, 0.0, 0.1, 0.5)))
-def test_any_call_matches_the_oracle(isa, call):
+def test_any_call_matches_the_oracle(base_isa, call):
+    with drawn_seed(*call.seed):
+        assert_forward_matches_dense(call.arguments, call.keep())
+
+
+@settings(max_examples=examples(40))
+@given(call=calls(dtypes=(torch.bfloat16,), dropout=(0.0, 0.0, 0.1, 0.5)))
+def test_any_call_in_bfloat16_matches_the_oracle(bf16_isa, call):
     with drawn_seed(*call.seed):
         assert_forward_matches_dense(call.arguments, call.keep())
 
@@ -75,7 +82,7 @@ def test_grouped_heads(isa, heads, dtype):
 
 @pytest.mark.parametrize("L", [1, 13, 14, 15, 90])
 @pytest.mark.parametrize("S", [1, 31, 256, 257, 600])
-def test_lengths_around_the_tiles(isa, L, S):
+def test_lengths_around_the_tiles(base_isa, L, S):
     masks = {"mask_dtype": torch.bool, "mask_shape": "LS", "padding_dtype": torch.bool, "hidden": 0.4}
     for wanted in ({}, {"need_weights": True, "return_lse": True}, EVERYTHING):
         assert_forward_matches_dense(make_arguments(N=1, L=L, S=S, H=2, D=8, D_v=8, **wanted))
@@ -84,7 +91,7 @@ def test_lengths_around_the_tiles(isa, L, S):
 
 @pytest.mark.parametrize("wanted", [{}, {"need_weights": True}], ids=["output", "weights"])
 @pytest.mark.parametrize("positive", [False, True], ids=["", "positive values"])
-def test_sums_over_many_keys_are_as_accurate_as_torchs(isa, positive, wanted):
+def test_sums_over_many_keys_are_as_accurate_as_torchs(base_isa, positive, wanted):
     arguments = make_arguments(N=1, L=8, S=8192, H=1, H_kv=1, D=32, D_v=32, **wanted)
     if positive:  # then every partial sum is far larger than its next term
         arguments["value"] = arguments["value"].abs()
@@ -93,7 +100,7 @@ def test_sums_over_many_keys_are_as_accurate_as_torchs(isa, positive, wanted):
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mask_shape", MASK_SHAPES)
-def test_masks_of_every_broadcast_shape(isa, mask_shape, mask_dtype):
+def test_masks_of_every_broadcast_shape(base_isa, mask_shape, mask_dtype):
     masks = {"mask_shape": mask_shape, "mask_dtype": mask_dtype, "hidden": 0.5}
     for padding_dtype in (None, torch.bool, torch.float16):
         assert_forward_matches_dense(make_arguments(L=16, S=35, padding_dtype=padding_dtype, **masks, **EVERYTHING))
@@ -102,7 +109,7 @@ def test_masks_of_every_broadcast_shape(isa, mask_shape, mask_dtype):
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize(("L", "S"), [(70, 70), (20, 90), (90, 20), (33, 300)])
-def test_causality_and_windows(isa, L, S, is_causal, alignment):
+def test_causality_and_windows(base_isa, L, S, is_causal, alignment):
     for window in (None, (0, 0), (3, None), (None, 2), (20, 40), (None, None)):
         band = {"is_causal": is_causal, "causal_alignment": alignment, "window": window}
         virtual = {"bias_kv": True, "add_zero_attn": True}
@@ -111,7 +118,7 @@ def test_causality_and_windows(isa, L, S, is_causal, alignment):
 
 
 @pytest.mark.parametrize("window", [(2**40, 2**40), (0, 2**62), (2**62, 0), (2**63 - 1, 2**63 - 1)], ids=str)
-def test_a_window_wider_than_every_key_limits_nothing(isa, window):
+def test_a_window_wider_than_every_key_limits_nothing(base_isa, window):
     arguments = make_arguments(L=5, S=40)
     left, right = (None if side > 40 else side for side in window)
     wide = native_attention(**arguments, window=window).output
@@ -120,7 +127,7 @@ def test_a_window_wider_than_every_key_limits_nothing(isa, window):
 
 @pytest.mark.parametrize("empty", [{"N": 0}, {"L": 0}, {"S": 0}, {"N": 0, "L": 0, "S": 0}, {"D_v": 0}], ids=str)
 @pytest.mark.parametrize("virtual", [{}, {"bias_kv": True}, {"add_zero_attn": True}], ids=str)
-def test_empty_sizes(isa, empty, virtual):
+def test_empty_sizes(base_isa, empty, virtual):
     for masks in ({}, {"mask_dtype": torch.bool, "padding_dtype": torch.float32}):
         for average in (True, False):
             wanted = EVERYTHING | {"average_attn_weights": average}
@@ -140,7 +147,7 @@ def test_any_memory_layout_gives_the_same_bits(isa, name, dtype):
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "attn_mask", "key_padding_mask"])
-def test_a_lazily_negated_view_is_read_negated(isa, name):
+def test_a_lazily_negated_view_is_read_negated(base_isa, name):
     masks = {"mask_dtype": torch.float32, "mask_shape": "NHLS", "padding_dtype": torch.float32, "hidden": 0.0}
     arguments = make_arguments(L=5, S=6, D=1, D_v=1, **masks)
     negated = torch.complex(torch.zeros_like(arguments[name]), -arguments[name]).conj().imag
@@ -171,7 +178,7 @@ def test_averaged_weights_are_the_mean_of_those_per_head(isa, dtype, S):
     assert (averaged.double() - exact).abs().max().item() <= tolerance(dtype, torch_error, exact.max().item())
 
 
-def test_results_are_contiguous_and_arguments_stay_as_they_were(isa):
+def test_results_are_contiguous_and_arguments_stay_as_they_were(base_isa):
     masks = {"mask_dtype": torch.float32, "padding_dtype": torch.bool, "bias_kv": True}
     arguments = make_arguments(L=16, S=35, **masks, **EVERYTHING)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
@@ -180,7 +187,7 @@ def test_results_are_contiguous_and_arguments_stay_as_they_were(isa):
     assert all(torch.equal(arguments[name], x) for name, x in before.items())
 
 
-def test_no_weights_no_query_heads(isa):
+def test_no_weights_no_query_heads(base_isa):
     query, keys = torch.zeros(2, 3, 0, 4), torch.zeros(2, 5, 1, 4)
     with fused_mha.backend("cpu"):
         result = fused_mha.attention(query, keys, keys, need_weights=True, average_attn_weights=False, return_lse=True)

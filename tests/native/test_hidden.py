@@ -56,7 +56,7 @@ def test_poison_in_hidden_keys_changes_no_bit_of_results_and_gradients(isa, hidd
 
 
 @pytest.mark.parametrize("padding_dtype", DTYPES, ids=str)
-def test_minus_infinity_of_every_floating_dtype_hides_keys_from_being_read(isa, padding_dtype):
+def test_minus_infinity_of_every_floating_dtype_hides_keys_from_being_read(base_isa, padding_dtype):
     arguments = make_arguments(L=5, S=40, padding_dtype=padding_dtype, hidden=0.5, **PER_HEAD)
     hidden = arguments["key_padding_mask"] == -INF
     clean = run(native_attention, arguments)
@@ -137,7 +137,7 @@ def test_no_real_key_at_all_leaves_the_virtual_ones(isa, dtype):
 
 
 @pytest.mark.parametrize("S", [5, 300])
-def test_hidden_rows_of_two_blocks_merge_with_finite_gradients(isa, S):
+def test_hidden_rows_of_two_blocks_merge_with_finite_gradients(base_isa, S):
     """As ring attention merges: outputs weighted by their share of the sum of exponentials."""
     arguments = make_arguments(L=17, S=2 * S, H_kv=4, mask_dtype=torch.bool, return_lse=True, hidden=0.2)
     arguments["attn_mask"][4] = True

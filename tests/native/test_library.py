@@ -16,7 +16,7 @@ import fused_mha
 from attention_oracle import make_arguments
 from fused_mha.backends import native
 from fused_mha.backends.cpu import LIBRARY
-from native.c_abi import ISAS, C
+from native.c_abi import ISAS, ISAS_OF, C
 from native.dense_oracle import native_attention, run
 
 
@@ -32,10 +32,14 @@ def python(*arguments, **variables):
 
 
 @pytest.mark.parametrize("name", ISAS)
-def test_the_environment_variable_chooses_each_instruction_set(name):
-    done = python("-m", "fused_mha.info", FUSED_MHA_ISA=name)
-    assert done.returncode == 0, done.stderr
-    assert re.search(rf"instruction set {name}\b(?!_)", done.stdout)
+def test_the_environment_variable_chooses_each_instruction_set(name, monkeypatch):
+    former = LIBRARY.isa
+    monkeypatch.setenv("FUSED_MHA_ISA", name)
+    try:
+        assert native.Library(LIBRARY.path).isa == name
+        assert C.fused_mha_isa() == name.encode()
+    finally:
+        LIBRARY.set_isa(former)
 
 
 def test_an_unknown_instruction_set_fails_the_import_and_lists_the_valid_ones():
@@ -63,6 +67,12 @@ X86_FLAGS = {
 def test_the_instruction_sets_are_those_that_the_operating_system_lists():
     listed = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].split())
     assert [name for name, flags in X86_FLAGS.items() if listed >= set(flags.split())] == ISAS
+
+
+def test_what_adds_products_of_bfloat16_to_another_leaves_all_else_to_it():
+    added = {"avx512_bf16", "avx512_amx"}
+    for dtype, names in ISAS_OF.items():
+        assert names == [name for name in ISAS if dtype == torch.bfloat16 or name not in added]
 
 
 def test_set_isa_refuses_an_unknown_name_and_keeps_the_former():
@@ -173,7 +183,7 @@ def test_every_parallel_loop_follows_torch_set_num_threads(threads, set_num_thre
 
 
 @pytest.mark.parametrize("order", ["in order", "reversed", "one by one"])
-def test_no_schedule_of_the_workers_deadlocks_or_changes_a_bit(isa, order, set_num_threads, parallel_for):
+def test_no_schedule_of_the_workers_deadlocks_or_changes_a_bit(base_isa, order, set_num_threads, parallel_for):
     """Also not where one thread runs all of them, one after the other, as inside another parallel region."""
 
     def schedule(begin, end, grain, work, context):

@@ -204,7 +204,7 @@ def of_one_input(*names, keeps=False, **changes):
 
 
 @keeps_or_not
-def test_packed_weights_give_what_three_give(isa, keeps):
+def test_packed_weights_give_what_three_give(base_isa, keeps):
     packed, apart = of_one_input(keeps=keeps), ModuleCall(keeps=keeps, kdim=7, vdim=7, H_kv=4, D_v=3, S=3)
     for name in ("key", "value"):
         apart.tensors[name] = apart.tensors["query"]
@@ -260,7 +260,7 @@ def product_call():
 
 
 @pytest.mark.parametrize("name", ["left", "right", "bias", "output", "workspace"])
-def test_a_product_refuses_what_does_not_fit(isa, name):
+def test_a_product_refuses_what_does_not_fit(base_isa, name):
     call = product_call()
     assert call.error() is None
     assert torch.equal(call.tensors["output"], torch.full((2, 3, 4), 5.0))

@@ -143,7 +143,7 @@ def test_real_results_have_the_shapes_dtypes_and_strides_of_the_fake_ones(isa, c
 
 
 @each_case
-def test_the_fallback_computes_the_same(isa, case):
+def test_the_fallback_computes_the_same(base_isa, case):
     call = make_call(dtype=torch.float64, **case)
     for ours, fallback in zip(
         OPS.multi_head_attention(*call, True)[:2], module_autograd._fallback(*call, True)[:2], strict=True
@@ -157,7 +157,7 @@ def test_the_fallback_computes_the_same(isa, case):
 
 
 @each_case
-def test_what_is_kept_changes_no_bit(isa, case):
+def test_what_is_kept_changes_no_bit(base_isa, case):
     call = make_call(**case)
     for kept, other in zip(
         OPS.multi_head_attention(*call, True)[:2], OPS.multi_head_attention(*call, False)[:2], strict=True
@@ -166,7 +166,7 @@ def test_what_is_kept_changes_no_bit(isa, case):
 
 
 @each_case
-def test_each_gradient_is_the_same_alone(isa, case):
+def test_each_gradient_is_the_same_alone(base_isa, case):
     *arguments, flags = backward_arguments(make_call(**case))
     together = OPS.multi_head_attention_backward(*arguments, flags)
     for i in range(GRADIENTS):
@@ -188,7 +188,7 @@ def test_fp32_weights_beside_bf16_are_rounded_as_they_are_read(isa, L):
         assert torch.equal(mixed, expected)
 
 
-def test_strided_operands_are_read_right(isa):
+def test_strided_operands_are_read_right(base_isa):
     call = make_call(shared=1, S=6, bias_kv=True, padding=torch.float32, attn_mask=True)
 
     def strided(x):
@@ -219,7 +219,7 @@ def test_no_reference_to_a_tensor_is_left_behind(case):
     assert [x._use_count() for x in tensors] == before
 
 
-def test_flops_are_those_of_the_products(isa):
+def test_flops_are_those_of_the_products(base_isa):
     N, L, S, E, kdim, vdim = 2, 4, 6, 8, 5, 7
     call = make_call(shared=1, S=S, kdim=kdim, vdim=vdim, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

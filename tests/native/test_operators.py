@@ -107,7 +107,7 @@ def test_flops_are_those_of_two_products_forward_and_five_backward(wanted):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_activation_checkpointing_draws_the_same_dropout_again(isa, use_reentrant, need_weights):
+def test_activation_checkpointing_draws_the_same_dropout_again(base_isa, use_reentrant, need_weights):
     module = MultiHeadAttention(16, 4, dropout=0.5, batch_first=True)
     x = torch.randn(2, 40, 16)
 

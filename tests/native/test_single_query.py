@@ -34,12 +34,12 @@ def test_head_sizes_of_whole_vectors_and_others(isa, D, dtype):
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("S", [1, 31, 33, 512, 1100])
-def test_masks_over_several_tiles_of_keys(isa, masks, S):
+def test_masks_over_several_tiles_of_keys(base_isa, masks, S):
     assert_matches_dense(make_arguments(N=3, L=1, S=S, H=6, H_kv=3, D=16, D_v=16, **masks, return_lse=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(isa, layout):
+def test_layouts(base_isa, layout):
     arguments = make_arguments(N=2, L=1, S=90, H=6, H_kv=3, D=16, D_v=32)
     for name in ("query", "key", "value"):
         arguments[name] = lay_out(arguments[name], layout)
@@ -60,7 +60,7 @@ def test_threads_and_weights_change_no_bit(isa, masks, dtype, set_num_threads):
         assert torch.equal(other.output, alone)
 
 
-def test_poison_in_hidden_keys_is_not_read(isa):
+def test_poison_in_hidden_keys_is_not_read(base_isa):
     arguments = make_arguments(N=2, L=1, S=300, H=6, H_kv=3, D=16, D_v=16, padding_dtype=torch.bool, hidden=0.5)
     clean = native_attention(**arguments).output
     padding = arguments["key_padding_mask"]

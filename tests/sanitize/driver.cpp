@@ -184,7 +184,7 @@ void run_call(const Options& options, uint64_t index) {
     ranges_per_thread = 1 + int64_t(index % 2);
     for (const char* isa : options.isas) {
         const std::string where = std::string("--isa ") + isa + " --first " + std::to_string(index) + " --count 1: ";
-        use(isa);
+        if (!use_for(call.dtype, isa)) continue;
         Runner runner(call, index);
         const Results one = runner.run(1, true);
         check_same_bits(where, one, runner.run(2 + int64_t(index % 3)));

@@ -43,6 +43,12 @@ inline void use(const char* isa) {
     if (fused_mha_set_isa(isa) != 0) fail(fused_mha_last_error());
 }
 
+// Uses it, unless it leaves the dtype to the code of another.
+inline bool use_for(int64_t dtype, const char* isa) {
+    use(isa);
+    return strcmp(fused_mha_isa_of(dtype), isa) == 0;
+}
+
 inline double rounding_of(int64_t dtype) {
     return dtype == FUSED_MHA_FLOAT64    ? 0x1p-53
            : dtype == FUSED_MHA_FLOAT32  ? 0x1p-24

@@ -213,7 +213,7 @@ inline void run_module(const Options& options, uint64_t index) {
     const Call call(index);
     if (!call.N || !call.L || !call.S || !call.D_v) return;
     for (const char* isa : options.isas) {
-        use(isa);
+        if (!use_for(call.dtype, isa)) continue;
         const std::string where = std::string("module, --isa ") + isa + " --first " + std::to_string(index) + ": ";
         ModuleCall module(call, index);
         const std::vector<Tensor> composed = module.compose(where, 1);

@@ -46,7 +46,7 @@ inline void run_product(const Options& options, uint64_t index) {
     if (has_bias) bias.allocate(random, dtype, {N}, Layout::ROWS);
     for (Tensor* tensor : {&left, &right, &bias}) tensor->fill([&] { return random.number(); });
     for (const char* isa : options.isas) {
-        use(isa);
+        if (!use_for(dtype, isa)) continue;
         const std::string where = std::string("product, --isa ") + isa + " --first " + std::to_string(index) + ": ";
         for (const int64_t threads : {1, 3}) {
             Tensor& output = outputs[threads / 2];

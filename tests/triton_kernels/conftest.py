@@ -1,5 +1,6 @@
 """The Triton kernels under Triton's interpreter, which runs them on the CPU; `tests/conftest.py` turns it on."""
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -13,6 +14,31 @@ def without_numpys_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
+
+
+@pytest.fixture(autouse=True)
+def language_is_patched_once(monkeypatch):
+    """In each launch: the interpreter would do it anew in every call of a function, for nearly half of its time."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launch, patch, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    @functools.cache
+    def languages(function):
+        modules = (interpreter.tl, interpreter.tl.core)
+        return {module.__name__ for module in function.__globals__.values() if any(module is m for m in modules)}
+
+    def patch_once(function):
+        if languages(function) <= patched:
+            return None
+        patched.update(languages(function))
+        return patch(function)
+
+    def launch_unpatched(*arguments, **keywords):
+        patched.clear()
+        return launch(*arguments, **keywords)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_unpatched)
 
 
 @pytest.fixture

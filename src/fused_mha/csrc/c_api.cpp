@@ -34,6 +34,7 @@ void advise_huge_pages(std::initializer_list<const fused_mha_tensor*> tensors) {
 // How a computation is checked, measured and run, with where a call has its workspace.
 template <class Call>
 struct Computation {
+    int64_t (*dtype)(const Call&);
     void (*check)(Checker&, const Call&);
     int64_t (*KernelTable::*workspace_bytes)(const Call&);
     void (*KernelTable::*run)(const Call&);
@@ -44,14 +45,14 @@ template <class Call>
 int64_t workspace_bytes(const Computation<Call>& computation, const Call& call) {
     Checker checker;
     computation.check(checker, call);
-    return checker.ok ? (current_kernels().*computation.workspace_bytes)(call) : -1;
+    return checker.ok ? (kernels_of(computation.dtype(call)).*computation.workspace_bytes)(call) : -1;
 }
 
 template <class Call>
 int64_t run(const Computation<Call>& computation, const Call& call, std::initializer_list<const fused_mha_tensor*> results) {
-    const KernelTable& kernels = current_kernels();
     Checker checker;
     computation.check(checker, call);
+    const KernelTable& kernels = kernels_of(computation.dtype(call));
     if (checker.ok) check_workspace(checker, computation.workspace(call), (kernels.*computation.workspace_bytes)(call));
     if (!checker.ok) return -1;
     advise_huge_pages({&computation.workspace(call)});
@@ -61,15 +62,19 @@ int64_t run(const Computation<Call>& computation, const Call& call, std::initial
 }
 
 const Computation<fused_mha_forward_arguments> FORWARD = {
+    [](const fused_mha_forward_arguments& call) { return call.attention.query.dtype; },
     check_forward, &KernelTable::forward_workspace, &KernelTable::forward,
     [](const fused_mha_forward_arguments& call) -> const fused_mha_tensor& { return call.attention.workspace; }};
 const Computation<fused_mha_backward_arguments> BACKWARD = {
+    [](const fused_mha_backward_arguments& call) { return call.attention.query.dtype; },
     check_backward, &KernelTable::backward_workspace, &KernelTable::backward,
     [](const fused_mha_backward_arguments& call) -> const fused_mha_tensor& { return call.attention.workspace; }};
 const Computation<fused_mha_product_arguments> PRODUCT = {
+    [](const fused_mha_product_arguments& call) { return call.output.dtype; },
     check_product, &KernelTable::product_workspace, &KernelTable::product,
     [](const fused_mha_product_arguments& call) -> const fused_mha_tensor& { return call.workspace; }};
 const Computation<fused_mha_module_arguments> MODULE = {
+    [](const fused_mha_module_arguments& call) { return call.query.dtype; },
     check_module, &KernelTable::module_workspace, &KernelTable::module,
     [](const fused_mha_module_arguments& call) -> const fused_mha_tensor& { return call.core.attention.workspace; }};
 
@@ -94,6 +99,7 @@ int64_t fused_mha_cpu_has_tiles(int64_t dtype) {
 }
 
 const char* fused_mha_isa(void) { return fused_mha::current_name(); }
+const char* fused_mha_isa_of(int64_t dtype) { return fused_mha::name_of_kernels_of(dtype); }
 
 int64_t fused_mha_set_isa(const char* name) {
     return name && fused_mha::choose_kernels(name) ? 0 : refuse("no instruction set %s", name ? name : "(null)");
@@ -133,7 +139,7 @@ int64_t fused_mha_column_sums(const fused_mha_tensor* matrix, const fused_mha_te
     checker.check("sums", *sums, sums->dtype, 1, {matrix->size[2], 1, 1, 1});
     check_threads(checker, threads);
     if (!checker.ok) return -1;
-    current_kernels().column_sums(*matrix, *sums, threads);
+    kernels_of(sums->dtype).column_sums(*matrix, *sums, threads);
     return 0;
 }
 
@@ -145,16 +151,16 @@ int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_ten
     if (checker.ok && !(dropout_p >= 0 && dropout_p <= 1))
         checker.fail_with("dropout_p must be between 0 and 1; got %g", dropout_p);
     if (!checker.ok) return -1;
-    current_kernels().dropout_mask(*seed, *mask, dropout_p, threads);
+    kernels_of(FUSED_MHA_BOOL).dropout_mask(*seed, *mask, dropout_p, threads);
     return 0;
 }
 
 int64_t fused_mha_exp2(const void* x, void* result, int64_t count, int64_t dtype) {
     if (dtype != FUSED_MHA_FLOAT32 && dtype != FUSED_MHA_FLOAT64) return refuse("exp2 takes float32 or float64");
     if (dtype == FUSED_MHA_FLOAT32)
-        current_kernels().exp2_float(static_cast<const float*>(x), static_cast<float*>(result), count);
+        kernels_of(dtype).exp2_float(static_cast<const float*>(x), static_cast<float*>(result), count);
     else
-        current_kernels().exp2_double(static_cast<const double*>(x), static_cast<double*>(result), count);
+        kernels_of(dtype).exp2_double(static_cast<const double*>(x), static_cast<double*>(result), count);
     return 0;
 }
 

@@ -133,6 +133,8 @@ FUSED_MHA_EXPORT void fused_mha_set_parallel_for(fused_mha_parallel_for parallel
 // Instruction sets by index, best last, null at the end; those that were compiled in and run on this machine.
 FUSED_MHA_EXPORT const char* fused_mha_available_isa(int64_t index);
 FUSED_MHA_EXPORT const char* fused_mha_isa(void);
+// The instruction set whose code computes on a dtype: the one in use, or the one that it adds products of bfloat16 to.
+FUSED_MHA_EXPORT const char* fused_mha_isa_of(int64_t dtype);
 FUSED_MHA_EXPORT int64_t fused_mha_set_isa(const char* name);  // while no call runs
 
 // The name of the processor as CPUID gives it, empty where there is none; and whether it has tiles (AMX) for products of

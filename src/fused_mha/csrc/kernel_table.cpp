@@ -78,8 +78,16 @@ const char* available_kernels(int64_t index) {
     return index >= 0 && index < variants().count ? variants().all[index].name : nullptr;
 }
 
-const KernelTable& current_kernels() { return *variants().all[current()].kernels; }
 const char* current_name() { return variants().all[current()].name; }
+
+const KernelTable& kernels_of(int64_t dtype) {
+    const KernelTable& kernels = *variants().all[current()].kernels;
+    return kernels.base && dtype != FUSED_MHA_BFLOAT16 ? *kernels.base : kernels;
+}
+const char* name_of_kernels_of(int64_t dtype) {
+    const KernelTable& kernels = kernels_of(dtype);
+    return &kernels == variants().all[current()].kernels ? current_name() : kernels.name;
+}
 
 bool choose_kernels(const char* name) {
     for (int64_t i = 0; i < variants().count; ++i)

@@ -17,12 +17,10 @@ namespace fused_mha::FMHA_ISA {
 namespace {
 
 // Calls f with the policy that computes on tensors of `dtype`. An instruction set with FMHA_BASE adds products of bfloat16
-// to that one, and leaves the other types to its `entry`.
-template <class Result, class Call, class F>
-Result with_policy(int64_t dtype, [[maybe_unused]] Result (*KernelTable::*entry)(const Call&),
-                   [[maybe_unused]] const Call& call, F&& f) {
+// to that one, and gets no other type: kernel_table.cpp.
+template <class F>
+auto with_policy([[maybe_unused]] int64_t dtype, F&& f) {
 #if defined(FMHA_BASE)
-    if (dtype != FUSED_MHA_BFLOAT16) return (FMHA_BASE::kernels.*entry)(call);
     return f(BFloat16{});
 #else
     if (dtype == FUSED_MHA_FLOAT64) return f(Float64{});
@@ -31,21 +29,17 @@ Result with_policy(int64_t dtype, [[maybe_unused]] Result (*KernelTable::*entry)
 }
 
 int64_t forward_workspace(const fused_mha_forward_arguments& call) {
-    return with_policy(call.attention.query.dtype, &KernelTable::forward_workspace, call,
-                       [&](auto policy) { return Forward<decltype(policy)>(call).workspace(); });
+    return with_policy(call.attention.query.dtype, [&](auto policy) { return Forward<decltype(policy)>(call).workspace(); });
 }
 void forward(const fused_mha_forward_arguments& call) {
-    with_policy(call.attention.query.dtype, &KernelTable::forward, call,
-                [&](auto policy) { Forward<decltype(policy)>(call).run(); });
+    with_policy(call.attention.query.dtype, [&](auto policy) { Forward<decltype(policy)>(call).run(); });
 }
 
 int64_t backward_workspace(const fused_mha_backward_arguments& call) {
-    return with_policy(call.attention.query.dtype, &KernelTable::backward_workspace, call,
-                       [&](auto policy) { return Backward<decltype(policy)>(call).workspace(); });
+    return with_policy(call.attention.query.dtype, [&](auto policy) { return Backward<decltype(policy)>(call).workspace(); });
 }
 void backward(const fused_mha_backward_arguments& call) {
-    with_policy(call.attention.query.dtype, &KernelTable::backward, call,
-                [&](auto policy) { Backward<decltype(policy)>(call).run(); });
+    with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
 }
 
 template <class P>
@@ -58,14 +52,14 @@ Matrices matrices_of(const fused_mha_product_arguments& call) {
     return matrices.with_least_to_pack(multiplies_by_tiles<P>());
 }
 int64_t product_workspace(const fused_mha_product_arguments& call) {
-    return with_policy(call.output.dtype, &KernelTable::product_workspace, call, [&](auto policy) {
+    return with_policy(call.output.dtype, [&](auto policy) {
         const Product<decltype(policy)> product(matrices_of<decltype(policy)>(call));
         return workspace_bytes(product.packed_bytes(), product.worker_bytes(), call.threads);
     });
 }
 void product(const fused_mha_product_arguments& call) {
     if (call.output.size[0] * call.output.size[1] == 0 || call.output.size[2] == 0) return;
-    with_policy(call.output.dtype, &KernelTable::product, call, [&](auto policy) {
+    with_policy(call.output.dtype, [&](auto policy) {
         Product<decltype(policy)> product(matrices_of<decltype(policy)>(call));
         const uintptr_t packed = aligned(call.workspace.data);
         product.pack(packed);
@@ -74,11 +68,10 @@ void product(const fused_mha_product_arguments& call) {
 }
 
 int64_t module_workspace(const fused_mha_module_arguments& call) {
-    return with_policy(call.query.dtype, &KernelTable::module_workspace, call,
-                       [&](auto policy) { return Module<decltype(policy)>(call).workspace(); });
+    return with_policy(call.query.dtype, [&](auto policy) { return Module<decltype(policy)>(call).workspace(); });
 }
 void module(const fused_mha_module_arguments& call) {
-    with_policy(call.query.dtype, &KernelTable::module, call, [&](auto policy) { Module<decltype(policy)>(call).run(); });
+    with_policy(call.query.dtype, [&](auto policy) { Module<decltype(policy)>(call).run(); });
 }
 
 void column_sums(const fused_mha_tensor& matrix, const fused_mha_tensor& sums, int64_t threads) {
@@ -86,6 +79,7 @@ void column_sums(const fused_mha_tensor& matrix, const fused_mha_tensor& sums, i
     ColumnSums<float>(matrix, sums).run(threads);
 }
 
+#if !defined(FMHA_BASE)
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
     const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), dropout_p);
     const int64_t H = mask.size[1], L = mask.size[2], S = mask.size[3];
@@ -108,11 +102,24 @@ void exp2_of(const T* x, T* result, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES<T>)
         store_some<T, OwnData<T>>(result + i, exp2(load_some<T, OwnData<T>>(x + i, count - i)), count - i);
 }
+#endif
 
 }  // namespace
 
 extern const KernelTable kernels;
-const KernelTable kernels = {FMHA_ISA_NAME, forward_workspace, forward,      backward_workspace, backward,
-                             product_workspace, product, module_workspace, module, column_sums, dropout_mask, exp2_of<float>, exp2_of<double>};
+const KernelTable kernels = {
+    FMHA_ISA_NAME,
+#if defined(FMHA_BASE)
+    &FMHA_BASE::kernels,
+#else
+    nullptr,
+#endif
+    forward_workspace, forward, backward_workspace, backward, product_workspace, product, module_workspace, module, column_sums,
+#if defined(FMHA_BASE)
+    nullptr, nullptr, nullptr,
+#else
+    dropout_mask, exp2_of<float>, exp2_of<double>,
+#endif
+};
 
 }  // namespace fused_mha::FMHA_ISA

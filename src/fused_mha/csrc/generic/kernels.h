@@ -11,6 +11,7 @@ extern std::atomic<bool> tiles_in_use;  // whether bfloat16 is multiplied by the
 
 struct KernelTable {
     const char* name;
+    const KernelTable* base;  // which computes on all types but bfloat16; null where this one does itself
     int64_t (*forward_workspace)(const fused_mha_forward_arguments&);
     void (*forward)(const fused_mha_forward_arguments&);
     int64_t (*backward_workspace)(const fused_mha_backward_arguments&);
