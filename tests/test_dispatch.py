@@ -169,6 +169,20 @@ class TestReasons:
         missing = Capability(is_installed=False, weights=False, lse=False)
         assert not_supported_reasons(missing, checked(**arguments)) == ["it is not in this installation"]
 
+    def test_rows_that_see_nothing_are_cleaned_where_a_device_does_not(self, monkeypatch):
+        monkeypatch.setattr(sdpa, "_KNOW_EMPTY_ROWS", ())
+        arguments = make_arguments(mask_dtype=torch.bool, H=2)
+        arguments["attn_mask"][1] = True
+        leaf = arguments["query"].requires_grad_()
+        with fused_mha.backend("sdpa"):
+            output = fused_mha.attention(**arguments).output
+        assert not output[:, 1].any()
+        with fused_mha.backend("reference"):
+            torch.testing.assert_close(output, fused_mha.attention(**arguments).output)
+        (grad,) = torch.autograd.grad(output.sum(), leaf)
+        assert not grad[:, 1].any()
+        assert grad.isfinite().all()
+
     def test_masks_of_half_types_on_another_device_than_the_cpu_are_one_against_sdpa(self):
         def reasons(dtype):
             given = make_arguments(mask_dtype=torch.bool, dtype=dtype).items()

@@ -23,7 +23,10 @@ ALLOWED = {
     "warm_up": {"backends.triton", "functional", "multi_head_attention", "plans"},
     "explanation": {"dispatch", "linear", "multi_head_attention", "one_call"},
     "multi_head_attention": {"inputs", "masks", "nested", "one_call", "plans", "projections", "quantization"},
-    "one_call": {"backends.arguments", "backends.cpu", "dispatch", "inputs", "linear", "masks", "modes", "projections"},
+    "one_call": {
+        *("backends.arguments", "backends.capability", "backends.cpu", "ops.module"),
+        *("dispatch", "inputs", "linear", "masks", "modes", "plans", "projections"),
+    },
     "functional": {"dispatch", "inputs", "modes", "plans"},
     "plans": {"backends.capability", "dispatch", "inputs", "modes"},
     "nested": set(),
@@ -61,12 +64,21 @@ ALLOWED = {
         "backends.capability",
         "backends.triton.assembler",
         "backends.triton.eager",
+        "backends.sdpa",
         "backends.triton.launch",
+        "backends.triton.module",
+        "backends.triton.readable",
         "backends.triton.tile_config",
         "inputs",
         "ops.fallback",
+        "ops.module",
         "ops.schema",
     },
+    "backends.triton.module": {
+        *(f"backends.triton.{name}" for name in ("finite", "launch", "preparation")),
+        *("modes", "ops.module", "ops.module_autograd", "ops.schema"),
+    },
+    "backends.triton.finite": {f"backends.triton.{name}" for name in ("launcher", "readable", "tile_config", "tiles")},
     "backends.triton.eager": {"backends.arguments", "backends.triton.launch", "inputs", "modes", "ops.schema"},
     "backends.triton.launch": {
         *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
@@ -91,8 +103,8 @@ ALLOWED = {
     "backends.triton.tiles": set(),
     "backends.triton.tile_config": set(),
     "backends.arguments": {"inputs", "ops.schema"},
-    "backends.sdpa": {"backends.capability", "inputs", "masks", "modes", "ops.schema", "reference"},
-    "backends.capability": {"inputs", "modes"},
+    "backends.sdpa": {"backends.capability", "inputs", "masks", "modes", "ops.module", "ops.schema", "reference"},
+    "backends.capability": {"inputs", "modes", "ops.module"},
     "ops": {"ops.autograd", "ops.fake", "ops.fallback", "ops.module", "ops.module_autograd", "ops.product"},
     "ops.autograd": {"ops.fallback", "ops.schema"},
     "ops.fake": {"ops.flop_counter", "ops.schema"},
@@ -110,7 +122,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
-    **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "launcher")},
+    **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
         for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")

@@ -88,8 +88,8 @@ def attention(
     if device == plans.DEVICE and not torch.compiler.is_compiling():
         tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
         flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale)
-        kind = plans.kind_of(tensors, (*flags, need_weights, average_attn_weights, return_lse))
-        if (served := plans.find(kind)) is not None:
+        kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse))
+        if served is not None:
             return served(*tensors)
     inputs = check_attention(
         query,

@@ -214,7 +214,8 @@ def kept(
     learning = (query, key, value, *parameters)
     recorded = cpu.is_recorded(*learning)
     tensors = (*learning, attn_mask, key_padding_mask)
-    kind = plans.kind_of(tensors, (*flags, *sizes, recorded, key is query, value is key), len(learning))
+    is_one = (recorded, key is query, value is key)
+    kind, served = plans.find(tensors, (*flags, *sizes, *is_one), len(learning))
     if kind is None or type(num_heads) is not int:
         return None
     numbers = (
@@ -224,7 +225,7 @@ def kept(
         need_weights,
         average_attn_weights,
     )
-    return Kept(kind, plans.find(kind), (query, key, value), parameters, (attn_mask, key_padding_mask), numbers)
+    return Kept(kind, served, (query, key, value), parameters, (attn_mask, key_padding_mask), numbers)
 
 
 def serve(call: Kept, served: ServedModule) -> tuple[Tensor, Tensor | None]:

@@ -22,11 +22,16 @@ from fused_mha.modes import is_eager, memory_of_each
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
+MOST_RECENT = 4  # kinds of the same flags and sizes that are compared before a kind is made up
 _ROWS = 3  # the first tensors of a call: query, key and value
 _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
 Kind = tuple[Any, ...]
 Serves = TypeVar("Serves")
 _kept: dict[Kind, Any] = {}
+# All that a kind says of tensors but their addresses, compared in one call: a tenth of the time. Not public.
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_TensorGuards: Any = getattr(_guards, "TensorGuards", None)
+_recent: dict[Kind, list[_Recent]] = {}
 
 # In the order of `Served`.
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -50,16 +55,60 @@ def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn:
         return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[may_learn:]):
         return None
-    is_float = tensors[0] is not None and tensors[0].dtype == torch.float32
-    return *memory, *flags, dispatch.forced(), torch.backends.cuda.matmul.fp32_precision if is_float else None
+    return *memory, *flags, dispatch.forced(), _precision(tensors[0])
 
 
-def find(kind: Kind | None) -> Any:
-    """What serves calls of a kind; None where the general way has to find out."""
+def _precision(x: Tensor | None) -> str | bool | None:
+    """Of products, where that is a question."""
+    is_float = x is not None and x.dtype == torch.float32
+    return torch.backends.cuda.matmul.fp32_precision if is_float else None
+
+
+def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _ROWS) -> tuple[Kind | None, Any]:
+    """The kind of a call, or None, as `kind_of`; and what serves such calls, None where that is not known."""
+    if not is_eager():
+        return None, None
+    learns = torch.is_grad_enabled()
+    place_of: dict[Tensor | None, int] = {}  # tensors hash by identity; the guards want none of them twice
+    roles = [place_of.setdefault(x, i) for i, x in enumerate(tensors)]
+    given = [x for x in place_of if x is not None]
+    place = (*flags, dispatch.forced(), learns, may_learn, *roles, *[x.shape for x in given])
     try:
-        return _kept.get(kind) if kind is not None else None
+        recent = _recent.get(place)
     except TypeError:  # a flag that cannot be hashed
-        return None
+        return None, None
+    if recent is not None:
+        for kind in recent:
+            if kind.is_of(given):
+                return kind.kind, kind.served
+    kind = kind_of(tensors, flags, may_learn)
+    served = None if kind is None else _kept.get(kind)
+    if kind is not None and served is not None and _TensorGuards is not None:
+        if len(_recent) >= MOST_KINDS:
+            _recent.clear()
+        known = _recent.setdefault(place, [])
+        known.insert(0, _Recent(kind, served, given))
+        del known[MOST_RECENT:]
+    return kind, served
+
+
+class _Recent:
+    """A kind that was found, without what `find` has asked before."""
+
+    def __init__(self, kind: Kind, served: Any, given: list[Tensor]) -> None:
+        self.kind, self.served = kind, served
+        sizes, strides = [[*x.shape] for x in given], [[*x.stride()] for x in given]
+        self._guards = _TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._addresses = [x.data_ptr() & 15 for x in given]
+        self._precision = _precision(given[0])
+
+    def is_of(self, given: list[Tensor]) -> bool:
+        """Whether a call with these tensors is of the kind."""
+        return (
+            self._guards.check(*given)
+            and [x.data_ptr() & 15 for x in given] == self._addresses
+            and (self._precision is None or self._precision == _precision(given[0]))
+        )
 
 
 def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:
@@ -73,7 +122,7 @@ def remember(kind: Kind, served: Serves) -> Serves:
     """What serves calls of a kind; nothing is kept where that is None."""
     if served is not None:
         if len(_kept) >= MOST_KINDS:
-            _kept.clear()
+            forget()
         _kept[kind] = served
     return served
 
@@ -81,6 +130,7 @@ def remember(kind: Kind, served: Serves) -> Serves:
 def forget() -> None:
     """Forget every kind, for tests and benchmarks that change what `dispatch` or the kernels go by."""
     _kept.clear()
+    _recent.clear()
 
 
 def run(inputs: AttentionInputs) -> AttentionResult:
@@ -88,8 +138,8 @@ def run(inputs: AttentionInputs) -> AttentionResult:
     kind = None
     if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
         tensors = tensors_of(inputs)
-        kind = kind_of(tensors, inputs[5:8] + inputs[10:])
-        if (served := find(kind)) is not None:
+        kind, served = find(tensors, inputs[5:8] + inputs[10:])
+        if served is not None:
             return served(*tensors)
     back_end = dispatch.choose(inputs)
     served = keep(kind, back_end, inputs)

@@ -100,6 +100,7 @@ def test_a_graph_draws_dropout_anew_at_every_replay():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # of inductor's own, torch 2.11
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # of inductor's too
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"need_weights": True}, {"attn_mask": "float"}, {"dropout_p": 0.3}],

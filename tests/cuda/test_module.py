@@ -8,6 +8,7 @@ from fused_mha.backends.triton import module as kept_modules
 from module_calls import CASES, IDS, N, S, inputs, masks, matches_torch, modules
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")  # torch's, of a thread's first product
 @pytest.mark.parametrize("part", range(8))  # for the workers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_agrees_with_torch(part, dtype, monkeypatch):

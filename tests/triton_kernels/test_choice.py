@@ -7,10 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fused_mha
 from attention_oracle import DEFAULTS, make_arguments
 from fused_mha import dispatch
-from fused_mha.backends import triton
+from fused_mha.backends import sdpa, triton
 from fused_mha.backends.capability import Capability, not_supported_reasons
 from fused_mha.inputs import check_attention
 from fused_mha.ops import fallback
+from fused_mha.ops.module import Call
 from native.test_operators import operands
 
 pytest.importorskip("triton")
@@ -56,6 +57,90 @@ def test_plain_calls_are_left_to_torch_and_explain_says_why(plain):
 def test_what_torch_does_not_fuse_is_ours(call):
     explanation = explain(**call)
     assert (explanation.chosen, explanation.left) == ("triton", {})
+
+
+@pytest.mark.parametrize(
+    ("call", "chosen"),
+    [
+        ({"padding_dtype": torch.bool}, "sdpa"),
+        ({"mask_dtype": torch.float32, "mask_shape": "NHLS", "is_causal": True}, "sdpa"),
+        ({"dropout_p": 0.1}, "sdpa"),
+        ({"bias_kv": True}, "sdpa"),
+        ({"need_weights": True}, "reference"),
+        ({"need_weights": True, "N": 64, "H": 16, "L": 512, "S": 513}, "triton"),  # more than 2^28 weights
+        ({"return_lse": True}, "triton"),
+        ({"window": (3, 3)}, "triton"),
+        ({"L": 1, "padding_dtype": torch.bool}, "triton"),
+    ],
+    ids=str,
+)
+def test_float32_is_left_to_torch_where_it_is_exact(call, chosen):
+    explanation = explain(dtype=torch.float32, **call)
+    assert explanation.chosen == chosen
+    reason = "torch's products of float32 are faster on a GPU than Triton's"
+    assert explanation.left == ({} if chosen == "triton" else {"triton": reason})
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_float32_mask_that_learns_is_ours(learns):
+    arguments = make_arguments(mask_dtype=torch.float32, mask_shape="NHLS")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = {name: torch.empty(x.shape, device="cuda") for name, x in arguments.items()}
+        on_gpu["attn_mask"].requires_grad_(learns)
+        explanation = dispatch.explain_inputs(check_attention(**DEFAULTS | on_gpu))
+    assert explanation.chosen == ("triton" if learns else "sdpa")
+
+
+def module_call(**changed):
+    """What the back end sdpa is asked of a module's call on a GPU: a plain one, but for the changes."""
+    with FakeTensorMode():
+        x, in_weight, out_weight = (torch.empty(shape, device="cuda") for shape in ((2, 5, 32), (96, 32), (32, 32)))
+        in_bias, out_bias, padding = (torch.empty(size, device="cuda") for size in (96, 32, (2, 5)))
+        given = {
+            "key": None,
+            "key_padding_mask": None,
+            "out_bias": out_bias,
+            "batch_first": True,
+            "need_weights": False,
+        }
+        given |= {name: {"x": x, "padding": padding}.get(value, value) for name, value in changed.items()}
+        call = Call(
+            query=torch.empty((2, 1, 32), device="cuda") if given.pop("one", False) else x,
+            value=None,
+            in_weight=in_weight.requires_grad_(given.pop("learns", False)),
+            **dict.fromkeys(("query_weight", "key_weight", "value_weight", "bias_k", "bias_v", "attn_mask", "seed")),
+            in_bias=in_bias,
+            out_weight=out_weight,
+            num_heads=given.pop("num_heads", 4),
+            is_causal=given.pop("is_causal", False),
+            dropout_p=given.pop("dropout_p", 0.0),
+            add_zero_attn=False,
+            scale=1.0,
+            average_attn_weights=True,
+            **given,
+        )
+        return sdpa.BACKEND.serves_module(call)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"key": "x"},
+        {"key_padding_mask": "padding"},
+        {"out_bias": None},
+        {"batch_first": False},
+        {"need_weights": True},
+        {"one": True},
+        {"learns": True},
+        {"num_heads": 8},
+        {"is_causal": True},
+        {"dropout_p": 0.1},
+    ],
+    ids=", ".join,
+)
+def test_torchs_operator_of_a_module_serves_plain_inference_alone(changed):
+    assert module_call() is not None
+    assert module_call(**changed) is None
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,50 @@ def test_they_hold_no_tensor():
     gc.collect()
     assert plans._kept
     assert [x() for x in held] == [None] * 5
+
+
+@pytest.mark.parametrize("has_guards", [True, False])
+def test_a_kind_is_found_again_by_the_guards_or_made_up_anew(has_guards, monkeypatch):
+    if not has_guards:
+        monkeypatch.setattr(plans, "_TensorGuards", None)
+    arguments = make_arguments(padding_dtype=torch.bool, D=8, D_v=8)
+    made_up, kind_of_tensors = [], plans.kind_of
+    monkeypatch.setattr(plans, "kind_of", lambda *given: (made_up.append(given), kind_of_tensors(*given))[1])
+    results = [fused_mha.attention(**arguments).output for _ in range(4)]
+    assert all(torch.equal(x, results[0]) for x in results)
+    assert len(made_up) == (2 if has_guards else 4)  # the second call notes what the first has kept
+
+
+@pytest.mark.parametrize("shared", [("query", "key", "value"), ("key", "value"), ("query", "value"), ()], ids=str)
+def test_which_tensors_are_one_is_of_no_account(shared):
+    given = make_arguments(L=4, H=2, D=8, D_v=8)
+    for name in shared:
+        given[name] = given[shared[0]]
+    expected = [fused_mha.attention(**given).output for _ in range(3)]
+    other = {name: x.clone() for name, x in given.items()}
+    for _ in range(3):
+        assert torch.equal(fused_mha.attention(**other).output, expected[0])
+        assert torch.equal(fused_mha.attention(**given).output, expected[0])
+
+
+def test_other_strides_dtypes_and_addresses_are_not_taken_for_a_recent_kind():
+    arguments = make_arguments(N=4, L=4, H=4, H_kv=4, D=8, D_v=8)
+    query = arguments["query"]
+    moved = torch.cat([query.new_zeros(1), query.flatten()])[1:].view(query.shape)
+    others = (query, query.transpose(1, 2), moved, query.to_sparse().to_dense())
+    for x in others * 3:
+        served, in_general = (fused_mha.attention(**arguments | {"query": y}).output for y in (x, x.clone()))
+        assert torch.equal(served, in_general)
+    with pytest.raises(RuntimeError, match="dtype"):
+        fused_mha.attention(**arguments | {"query": query.half()})
+
+
+def test_inference_mode_and_grad_mode_have_recent_kinds_of_their_own(monkeypatch):
+    arguments = make_arguments(padding_dtype=torch.float32, D=8, D_v=8)
+    arguments["key_padding_mask"].requires_grad_()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            for _ in range(3):
+                fused_mha.attention(**arguments)
+    output = fused_mha.attention(**arguments).output
+    assert torch.autograd.grad(output.sum(), arguments["key_padding_mask"])[0].any()

@@ -119,10 +119,10 @@ class Kept:
         grad_rows, out_weight = None, tensors[_OUT_WEIGHT]
         if grad_output is not None:
             grad_rows = grad_output.reshape(-1, self._E)
+            if wanted >> _OUT_BIAS & 1:  # first: torch warns of a product that is the first work of a thread
+                found[_OUT_BIAS] = grad_rows.sum(0)
             if wanted >> _OUT_WEIGHT & 1:
                 found[_OUT_WEIGHT] = torch.mm(grad_rows.t(), self._merged(heads))
-            if wanted >> _OUT_BIAS & 1:
-                found[_OUT_BIAS] = grad_rows.sum(0)
         if not wanted & ~_OF_OUTPUT:
             return tuple(found)
         if grad_rows is None:

@@ -139,10 +139,14 @@ def may_hide_queries(a: Arguments) -> bool:
 
 
 def _pays_to_search(mask: Tensor, a: Arguments) -> bool:
-    """Whether the call is large, and so many heads share the mask that to read it once more is cheap."""
+    """Whether the call is large, and so many heads share the mask that to read it once more is cheap.
+
+    A float mask, as that of relative positions, seldom hides a whole tile.
+    """
     batch, length, heads, _ = a.query.shape
     scores = batch * heads * length * a.key.shape[1]
-    return scores >= LEAST_SCORES and 2 * mask.element_size() * mask.numel() <= scores
+    least = 8 if mask.is_floating_point() else 2  # heads to a byte
+    return scores >= LEAST_SCORES and least * mask.element_size() * mask.numel() <= scores
 
 
 def blocks(size: int, block: int) -> int:
