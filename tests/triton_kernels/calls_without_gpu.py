@@ -1,7 +1,8 @@
 """Calls by Triton's own compiler and launcher, with a driver that does nothing; `test_without_gpu` runs it by itself.
 
-It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}) or of `warm_up` ({"warm_up": [...]}), and
-prints how many kernels each step compiled, how many it took from disk, and how many variants the process has.
+It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}), of a module ({"modules": [...]}) or of
+`warm_up` ({"warm_up": [...]}), and prints how many kernels each step compiled, how many it took from disk, and how many
+variants the process has.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 import fused_mha
-from fused_mha import dispatch, plans
+from fused_mha import dispatch, one_call, plans
 from fused_mha.backends import cpu, triton
 from fused_mha.backends.triton import assembler, launch, preparation
 from fused_mha.backends.triton.entry import entry
@@ -43,7 +44,9 @@ class WithoutGPU(CudaDriver):
 def stand_in():
     """Tensors of the CPU are served as those of a GPU."""
     driver.set_active(WithoutGPU())
-    serves = cpu.BACKEND._replace(served=triton.BACKEND.served, leaves=lambda _: None)
+    served = {"served": triton.BACKEND.served, "serves_module": triton.BACKEND.serves_module}
+    serves = cpu.BACKEND._replace(**served, leaves=lambda _: None)
+    one_call.forward = lambda *_: None  # of the CPU
     dispatch.BACKENDS = (serves, *dispatch.BACKENDS[1:])
     cpu._forward, cpu._backward = launch.attention, launch.attention_backward
     plans.DEVICE = "cpu"
@@ -71,6 +74,16 @@ def attend(N=2, L=32, S=32, H=4, D=16, layout="contiguous", backward=True, **fla
         torch.autograd.grad(output, leaves, torch.zeros_like(output))
 
 
+def call_module(N, L, E, num_heads, batch_first, backward):
+    """One call of a module, with padding."""
+    module = fused_mha.MultiHeadAttention(E, num_heads, batch_first=batch_first, dtype=torch.float16)
+    x = torch.zeros((N, L, E) if batch_first else (L, N, E), dtype=torch.float16)
+    with torch.set_grad_enabled(backward):
+        output, _ = module(x, x, x, key_padding_mask=torch.zeros(N, L, dtype=torch.bool), need_weights=False)
+        if backward:
+            output.sum().backward()
+
+
 def main(steps):
     """A list of [compiled, taken from disk, variants]."""
     stand_in()
@@ -85,6 +98,8 @@ def main(steps):
         found.update({True: 0, False: 0})
         for call in step.get("calls", ()):
             attend(**call)
+        for call in step.get("modules", ()):
+            call_module(**call)
         for sizes, calls, backward in step.get("warm_up", ()):
             typed = [{name: getattr(torch, str(x), x) for name, x in call.items()} for call in calls]
             fused_mha.warm_up(sizes, calls=typed, dtype=torch.float16, device="cpu", backward=backward)

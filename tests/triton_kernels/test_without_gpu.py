@@ -70,5 +70,14 @@ def test_after_warm_up_nothing_is_compiled(counts, tmp_path):
     call = {"padding": True, "need_weights": True, "backward": False}
     calls = [call | {"L": L, "S": S} for L, S in ((5, 16), (300, 128))]
     warm, called = counts({"warm_up": [[[16], [flags], False]]}, {"calls": calls}, cache=tmp_path)
-    assert warm == [2, 0, 2]  # forward and weights
-    assert called == [0, 0, 2]
+    assert warm == [3, 0, 3]  # forward, weights, and what keeps a module's hidden rows finite
+    assert called == [0, 0, 3]
+
+
+def test_modules_of_all_sizes_and_layouts_take_the_kernels_that_warm_up_compiles(counts, tmp_path):
+    modules = [
+        {"N": N, "L": L, "E": 16 * H, "num_heads": H, "batch_first": batch_first, "backward": True}
+        for N, L, H, batch_first in ((1, 3, 2, True), (3, 40, 1, False), (2, 7, 4, True), (5, 1, 2, False))
+    ]
+    steps = ({"warm_up": [[[16], [{"key_padding_mask": "bool"}], True]]}, {"modules": modules})
+    assert counts(*steps, cache=tmp_path) == [[KERNELS + 1, 0, KERNELS + 1], [0, 0, KERNELS + 1]]

@@ -25,7 +25,6 @@ class Rows(NamedTuple):
     """What the kernel is compiled for."""
 
     BLOCK: int
-    LENGTH_FIRST: bool  # rows are those of (S, N, E), else of (N, S, E)
     GROUPED: bool = False
     MASK_UNIT: int = 1
 
@@ -34,10 +33,11 @@ class Rows(NamedTuple):
 def finite_where_hidden(call, result, TILE: tl.constexpr):
     """A row of x, with zeros for NaN and infinity if the padding hides it.
 
-    x is `call.query`, and `call.columns` the size of its rows; the padding is contiguous.
+    x is `call.query`, and `call.columns` the size of its rows. Row i is that of element i // L * S + i % L * N of the
+    padding, which is contiguous.
     """
     row = tl.program_id(0)
-    at = row % call.N * call.S + row // call.N if TILE.LENGTH_FIRST else row
+    at = row // call.L * call.S + row % call.L * call.N
     is_hidden = hides(tl.load(call.padding + at))
     begin = row.to(tl.int64) * call.columns
     for first in range(0, call.columns, TILE.BLOCK):
@@ -53,9 +53,10 @@ class Finite:
 
     def __init__(self, sizes: tuple[int, int, int], length_first: bool) -> None:
         N, S, E = sizes
-        numbers = dict.fromkeys(Call._fields[TENSORS:], 0) | {"scale": 0.0, "kept_factor": 0.0}
-        call = Call(**dict.fromkeys(Call._fields[:TENSORS]), **numbers | {"N": N, "S": S, "columns": E})
-        self._launch = Launcher(finite_where_hidden, N * S, _LAUNCH, call, Rows(_LAUNCH.BLOCK_N, length_first))
+        numbers = dict.fromkeys(Call._fields[TENSORS:], 0) | {"scale": 0.0, "kept_factor": 0.0, "columns": E}
+        numbers |= {"L": N, "S": 1, "N": S} if length_first else {"L": S, "S": S, "N": 1}
+        call = Call(**dict.fromkeys(Call._fields[:TENSORS]), **numbers)
+        self._launch = Launcher(finite_where_hidden, N * S, _LAUNCH, call, Rows(_LAUNCH.BLOCK_N))
 
     def __call__(self, x: Tensor, padding: Tensor) -> Tensor:
         """``x``, with zeros for NaN and infinity in the rows that the padding (N, S) hides."""
