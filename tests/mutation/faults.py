@@ -9,6 +9,9 @@ CORE = "tests/native/test_forward.py tests/native/test_backward.py"
 CONVERT = "tests/test_convert.py"
 PRODUCT = "tests/native/test_product.py::test_products_match_fp64"
 ONE_CALL = "tests/test_one_call.py"
+CUDA = PACKAGE + "backends/triton/"
+CUDA_MODULE = "tests/triton_kernels/test_module.py"
+INTERPRETED = "tests/triton_kernels/test_interpreted.py"
 
 
 class Fault(NamedTuple):
@@ -125,8 +128,8 @@ FAULTS = [
     Fault(
         "padding of the first element for all",
         GENERIC + "masking.h",
-        "const int64_t index = n * mask.stride[0] + (first + c) * mask.stride[1];",
-        "const int64_t index = (first + c) * mask.stride[1];",
+        "const int64_t index = n * mask.stride[0] + first * mask.stride[1];",
+        "const int64_t index = first * mask.stride[1];",
         CORE,
     ),
     Fault(
@@ -342,6 +345,77 @@ FAULTS = [
         "mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask",
         "mask.clone() if mask.dim() <= 2 or is_small else mask",
         "tests/test_changes_before_backward.py",
+    ),
+    # Modules and kinds of calls on CUDA, and their kernels under Triton's interpreter.
+    Fault(
+        "cuda: hidden rows stay as they are",
+        CUDA + "module.py",
+        "if padding is not None and product.is_of_keys:",
+        "if padding is not None and product.is_of_keys and False:",
+        CUDA_MODULE,
+    ),
+    Fault(
+        "cuda: a backward does not look at what was saved",
+        CUDA + "module.py",
+        "if _described(projections, heads, stats, tensors) != self._saved:",
+        "if False:",
+        CUDA_MODULE,
+    ),
+    Fault(
+        "cuda: gradients of the weights alone",
+        CUDA + "module.py",
+        "grad_heads = torch.zeros_like(heads)",
+        "grad_heads = torch.ones_like(heads)",
+        CUDA_MODULE,
+    ),
+    Fault(
+        "cuda: a seed is drawn for the first call of a kind twice",
+        PACKAGE + "one_call.py",
+        "back_end.serves_module(Call.of((*call.tensors(), *call.numbers)))",
+        "back_end.serves_module(Call.of((*call.tensors(torch.randint(9, (2,))), *call.numbers)))",
+        CUDA_MODULE,
+    ),
+    Fault(
+        "cuda: a recent kind at another address",
+        PACKAGE + "plans.py",
+        "and [x.data_ptr() & 15 for x in given] == self._addresses",
+        "and self._addresses is not None",
+        "tests/triton_kernels/test_plans.py",
+    ),
+    Fault(
+        "cuda: which tensors of a recent kind are one",
+        PACKAGE + "plans.py",
+        "may_learn, *roles, *[x.shape for x in given])",
+        "may_learn, *[x.shape for x in given])",
+        "tests/triton_kernels/test_plans.py",
+    ),
+    Fault(
+        "cuda: the values' gradient without dropout's factor",
+        CUDA + "backward.py",
+        "grad_v *= call.kept_factor",
+        "grad_v *= 1.0",
+        INTERPRETED + " -k dropout",
+    ),
+    Fault(
+        "cuda: rows that see nothing",
+        CUDA + "tiles.py",
+        'shift = tl.where(row_sum == 0.0, float("inf"), shift * _factor(call, TILE) + tl.log2(row_sum))',
+        "shift = shift * _factor(call, TILE) + tl.where(row_sum == 0.0, 0.0, tl.log2(row_sum))",
+        INTERPRETED,
+    ),
+    Fault(
+        "cuda: batch elements beside each other",
+        CUDA + "tiles.py",
+        "return sequence // heads * call.together + element, sequence % heads, rest % blocks",
+        "return sequence // heads * call.together, sequence % heads, rest % blocks",
+        INTERPRETED + " -k mask",
+    ),
+    Fault(
+        "fp32 on cuda: rows that see nothing",
+        PACKAGE + "backends/sdpa.py",
+        "return result._replace(output=result.output * visible)",
+        "return result",
+        "tests/test_dispatch.py",
     ),
     # The rule itself.
     Fault(
