@@ -77,7 +77,8 @@ def _pytest() -> list[str]:
 def _test(options: argparse.Namespace) -> int:
     """Runs the tests, each worker in its own process, and prints the end of their log."""
     log = options.out / "cuda_tests.log"
-    parallel = ["-n", str(options.workers), "--dist", "worksteal", "--max-worker-restart", "100"]
+    # One test after the other, the longest first, so that no worker is left alone with several.
+    parallel = ["-n", str(options.workers), "--dist", "load", "--maxschedchunk", "1", "--max-worker-restart", "100"]
     command = [*_pytest(), *parallel, f"--junitxml={(options.out / 'cuda_tests.xml').resolve()}"]
     start = time.perf_counter()
     with log.open("w") as file:

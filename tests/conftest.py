@@ -27,11 +27,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two OpenMP pools on one core spend th
 
 # Minutes of compilation and of Triton's interpreter, and programs of their own.
 LONGEST = ("test_compilation", "test_interpreted", "test_skipping", "test_symbols", "test_examples")
+LONGEST_ON_A_GPU = ("test_any_call", "test_twenty_runs_give_the_same_bits")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests that take longest, so that none of them runs alone at the end, beside an idle worker."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+    def is_short(item: pytest.Item) -> bool:
+        if item.path.parent.name == "cuda":
+            return item.name.partition("[")[0] not in LONGEST_ON_A_GPU
+        return item.path.stem not in LONGEST
+
+    items.sort(key=is_short)
 
 
 def pytest_collection_finish() -> None:
