@@ -106,7 +106,7 @@ def without_empty_rows(bias: Tensor) -> tuple[Tensor, Tensor]:
     """The bias with zeros in the rows that are -inf alone, and these rows, bool (N|1, H|1, L|1, 1).
 
     The softmax of such a row is NaN, and so is its gradient: it is scored as if it were not masked, and the caller
-    multiplies what it gives by zero.
+    puts zeros in the place of what it gives.
     """
     empty = (bias == NEGATIVE_INFINITY).all(dim=-1, keepdim=True)
     return bias.masked_fill(empty, 0.0), empty

@@ -279,10 +279,13 @@ class MultiHeadAttention(TorchAttention):
         result = one_call.forward(self, *arguments, dropout_p)
         if result is not None:
             return result
-        inputs = self._attention_inputs(*arguments, N, is_batched, dropout_p)
-        if kept is not None and (served := one_call.keep(kept, self, inputs)) is not None:
-            return one_call.serve(kept, served)
-        heads, weights, _ = plans.run(inputs)
+        if kept is not None:
+            with torch.no_grad():  # what is saved here, no backward would take
+                inputs = self._attention_inputs(*arguments, N, is_batched, dropout_p)
+            served = one_call.keep(kept, self, inputs)
+            if served is not None:
+                return one_call.serve(kept, served)
+        heads, weights, _ = plans.run(self._attention_inputs(*arguments, N, is_batched, dropout_p))
         output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)

@@ -82,10 +82,9 @@ def attention(
         dtype,
         query.device,
     )
-    empty = visible = None
+    empty = None
     if bias is not None and not virtual_keys:
-        bias, empty = masks.without_empty_rows(bias)
-        visible = empty.logical_not().to(dtype)
+        bias, empty = masks.without_empty_rows(bias)  # of [N|1, H|1, L|1, 1]
 
     if dtype != out_dtype:
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -105,24 +104,24 @@ def attention(
     elif dropout_p > 0.0:
         weights = F.dropout(weights, dropout_p)
     output = torch.bmm(weights, v).view(N, H, L, v.shape[2]).transpose(1, 2)  # [N, L, H, D_v]
-    if visible is not None:
-        output = output * visible.transpose(1, 2)
+    if empty is not None:
+        output = output.masked_fill(empty.transpose(1, 2), 0.0)
 
     returned_weights = None
     if need_weights:
         weights = weights.view(N, H, L, k.shape[1])
-        returned_weights = _visible_weights(weights, visible, average_attn_weights).to(out_dtype)
+        returned_weights = _visible_weights(weights, empty, average_attn_weights).to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
 
 
-def _visible_weights(weights: Tensor, visible: Tensor | None, average: bool) -> Tensor:
-    """(N, H, L, S'), zeroed where ``visible`` (N|1, H|1, L|1, 1) is zero, or the mean of this over the heads."""
-    if visible is not None and (visible.shape[1] > 1 or not average):
-        weights, visible = weights * visible, None
+def _visible_weights(weights: Tensor, empty: Tensor | None, average: bool) -> Tensor:
+    """(N, H, L, S'), zeros where ``empty`` (N|1, H|1, L|1, 1), or the mean of this over the heads."""
+    if empty is not None and (empty.shape[1] > 1 or not average):
+        weights, empty = weights.masked_fill(empty, 0.0), None
     if average:
         weights = weights.mean(dim=1)
-        if visible is not None:
-            weights = weights * visible[:, 0]  # H times less to multiply than before the mean
+        if empty is not None:
+            weights = weights.masked_fill(empty[:, 0], 0.0)  # H times less to fill than before the mean
     return weights
 
 

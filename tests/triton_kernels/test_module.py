@@ -127,6 +127,75 @@ def test_dropout_is_the_same_in_the_backward_and_in_every_call_of_one_seed(serve
     assert slope == pytest.approx((first[1] * direction).sum().item(), rel=2e-2)
 
 
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("sharing", ["self", "unbatched"])
+def test_results_may_be_changed_in_place(sharing, grad_mode, served):
+    ours, _ = modules(batch_first=True)
+    given = inputs(sharing, True)
+    with torch.set_grad_enabled(grad_mode):
+        results = [y for _ in range(2) for y in ours(*given)]
+    for y in results:
+        y.mul_(2).add_(1)
+    if grad_mode:
+        sum(y.sum() for y in results).backward()
+        assert ours.in_proj_weight.grad.isfinite().all()
+
+
+def test_the_first_call_of_a_kind_saves_what_a_later_one_does(served):
+    ours, _ = modules(batch_first=True)
+    x = inputs("self", True)[0].requires_grad_()
+    for _ in range(2):
+        output = torch.utils.checkpoint.checkpoint(lambda y: ours(y, y, y)[0], x, use_reentrant=False)
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("sharing", ["self", "keys and values"])
+def test_a_second_derivative_reads_no_hidden_row_either(sharing, served):
+    ours, _ = modules(batch_first=True)
+    query, key, _ = inputs(sharing, True)
+    arguments = masks("padding", S, sharing)
+    key = key.masked_fill(arguments["key_padding_mask"].unsqueeze(-1), float("nan"))
+    leaf = (key if sharing == "self" else query).detach().requires_grad_()
+    output, _ = ours(leaf, *((leaf,) * 2 if sharing == "self" else (key,) * 2), **arguments)
+    first = torch.autograd.grad(output.square().sum(), [leaf, *ours.parameters()], create_graph=True)
+    second = torch.autograd.grad(first[0].square().sum(), [leaf, ours.in_proj_weight])
+    assert all(y.isfinite().all() for y in (*first, *second))
+
+
+@pytest.mark.parametrize("name", ["bias_k", "seed"])
+def test_other_strides_that_a_hook_gives_back_are_noticed(name, served):
+    ours, _ = modules(batch_first=True, add_bias_kv=True, dropout=0.5 if name == "seed" else 0.0)
+    x, _, _ = inputs("self", True)
+    shape = ours.bias_k.shape if name == "bias_k" else (2,)
+
+    def run(unpack):
+        torch.manual_seed(4)
+        with torch.autograd.graph.saved_tensors_hooks(lambda y: y, unpack):
+            return gradients(ours, x)
+
+    def sliced(y):
+        return torch.stack((y, y + 1), -1)[..., 0] if y.shape == shape else y
+
+    expected = run(lambda y: y)
+    if name == "seed":  # which no back end reads
+        with pytest.raises(RuntimeError, match="seed must be contiguous"):
+            run(sliced)
+        return
+    found = run(sliced)
+    for y, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, right)
+
+
+@pytest.mark.parametrize("mask", [[[True]], "mask", 1, (True,)], ids=repr)
+def test_masks_that_are_no_tensors_are_refused_as_on_the_cpu(mask, served):
+    ours, _ = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="must be a Tensor"):
+            ours(x, x, x, attn_mask=mask)
+        ours(x, x, x)
+
+
 @pytest.mark.parametrize("change", ["double", "sliced"])
 def test_saved_tensors_that_a_hook_changes_take_the_general_way(change, served):
     ours, _ = modules(batch_first=True)

@@ -62,8 +62,7 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     result = _attend(query, key, value, mask, inputs.dropout_p, inputs.is_causal and mask is None, inputs.scale)
     if empty is None:
         return result
-    visible = empty.logical_not().to(query.dtype).transpose(1, 2)
-    return result._replace(output=result.output * visible)
+    return result._replace(output=result.output.masked_fill(empty.transpose(1, 2), 0.0))
 
 
 # Devices whose kernels give zeros for rows that see no key; a virtual key is seen by all.

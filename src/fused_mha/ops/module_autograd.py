@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_mha import masks
 from fused_mha.ops import schema
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call, multi_head_attention, multi_head_attention_backward
 from fused_mha.ops.product import product
@@ -98,15 +99,21 @@ def _composed(call: Call) -> tuple[Tensor, Tensor]:
     E, H = call.out_weight.shape[0], call.num_heads
     in_weights = call[4:7] if call.in_weight is None else call.in_weight.chunk(3)
     biases = (None,) * 3 if call.in_bias is None else call.in_bias.chunk(3)
+    padding = call.key_padding_mask
+    padding = padding.unsqueeze(0) if padding is not None and padding.dim() == 1 else padding
+    sequences = [*map(call.sequences, call.inputs())]
+    if padding is not None:  # 0 * NaN = NaN would reach the gradients of the weights
+        hidden = masks.hidden_keys(padding).unsqueeze(-1)
+        for i in range(call.key is not None, 3):
+            sequences[i] = torch.where(hidden, sequences[i].nan_to_num(0.0, 0.0, 0.0), sequences[i])
     projected = []
-    for x, weight, bias in zip(map(call.sequences, call.inputs()), in_weights, biases, strict=True):
+    for x, weight, bias in zip(sequences, in_weights, biases, strict=True):
         rows = product(x.reshape(-1, x.shape[2]), weight, bias, False, True)
         projected.append(rows.view(*x.shape[:2], H, E // H))
-    padding = call.key_padding_mask
     heads, weights, _, _ = schema.attention(
         *projected,
         call.attn_mask,
-        padding.unsqueeze(0) if padding is not None and padding.dim() == 1 else padding,
+        padding,
         None if call.bias_k is None else call.bias_k.reshape(H, -1),
         None if call.bias_v is None else call.bias_v.reshape(H, -1),
         call.seed,

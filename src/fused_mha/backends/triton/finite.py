@@ -1,6 +1,7 @@
 """Rows without NaN and infinity where the padding hides them; `module` calls it before torch's products.
 
-No score reads a hidden key, but the gradient of a weight is a product with all rows, and 0 * NaN = NaN.
+No score reads a hidden key, but the gradient of a weight is a product with all rows, and 0 * NaN = NaN. The gradient of
+such an element is what it would be if it were 0.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false

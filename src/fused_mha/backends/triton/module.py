@@ -92,12 +92,13 @@ class Kept:
                 _multiply(rows, self._weight(tensors, product), bias, result)
         attention = self._attention_tensors(tensors, projections)
         heads, weights, _, stats = self._plan(attention).forward(attention)
-        output = _multiply(self._merged(heads), out_weight, tensors[_OUT_BIAS])
-        if weights is not None:
-            weights = weights.view(self._weights_shape)
+        output = query.new_empty((*query.shape[:-1], self._E))  # no view: the caller may change it in place
+        _multiply(self._merged(heads), out_weight, tensors[_OUT_BIAS], output.view(self._rows_shape))
+        if weights is not None and weights.shape != self._weights_shape:
+            weights = weights.view(self._weights_shape).clone()
         if self._saved is None:
             self._saved = _described(projections, heads, stats, tensors)
-        return output.view(*query.shape[:-1], self._E), weights, projections, heads, stats
+        return output, weights, projections, heads, stats
 
     def backward(
         self,
@@ -225,8 +226,9 @@ def _described(projections: Tensor, heads: Tensor, stats: Tensor, tensors: Tenso
     memory = memory_of_each((projections, heads, stats, *others), projections.device.type)
     if memory is None:
         return None
-    kept, of_others = memory[:3], memory[3:]
-    return *kept, *(None if x is None else (x[0], *x[2:4]) for x in of_others)
+    kept, (*inputs, bias_k, bias_v, attn_mask, padding, seed) = memory[:3], memory[3:]
+    of_any_layout = (None if x is None else (x[0], *x[2:4]) for x in (*inputs, attn_mask, padding))
+    return *kept, bias_k, bias_v, seed, *of_any_layout
 
 
 def _no_kernel(*_: Any) -> None:
