@@ -124,7 +124,7 @@ public:
                 sum_rows(first, end, sums);
             for (int64_t r = 0; r < count; ++r) write(sums + r * step, first, end - first, r);
         };
-        fused_mha::run(all > 0 ? tasks.parts : 0, threads, task);
+        fused_mha::run<Order::IN_SHARES>(all > 0 ? tasks.parts : 0, threads, task);
     }
 
 private:
