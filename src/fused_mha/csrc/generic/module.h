@@ -152,7 +152,7 @@ private:
 
     Product<P> product(const Group& g, int64_t i, int64_t with_threads) const {
         const Projection& projection = i < g.in_count ? g.in[i] : g.out;
-        return Product<P>(projection.matrices(with_threads).with_least_to_pack(multiplies_by_tiles<P>(), N * projection.x.size[1]));
+        return Product<P>(projection.matrices(with_threads).template with_least_to_pack<P>(N * projection.x.size[1]));
     }
     Product<P> product(const Group& g, int64_t i) const { return product(g, i, threads_of_group()); }
 
