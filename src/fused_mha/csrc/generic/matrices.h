@@ -54,7 +54,7 @@ struct Matrices {
         const int64_t less_to_pack = by_tiles ? 320 : max(128, K / 2);  // in W x^T
         const int64_t few = is_forward           ? (by_tiles ? 4 : W * min(max(K, SHORT) + SHORT, 4 * SHORT) / (2 * SHORT))
                             : left_is_transposed ? (by_tiles ? 24 : 32)
-                                                 : (by_tiles ? 16 : 128);
+                                                 : (by_tiles ? 16 : 160);
         m.has_few_rows = !(left_is_transposed && right_is_transposed) && all_rows <= few;
         if (m.has_few_rows || all_rows > less_to_pack || M >= N || !is_forward) return m;
         return {right, left, output, bias, N, M, K, false, true, threads, true};
