@@ -45,14 +45,13 @@ struct Matrices {
     // As it has least to pack: by a few rows, or C^T = B^T A^T. `all_rows` counts those of the whole call, of which this
     // may be a part: the sums must not depend on how it is cut, nor on N, as weights are joined. Tiles multiply faster
     // than few_rows.h, which does not use them, so that packing pays off from fewer rows on; and it weighs more beside the
-    // product. The same holds for short sums, whose lanes few_rows.h adds up in the end.
+    // product. It pays off for short sums too, whose lanes few_rows.h adds up in the end.
     template <class P>
     Matrices with_least_to_pack(int64_t all_rows) const {
         Matrices m = *this;
-        constexpr int64_t W = LANES<typename P::Accumulator>, SHORT = 256;
         const bool is_forward = right_is_transposed && !left_is_transposed, by_tiles = multiplies_by_tiles<P>();
-        const int64_t less_to_pack = by_tiles ? 320 : max(128, K / 2);  // in W x^T
-        const int64_t few = is_forward           ? (by_tiles ? 4 : W * min(max(K, SHORT) + SHORT, 4 * SHORT) / (2 * SHORT))
+        const int64_t less_to_pack = by_tiles ? 320 : max(128, K * LANES<typename P::Accumulator> / 32);  // in W x^T
+        const int64_t few = is_forward           ? (by_tiles ? 4 : most_dots<P>())
                             : left_is_transposed ? (by_tiles ? 24 : 32)
                                                  : (by_tiles ? 16 : 160);
         m.has_few_rows = !(left_is_transposed && right_is_transposed) && all_rows <= few;
@@ -62,6 +61,14 @@ struct Matrices {
     template <class P>
     Matrices with_least_to_pack() const {
         return with_least_to_pack<P>(left_is_transposed ? K : M);
+    }
+
+private:
+    // Rows of x up to which dot products are the faster ones: from one vector of them to two.
+    template <class P>
+    int64_t most_dots() const {
+        constexpr int64_t W = LANES<typename P::Accumulator>, SHORT = 256, LONG = 768;
+        return P::KSTEP == 2 ? 2 * W : W + W * (min(max(K, SHORT), LONG) - SHORT) / (LONG - SHORT);
     }
 };
 
