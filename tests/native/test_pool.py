@@ -62,11 +62,6 @@ def test_small_calls_stay_on_their_thread(entries_of):
     assert entries_of(8, 8, 32, threads=4) == []
 
 
-def test_calls_of_a_tenth_of_a_millisecond_are_shared(entries_of):
-    assert entries_of(1, 16, 256, threads=2) == [2, 2]
-    assert entries_of(1, 1, 384, threads=2) == [2]  # the projections in, a megabyte and more of weights
-
-
 def test_one_token_shares_a_large_weight_among_the_threads(entries_of):
     assert entries_of(1, 1, 1024, threads=2) == [2, 2]
 

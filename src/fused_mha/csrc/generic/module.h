@@ -115,7 +115,7 @@ private:
     static constexpr int64_t LONGEST_OF_TASK = 1024;  // rows of a sequence that one thread attends to alone
     static constexpr int64_t LEAST_OF_TASK = 64;      // rows that make up for reading large weights once more
     static constexpr int64_t SMALL_WEIGHT = 512 * 1024;  // bytes that stay in the second-level cache
-    static constexpr double SERIAL_WORK = 1 << 21;    // multiply-adds, 50 us, that are not worth sharing three times
+    static constexpr double SERIAL_WORK = 1 << 23;    // multiply-adds that are not worth waking other threads three times for
     static constexpr int64_t READ_ROWS = 4;           // whose products take as long as the weight takes to be read
     const fused_mha_module_arguments& call;
     const int64_t N, threads;
