@@ -7,15 +7,24 @@ namespace fused_mha {
 namespace {
 
 std::atomic<fused_mha_parallel_for> torch_parallel_for{nullptr};
+constexpr int64_t MOST_SHARES = 32;
 
 struct Job {
     void (*task)(void*, int64_t, int64_t);
     void* context;
-    int64_t tasks;
-    std::atomic<int64_t> next{0};
+    int64_t tasks, shares;
+    struct alignas(64) Next {  // a cache line each: threads count at once
+        std::atomic<int64_t> index{0};
+    } next[MOST_SHARES];  // of each share
 
+    // Tasks as they come, since they differ in length.
     void work(int64_t worker) {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(context, i, worker);
+        for (int64_t i = 0; i < shares; ++i) {
+            const int64_t share = (worker + i) % shares;
+            const int64_t begin = share * tasks / shares, end = (share + 1) * tasks / shares;
+            for (int64_t t; (t = begin + next[share].index.fetch_add(1, std::memory_order_relaxed)) < end;)
+                task(context, t, worker);
+        }
     }
 };
 
@@ -23,15 +32,15 @@ struct Job {
 
 void set_parallel_for(fused_mha_parallel_for parallel_for) { torch_parallel_for.store(parallel_for); }
 
-void run_tasks(int64_t tasks, int64_t threads, void (*task)(void*, int64_t, int64_t), void* context) {
-    Job job{task, context, tasks};
+void run_tasks(int64_t tasks, int64_t threads, Order order, void (*task)(void*, int64_t, int64_t), void* context) {
     const fused_mha_parallel_for parallel_for = torch_parallel_for.load();
     const int64_t workers = tasks < threads ? tasks : threads;
+    const int64_t shares = order == Order::IN_TURN || workers < 1 ? 1 : workers < MOST_SHARES ? workers : MOST_SHARES;
+    Job job{task, context, tasks, shares, {}};
     if (parallel_for == nullptr || workers <= 1) {
         job.work(0);
         return;
     }
-    // One range for each worker, which then takes tasks as they come: tasks differ in length.
     const int32_t status = parallel_for(
         0, workers, 1,
         [](int64_t begin, int64_t end, void* context) {

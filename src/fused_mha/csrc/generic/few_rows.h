@@ -58,18 +58,24 @@ public:
           is_dots(of.right_is_transposed),
           count(is_outer ? of.K : of.M),
           rows(ceil_div(count, rows_at_once()) * rows_at_once()),
-          few_size(is_dots ? ceil_div(of.K, terms()) * W : ceil_div(is_outer ? max(of.M, of.N) : of.K, DEPTH) * DEPTH) {
+          few_size(is_dots ? ceil_div(of.K, terms()) * W : is_outer ? ceil_div(max(of.M, of.N), W) * W : 0) {
         // The large matrix is the right operand, or the result of outer products.
         const int64_t row = (is_dots ? of.K : of.N) * item_size(is_outer ? of.output.dtype : of.right.dtype);
         const int64_t large_rows = is_dots ? of.N : is_outer ? of.M : of.K;
         const bool is_serial = row * large_rows < SERIAL_BYTES && double(of.M) * double(of.N) * double(of.K) < SERIAL_WORK;
         threads = is_serial ? 1 : of.threads;
-        // A task has some rows of the large matrix; for sums of rows, some columns of all of them.
-        if (!is_dots && !is_outer)
-            step = max(min(ceil_div(of.N, is_serial ? 1 : 2 * of.threads), MOST_SUMS / max(rows, 1)), FEWEST_COLUMNS);
-        else
-            step = max(min(BYTES_OF_TASK / max(row, 1), MOST_OF_TASK), 1);
-        step = ceil_div(step, W) * W;
+        // A task has some rows of the large matrix; for sums of rows, some columns of all of them, as many as come at once.
+        if (!is_dots && !is_outer) {
+            unit = min(2 * MR / rows_at_once(), MOST_VECTORS) * W;
+            const int64_t most = max(MOST_SUMS / max(rows, 1), unit);
+            const int64_t wanted = threads > 1 ? min(2 * threads, of.N / FEWEST_COLUMNS) : 1;
+            tasks = {ceil_div(of.N, unit), max(wanted, max(ceil_div(of.N, most), 1))};
+        } else {
+            unit = W;
+            const int64_t all = is_outer ? of.M : of.N, most = max(min(BYTES_OF_TASK / max(row, 1), MOST_OF_TASK) / W, 1);
+            tasks = {ceil_div(all, unit), max(ceil_div(ceil_div(all, unit), most), 1)};
+        }
+        step = ceil_div(tasks.count, tasks.parts) * unit;
     }
 
     // Bytes of what is the same for all tasks, and of what each thread needs beside it.
@@ -98,8 +104,9 @@ public:
             });
             return;
         }
-        unpack(of.left, is_outer ? of.M : of.K, few.left);
-        if (is_outer) unpack(of.right, of.N, few.right);
+        if (!is_outer) return;
+        unpack(of.left, of.M, few.left);
+        unpack(of.right, of.N, few.right);
     }
 
     void multiply(uintptr_t packed, uintptr_t workers) const {
@@ -109,20 +116,22 @@ public:
         auto task = [&](int64_t index, int64_t worker) {
             Arena arena{workers + uintptr_t(worker * worker_bytes())};
             T* const sums = arena.take<T>(is_outer ? 0 : rows * step);
-            const int64_t first = index * step, end = min(first + step, all);
+            const int64_t first = tasks.begin(index) * unit, end = min(tasks.begin(index + 1) * unit, all);
             if (is_outer) return write_outer(few, first, end);
             if (is_dots)
                 sum_dots(few.left, first, end, sums);
             else
-                sum_rows(few.left, first, end, sums);
+                sum_rows(first, end, sums);
             for (int64_t r = 0; r < count; ++r) write(sums + r * step, first, end - first, r);
         };
-        fused_mha::run(ceil_div(all, step), threads, task);
+        fused_mha::run<Order::IN_SHARES>(all > 0 ? tasks.parts : 0, threads, task);
     }
 
 private:
     static constexpr int W = LANES<T>, ROWS = 4, BLOCK = 4;  // of the few rows, and of the large matrix's, at once
-    static constexpr int MOST_AT_ONCE = MR < 8 ? 4 : 8, DEPTH = W < 16 ? 16 : W;  // of sums of rows
+    // Sums of rows: most of the few rows and vectors of the large matrix's at once, and how many of its rows. More would not
+    // stay in the first-level cache where they are a multiple of 4 KB from each other.
+    static constexpr int MOST_AT_ONCE = MR < 8 ? 4 : 8, MOST_VECTORS = 8, DEPTH = 32;
     // Bytes of a matrix that are read, and multiply-adds that are done, while another thread would wake.
     static constexpr int64_t SERIAL_BYTES = 1 << 20;
     static constexpr double SERIAL_WORK = 1 << 20;
@@ -132,7 +141,9 @@ private:
     const bool is_outer, is_dots;
     const int64_t count, rows;  // of the few; rows of zeros fill the last block
     const int64_t few_size;     // accumulators of a row of theirs
-    int64_t threads, step;      // `step` rows, or columns, of the large matrix make a task
+    int64_t threads, unit;      // `unit` rows, or columns, of the large matrix are done at once
+    Parts tasks;                // of units
+    int64_t step;               // rows, or columns, of the largest task
 
     struct Few {
         T *left, *right;
@@ -249,7 +260,7 @@ private:
     }
 
     // dx = dy W: sums[r][j] for the columns from `first` to `end`. Some rows of W at a time are added to the sums.
-    void sum_rows(const T* dy, int64_t first, int64_t end, T* sums) const {
+    void sum_rows(int64_t first, int64_t end, T* sums) const {
         zero(sums, rows * step * int64_t(sizeof(T)));
         with_data<T>(of.right.dtype, [&](auto data) {
             using Data = decltype(data);
@@ -257,20 +268,22 @@ private:
                 const int64_t depth = min(of.K - k, DEPTH);
                 const typename Data::Stored* weights[DEPTH];
                 for (int64_t i = 0; i < depth; ++i) weights[i] = static_cast<const typename Data::Stored*>(of.right(k + i, first));
-                if (count == 1) add_rows<Data, 1>(dy + k, weights, depth, end - first, sums);
-                else if (count == 2) add_rows<Data, 2>(dy + k, weights, depth, end - first, sums);
-                else if (count <= ROWS) add_rows<Data, ROWS>(dy + k, weights, depth, end - first, sums);
-                else add_rows<Data, MOST_AT_ONCE>(dy + k, weights, depth, end - first, sums);
+                if (count == 1) add_rows<Data, 1>(k, weights, depth, end - first, sums);
+                else if (count == 2) add_rows<Data, 2>(k, weights, depth, end - first, sums);
+                else if (count <= ROWS) add_rows<Data, ROWS>(k, weights, depth, end - first, sums);
+                else add_rows<Data, MOST_AT_ONCE>(k, weights, depth, end - first, sums);
             }
         });
     }
     template <class Data, int R>
-    void add_rows(const T* dy, const typename Data::Stored* const* weights, int64_t depth, int64_t columns, T* sums) const {
-        constexpr int VECTORS = 2 * MR / R < 8 ? 2 * MR / R : 8;
+    void add_rows(int64_t k, const typename Data::Stored* const* weights, int64_t depth, int64_t columns, T* sums) const {
+        constexpr int VECTORS = 2 * MR / R < MOST_VECTORS ? 2 * MR / R : MOST_VECTORS;
         for (int64_t r = 0; r < rows; r += R) {
             T factors[R][DEPTH];
-            for (int i = 0; i < R; ++i)
-                for (int64_t v = 0; v < DEPTH; v += W) store(factors[i] + v, load(dy + (r + i) * few_size + v));
+            for (int i = 0; i < R; ++i) {  // rows behind the last are the last once more
+                const auto* dy = static_cast<const typename Data::Stored*>(of.left(min(r + i, count - 1), k));
+                for (int64_t v = 0; v < depth; v += W) store(factors[i] + v, load_some<T, Data>(dy + v, depth - v));
+            }
             T* const to = sums + r * step;
             int64_t c = 0;
             for (; c + VECTORS * W <= columns; c += VECTORS * W)

@@ -49,7 +49,7 @@ Matrices matrices_of(const fused_mha_product_arguments& call) {
                                call.output.size[0] * call.output.size[1], call.output.size[2],
                                call.left_is_transposed ? left.size[0] * left.size[1] : left.size[2],
                                call.left_is_transposed != 0, call.right_is_transposed != 0, call.threads};
-    return matrices.with_least_to_pack(multiplies_by_tiles<P>());
+    return matrices.with_least_to_pack<P>();
 }
 int64_t product_workspace(const fused_mha_product_arguments& call) {
     return with_policy(call.output.dtype, [&](auto policy) {

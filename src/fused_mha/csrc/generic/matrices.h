@@ -43,21 +43,32 @@ struct Matrices {
     bool has_few_rows = false;  // few_rows.h computes it
 
     // As it has least to pack: by a few rows, or C^T = B^T A^T. `all_rows` counts those of the whole call, of which this
-    // may be a part: the sums must not depend on how it is cut. Tiles multiply faster than few_rows.h, which does not use
-    // them, so that packing pays off from fewer rows on; and it weighs more beside the product.
-    Matrices with_least_to_pack(bool by_tiles, int64_t all_rows) const {
+    // may be a part: the sums must not depend on how it is cut, nor on N, as weights are joined. Tiles multiply faster
+    // than few_rows.h, which does not use them, so that packing pays off from fewer rows on; and it weighs more beside the
+    // product. It pays off for short sums too, whose lanes few_rows.h adds up in the end.
+    template <class P>
+    Matrices with_least_to_pack(int64_t all_rows) const {
         Matrices m = *this;
-        const bool is_forward = right_is_transposed && !left_is_transposed;
-        const int64_t less_to_pack = by_tiles ? 320 : 128;  // in W x^T
-        const int64_t few = is_forward           ? (by_tiles ? 4 : 32)
+        const bool is_forward = right_is_transposed && !left_is_transposed, by_tiles = multiplies_by_tiles<P>();
+        const int64_t less_to_pack = by_tiles ? 320 : max(128, K * LANES<typename P::Accumulator> / 32);  // in W x^T
+        const int64_t few = is_forward           ? (by_tiles ? 4 : most_dots<P>())
                             : left_is_transposed ? (by_tiles ? 24 : 32)
-                                                 : (by_tiles ? 16 : 128);
+                                                 : (by_tiles ? 16 : 160);
         m.has_few_rows = !(left_is_transposed && right_is_transposed) && all_rows <= few;
         if (m.has_few_rows || all_rows > less_to_pack || M >= N || !is_forward) return m;
         return {right, left, output, bias, N, M, K, false, true, threads, true};
     }
-    Matrices with_least_to_pack(bool by_tiles) const {
-        return with_least_to_pack(by_tiles, left_is_transposed ? K : M);
+    template <class P>
+    Matrices with_least_to_pack() const {
+        return with_least_to_pack<P>(left_is_transposed ? K : M);
+    }
+
+private:
+    // Rows of x up to which dot products are the faster ones: from one vector of them to two.
+    template <class P>
+    int64_t most_dots() const {
+        constexpr int64_t W = LANES<typename P::Accumulator>, SHORT = 256, LONG = 768;
+        return P::KSTEP == 2 ? 2 * W : W + W * (min(max(K, SHORT), LONG) - SHORT) / (LONG - SHORT);
     }
 };
 

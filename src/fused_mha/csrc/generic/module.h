@@ -113,6 +113,8 @@ public:
 private:
     static constexpr int64_t FEWEST_ROWS = 512, ROWS_OF_THREAD = 256;  // of a group
     static constexpr int64_t LONGEST_OF_TASK = 1024;  // rows of a sequence that one thread attends to alone
+    static constexpr int64_t LEAST_OF_TASK = 64;      // rows that make up for reading large weights once more
+    static constexpr int64_t SMALL_WEIGHT = 512 * 1024;  // bytes that stay in the second-level cache
     static constexpr double SERIAL_WORK = 1 << 23;    // multiply-adds that are not worth waking other threads three times for
     static constexpr int64_t READ_ROWS = 4;           // whose products take as long as the weight takes to be read
     const fused_mha_module_arguments& call;
@@ -131,6 +133,9 @@ private:
         if (threads == 1 || longest() > LONGEST_OF_TASK) return 0;
         const int64_t most = max(ROWS_OF_THREAD / longest(), 1);
         const int64_t rounds = ceil_div(ceil_div(N, most), threads), tasks = min(rounds * threads, N);
+        const fused_mha_tensor& weight = call.query_weight;
+        const bool is_small = weight.size[0] * weight.size[1] * item_size(weight.dtype) <= SMALL_WEIGHT;
+        if (!is_small && N * longest() < LEAST_OF_TASK * tasks) return 0;
         return tasks >= threads && ceil_div(tasks, threads) * threads * 10 <= tasks * 11 ? tasks : 0;
     }
 
@@ -152,7 +157,7 @@ private:
 
     Product<P> product(const Group& g, int64_t i, int64_t with_threads) const {
         const Projection& projection = i < g.in_count ? g.in[i] : g.out;
-        return Product<P>(projection.matrices(with_threads).with_least_to_pack(multiplies_by_tiles<P>(), N * projection.x.size[1]));
+        return Product<P>(projection.matrices(with_threads).template with_least_to_pack<P>(N * projection.x.size[1]));
     }
     Product<P> product(const Group& g, int64_t i) const { return product(g, i, threads_of_group()); }
 

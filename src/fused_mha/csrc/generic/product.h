@@ -63,17 +63,20 @@ public:
                 pack_rows(of.right, index, of.N, right);
         };
         const int64_t threads = packed_bytes() < SERIAL_BYTES ? 1 : of.threads;
-        fused_mha::run(of_right + (left_in_panels ? blocks : 0), threads, pack);
+        fused_mha::run<Order::IN_SHARES>(of_right + (left_in_panels ? blocks : 0), threads, pack);
     }
 
     void multiply(uintptr_t packed, uintptr_t workers) {
         place(packed);
         auto multiply = [&](int64_t index, int64_t worker) {
             Arena arena{workers + uintptr_t(worker * worker_size)};
-            Worker(*this, arena).run(index / column_chunks.parts, index % column_chunks.parts);
+            if (of.M <= of.N)  // each thread its share of the larger operand
+                Worker(*this, arena).run(index % row_chunks.parts, index / row_chunks.parts);
+            else
+                Worker(*this, arena).run(index / column_chunks.parts, index % column_chunks.parts);
             release_tiles();
         };
-        fused_mha::run(row_chunks.parts * column_chunks.parts, of.threads, multiply);
+        fused_mha::run<Order::IN_SHARES>(row_chunks.parts * column_chunks.parts, of.threads, multiply);
     }
 
 private:
