@@ -61,6 +61,9 @@ def explain(
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
         inputs = module._attention_inputs(**arguments, N=N, is_batched=is_batched, dropout_p=dropout_p)
     explanation = explain_inputs(inputs)
+    kept = one_call.kept(module, **arguments)
+    if kept is not None and explanation.chosen is not None and one_call.keep(kept, module, inputs) is not None:
+        return explanation._replace(projections="in one step with the attention, by torch's products")
     tensors = [arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")]
     return explanation._replace(projections=_projections(module, *tensors))
 

@@ -250,6 +250,25 @@ def test_another_number_of_heads_and_bad_input_are_noticed(served):
         ours(x, x, x, key_padding_mask=torch.zeros(N, S + 1, dtype=torch.bool))
 
 
+def test_explain_says_that_such_a_call_is_one_step(served):
+    ours, _ = modules(batch_first=True)
+    x, _, _ = inputs("self", True)
+    assert fused_mha.explain(ours, x).projections == "in one step with the attention, by torch's products"
+    ours.out_proj.register_forward_hook(lambda *_: None)
+    assert "apart from the attention" in fused_mha.explain(ours, x).projections
+    assert not served
+
+
+def test_the_out_projection_alone_learns_without_the_attention(served):
+    ours, _ = modules(batch_first=True, add_bias_kv=True, dropout=0.5)
+    for name, parameter in ours.named_parameters():
+        parameter.requires_grad_(name.startswith("out_proj"))
+    x, _, _ = inputs("self", True)
+    ours(x, x, x, need_weights=False)[0].sum().backward()
+    assert served == ["forward", "backward"]
+    assert ours.out_proj.weight.grad.any()
+
+
 def test_weights_are_read_as_they_are_at_the_call(served):
     ours, theirs = modules(batch_first=True)
     x, _, _ = inputs("self", True)

@@ -20,14 +20,10 @@ from fused_mha.ops import module_autograd
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call
 from fused_mha.ops.schema import Arguments
 
-_INDEX = {name: i for i, name in enumerate(Call._fields)}
-_IN_WEIGHT, _QUERY_WEIGHT, _IN_BIAS, _OUT_WEIGHT, _OUT_BIAS, _BIAS_K, _PADDING = (
-    _INDEX[name]
-    for name in (
-        *("in_weight", "query_weight", "in_bias", "out_weight", "out_bias", "bias_k"),
-        "key_padding_mask",
-    )
-)
+_IN_WEIGHT, _QUERY_WEIGHT, _IN_BIAS = map(Call._fields.index, ("in_weight", "query_weight", "in_bias"))
+_OUT_WEIGHT, _OUT_BIAS, _BIAS_K = map(Call._fields.index, ("out_weight", "out_bias", "bias_k"))
+_PADDING = Call._fields.index("key_padding_mask")
+_KEPT = 3  # projections, heads and statistics
 _OF_OUTPUT = 1 << _OUT_WEIGHT | 1 << _OUT_BIAS  # gradients in which the attention has no part
 Tensors = Sequence[Any]  # those of `Call`
 
@@ -38,7 +34,7 @@ class _Product(NamedTuple):
     source: int  # of query, key and value
     first: int  # of the blocks
     blocks: int
-    begin: int  # of its result, (rows, count * E), in the tensor of all projections
+    begin: int  # of its result, (rows, blocks * E), in the tensor of all projections
     rows: int
     is_of_keys: bool
 
@@ -71,7 +67,7 @@ class Kept:
         self._weights_of_batch = self._weights_shape if call.query.dim() == 3 else (1, *self._weights_shape)
         self._finite = [Finite((N, n, x.shape[-1]), length_first) for n, x in zip(lengths, call.inputs(), strict=True)]
         self._plans: dict[object, Plan] = {}
-        self._saved: tuple[object, ...] | None = None  # how that is what the first backward may be given
+        self._saved: tuple[object, ...] | None = None  # what `_described` says of what a backward is given
 
     def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         """Output and weights or None."""
@@ -114,7 +110,10 @@ class Kept:
         None where a hook has changed what was saved.
         """
         tensors, wanted = rest[:TENSORS], rest[-1]
-        if _described(projections, heads, stats, tensors) != self._saved:
+        needs_attention = bool(wanted & ~_OF_OUTPUT)
+        read = None if needs_attention else _KEPT  # of what is described: the others may be placeholders
+        saved = _described(projections, heads, stats, tensors)
+        if saved is None or self._saved is None or saved[:read] != self._saved[:read]:
             return None
         found: list[Tensor | None] = [None] * GRADIENTS
         grad_rows, out_weight = None, tensors[_OUT_WEIGHT]
@@ -124,7 +123,7 @@ class Kept:
                 found[_OUT_BIAS] = grad_rows.sum(0)
             if wanted >> _OUT_WEIGHT & 1:
                 found[_OUT_WEIGHT] = torch.mm(grad_rows.t(), self._merged(heads))
-        if not wanted & ~_OF_OUTPUT:
+        if not needs_attention:
             return tuple(found)
         if grad_rows is None:
             grad_heads = torch.zeros_like(heads)
@@ -226,7 +225,7 @@ def _described(projections: Tensor, heads: Tensor, stats: Tensor, tensors: Tenso
     memory = memory_of_each((projections, heads, stats, *others), projections.device.type)
     if memory is None:
         return None
-    kept, (*inputs, bias_k, bias_v, attn_mask, padding, seed) = memory[:3], memory[3:]
+    kept, (*inputs, bias_k, bias_v, attn_mask, padding, seed) = memory[:_KEPT], memory[_KEPT:]
     of_any_layout = (None if x is None else (x[0], *x[2:4]) for x in (*inputs, attn_mask, padding))
     return *kept, bias_k, bias_v, seed, *of_any_layout
 
