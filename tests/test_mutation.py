@@ -1,13 +1,12 @@
 """Whether the faults of `tests/mutation` follow the sources; `tests/mutation/run.py` puts them in."""
 
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT / "tests" / "mutation"))
-from faults import FAULTS  # noqa: E402 - of a folder that is no package
+FAULTS = runpy.run_path(str(PROJECT / "tests" / "mutation" / "faults.py"))["FAULTS"]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

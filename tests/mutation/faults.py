@@ -357,7 +357,7 @@ FAULTS = [
     Fault(
         "cuda: a backward does not look at what was saved",
         CUDA + "module.py",
-        "if _described(projections, heads, stats, tensors) != self._saved:",
+        "if saved is None or self._saved is None or saved[:read] != self._saved[:read]:",
         "if False:",
         CUDA_MODULE,
     ),
