@@ -79,7 +79,7 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
     for cell in modules:
         for name, mode in _module_modes().items():
             bar = WEIGHTS_BARS.get(cell, MODULE_BAR) if name == "weights" and mode.dtype == DTYPE else MODULE_BAR
-            yield _module_case("module", cell, name, mode, bar if not mode.training else MODULE_BAR)
+            yield _module_case("module", cell, name, mode, bar)
     for cell in small:
         for name, mode in _small_modes().items():
             yield _module_case("small module", cell, name, mode, 1.0)

@@ -31,7 +31,7 @@ ALLOWED = {
     "plans": {"backends.capability", "dispatch", "inputs", "modes"},
     "nested": set(),
     "quantization": set(),
-    "projections": {"linear"},
+    "projections": {"linear", "masks"},
     "linear": {"backends.cpu", "dispatch", "modes"},
     "dispatch": {
         "backends.capability",

@@ -41,6 +41,11 @@ def without_hidden_keys(key: Tensor, value: Tensor, key_padding_mask: Tensor) ->
     return key.masked_fill(hidden, 0.0), value.masked_fill(hidden, 0.0)
 
 
+def finite_where(hidden: Tensor, x: Tensor) -> Tensor:
+    """``x`` with zeros for NaN and infinity where a mask hides it: what is a query too has an output that counts."""
+    return torch.where(hidden, x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
+
+
 def outside_band(
     L: int, S: int, is_causal: bool, alignment: CausalAlignment, window: Window | None, device: torch.device
 ) -> Tensor | None:

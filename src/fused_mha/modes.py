@@ -47,6 +47,11 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not x.requires_grad and is_eager()
 
 
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def is_eager() -> bool:
     """Whether no compiler, tracer, transform or mode sees the operators that are called."""
     if torch.compiler.is_compiling() or _is_tracing():

@@ -20,7 +20,7 @@ from fused_mha.backends import cpu
 from fused_mha.backends.arguments import draw_seed
 from fused_mha.backends.capability import ServedModule
 from fused_mha.inputs import AttentionInputs, default_scale
-from fused_mha.modes import autocast_is_on, is_eager, is_traced_by_dynamo
+from fused_mha.modes import autocast_is_on, is_eager, is_recorded, is_traced_by_dynamo
 from fused_mha.ops.module import TENSORS, Call
 
 _IN_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
@@ -128,7 +128,7 @@ def tensors_of(
         cast_query = query.to(dtype)
         cast_key = cast_query if key is query else key.to(dtype)
         query, key, value = cast_query, cast_key, cast_key if value is key else value.to(dtype)
-        rounds = eager and dtype == torch.bfloat16 and not cpu.is_recorded(query, key, value, *parameters)
+        rounds = eager and dtype == torch.bfloat16 and not is_recorded(query, key, value, *parameters)
         parameters = tuple(None if x is None else x if rounds and _is_weight(x) else x.to(dtype) for x in parameters)
     if key_padding_mask is not None and not eager:
         hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
@@ -212,7 +212,7 @@ def kept(
     )
     sizes = (module.embed_dim, module.kdim, module.vdim)
     learning = (query, key, value, *parameters)
-    recorded = cpu.is_recorded(*learning)
+    recorded = is_recorded(*learning)
     tensors = (*learning, attn_mask, key_padding_mask)
     is_one = (recorded, key is query, value is key)
     kind, served = plans.find(tensors, (*flags, *sizes, *is_one), len(learning))

@@ -2,9 +2,9 @@
 
 `functional.attention` and `one_call` ask. Here the short way and the general one meet: the general one serves the first
 call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`, `dispatch` and the kernels
-look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
-flags, and the back end that is forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other
-tensors than plain ones, and those with a mask or bias that needs a gradient, have no kind.
+look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the flags, and which back end is
+forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other tensors than plain ones, and
+those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from fused_mha import dispatch
 from fused_mha.backends.capability import Backend, Served
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_eager, memory_of_each
+from fused_mha.modes import is_eager, is_recorded, memory_of_each
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
@@ -55,7 +55,7 @@ def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn:
     memory = memory_of_each(tensors, DEVICE)
     if memory is None:
         return None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[may_learn:]):
+    if is_recorded(*tensors[may_learn:]):
         return None
     return *memory, *flags, dispatch.forced(), _precision(tensors[0])
 

@@ -7,11 +7,11 @@ so zeros or finite numbers take their place. Back ends that read hidden keys are
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fused_mha import masks
 from fused_mha.linear import linear
 
 
@@ -102,8 +102,7 @@ def without_hidden_keys(query: Tensor, key: Tensor, value: Tensor, hidden: Tenso
         The three.
     """
     if query is key and key is value:
-        # A hidden row is a query too, whose own output counts: only NaN and inf are taken out of it.
-        x = torch.where(hidden, query.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), query)
+        x = masks.finite_where(hidden, query)
         return x, x, x
     without = key.masked_fill(hidden, 0.0)
     return query, without, without if value is key else value.masked_fill(hidden, 0.0)

@@ -15,7 +15,7 @@ from fused_mha.backends import native, sdpa
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_eager, may_skip_dispatcher
+from fused_mha.modes import is_eager, is_recorded, may_skip_dispatcher
 from fused_mha.ops import autograd, gradients, module_autograd, schema
 from fused_mha.ops import module as module_operator
 from fused_mha.ops import product as product_operator
@@ -101,11 +101,6 @@ class _Module(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kernel = _module_backward if may_skip_dispatcher(grads) else module_operator.multi_head_attention_backward
         return module_autograd.backward(ctx, *grads, kernel=kernel)
-
-
-def is_recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call with these tensors."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def product(

@@ -12,7 +12,7 @@ from torch import Tensor
 from fused_mha import masks
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_plain
+from fused_mha.modes import is_plain, is_recorded
 from fused_mha.ops import schema
 from fused_mha.ops.module import GRADIENTS, Call
 from fused_mha.reference import append_virtual_keys
@@ -112,7 +112,7 @@ def _serves_module(call: Call) -> ServedModule | None:
         return None
     if not call.batch_first or call.query.shape[1] == 1 or D % 8 or not call.query.is_cuda:
         return None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call[:GRADIENTS]):
+    if is_recorded(*call[:GRADIENTS]):
         return None
     E, num_heads = call.query.shape[-1], call.num_heads
 

@@ -105,7 +105,7 @@ def _composed(call: Call) -> tuple[Tensor, Tensor]:
     if padding is not None:  # 0 * NaN = NaN would reach the gradients of the weights
         hidden = masks.hidden_keys(padding).unsqueeze(-1)
         for i in range(call.key is not None, 3):
-            sequences[i] = torch.where(hidden, sequences[i].nan_to_num(0.0, 0.0, 0.0), sequences[i])
+            sequences[i] = masks.finite_where(hidden, sequences[i])
     projected = []
     for x, weight, bias in zip(sequences, in_weights, biases, strict=True):
         rows = product(x.reshape(-1, x.shape[2]), weight, bias, False, True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_mha.backends.triton.finite import Finite
 from fused_mha.backends.triton.launch import Plan
 from fused_mha.backends.triton.preparation import Layout
-from fused_mha.modes import may_skip_dispatcher, memory_of, memory_of_each
+from fused_mha.modes import is_recorded, may_skip_dispatcher, memory_of, memory_of_each
 from fused_mha.ops import module_autograd
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call
 from fused_mha.ops.schema import Arguments
@@ -71,8 +71,7 @@ class Kept:
 
     def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
         """Output and weights or None."""
-        is_recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:GRADIENTS])
-        output, weights, *_ = _record(*tensors, self) if is_recorded else self.forward(tensors)
+        output, weights, *_ = _record(*tensors, self) if is_recorded(*tensors[:GRADIENTS]) else self.forward(tensors)
         return output, weights
 
     def forward(self, tensors: Tensors) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
