@@ -1,5 +1,6 @@
 """The Triton kernels under Triton's interpreter, which runs them on the CPU; `tests/conftest.py` turns it on."""
 
+import dataclasses
 import functools
 import warnings
 from types import SimpleNamespace
@@ -39,6 +40,32 @@ def language_is_patched_once(monkeypatch):
 
     monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_unpatched)
+
+
+@pytest.fixture(autouse=True)
+def types_are_looked_up_once(monkeypatch):
+    """NumPy's for each of Triton's: the interpreter makes the whole table anew for every tensor."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    look_up = interpreter._get_np_dtype
+    looked_up = functools.cache(look_up)
+
+    def look_up_once(of):
+        return look_up(of) if of.scalar.is_ptr() else looked_up(of.scalar)
+
+    monkeypatch.setattr(interpreter, "_get_np_dtype", look_up_once)
+
+
+@pytest.fixture(autouse=True)
+def integers_are_unchecked(monkeypatch):
+    """The interpreter looks for overflow in each operation, for a third of its time: `integers_are_checked` does."""
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+
+@pytest.fixture
+def integers_are_checked(integers_are_unchecked, monkeypatch):
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=True))
 
 
 @pytest.fixture

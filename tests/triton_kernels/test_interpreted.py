@@ -25,12 +25,12 @@ def test_several_tiles(attention, case, dtype):
 
 
 @pytest.mark.parametrize("D", [1, 8, 40, 64, 80, 128, 200, 256])
-def test_head_sizes(attention, D):
+def test_head_sizes(attention, integers_are_checked, D):
     matches_oracle(attention, make_arguments(N=1, L=5, S=37, H=2, H_kv=2, D=D, D_v=D, is_causal=True))
 
 
 @pytest.mark.parametrize(("L", "S"), [(1, 1), (1, 130), (130, 1), (64, 64), (65, 31), (3, 127), (16, 256)])
-def test_lengths(attention, L, S):
+def test_lengths(attention, integers_are_checked, L, S):
     arguments = make_arguments(N=1, L=L, S=S, H=1, H_kv=1, D=16, bias_kv=True, is_causal=True, **EVERYTHING)
     matches_oracle(attention, arguments)
 
