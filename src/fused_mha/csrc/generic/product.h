@@ -23,8 +23,8 @@ public:
           left_in_panels(of.left_is_transposed && !multiplies_by_tiles<P>()),
           row_panels(left_in_panels ? ceil_div(of.M, COLUMNS) : 0),
           panel_size(Panels<P>::steps(of.K) * COLUMNS),
-          reads_left_in_place((of.output_is_transposed || (P::KSTEP == 1 && !of.left_is_transposed)) && of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 &&
-                              of.left.stride() % CRITICAL_STRIDE != 0),
+          reads_left_in_place((of.output_is_transposed || (P::KSTEP == 1 && !of.left_is_transposed)) &&
+                              of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 && of.left.stride() != 0),
           row_tiles(left_in_panels ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
                                    : Parts{of.M, ceil_div(of.M, MR)}) {
         // Tasks of some row tiles by some panels of columns: enough for the threads, as long as packing A stays cheap.
@@ -32,7 +32,9 @@ public:
         row_chunks = {row_tiles.parts, ceil_div(row_tiles.parts, TILES_OF_TASK)};
         if (of.output_is_transposed) row_chunks.parts = max(row_chunks.parts, min(wanted, row_tiles.parts));
         const int64_t columns = ceil_div(wanted, max(row_chunks.parts, 1));
-        column_chunks = {column_panels, max(max(min(columns, column_panels / FEWEST_PANELS), ceil_div(column_panels, MOST_PANELS)), 1)};
+        const int64_t bytes = COLUMNS * max(min(Panels<P>::steps(of.K), CHUNK_STEPS), 1) * int64_t(sizeof(T));
+        const int64_t most_panels = packs_tiles() ? MOST_PANELS : min(max(BYTES_OF_CHUNK / bytes, 1), MOST_PANELS);
+        column_chunks = {column_panels, max(max(min(columns, column_panels / FEWEST_PANELS), ceil_div(column_panels, most_panels)), 1)};
         Arena measure{0};
         Worker(*this, measure);
         worker_size = measure.used;
@@ -82,8 +84,12 @@ public:
 private:
     static constexpr int64_t TILES_OF_TASK = 12, TASKS_OF_THREAD = 8, FEWEST_PANELS = 2, MOST_PANELS = 12, PACKED_ROWS = 128;
     static constexpr int64_t TILES_OF_PANEL = (COLUMNS + MR - 1) / MR;
+    static constexpr int64_t BLOCK_STEPS = 4 * COLUMNS;  // along K, whose sums fall into one block
+    // While a tile of A meets all panels of B of a task, these stay in the second-level cache, and a tile of C in the first.
+    // bfloat16 multiplies too fast for that: a block of one panel of B stays in the first-level cache for all tiles of A.
+    static constexpr int64_t CHUNK_STEPS = (P::KSTEP == 2 ? 1 : 8) * BLOCK_STEPS, BYTES_OF_CHUNK = 512 * 1024;
+    static constexpr int64_t TILES_AT_ONCE = P::KSTEP == 2 ? TILES_OF_TASK : 1;
     static constexpr int64_t SERIAL_BYTES = 256 * 1024;  // that are packed before another thread has woken
-    static constexpr int64_t CRITICAL_STRIDE = 4096;  // bytes; rows so far apart fall into one set of the cache
     const Matrices of;
     const int64_t column_panels;
     const bool left_in_panels;  // packed once for all tasks, where it lies transposed and the kernel takes it so
@@ -94,6 +100,7 @@ private:
     int64_t worker_size;
     T *right, *left;  // packed: [panel of N or M][step along K][COLUMNS]
 
+    bool packs_tiles() const { return !left_in_panels && !reads_left_in_place; }
     int64_t most_panels() const { return ceil_div(column_panels, column_chunks.parts); }  // of a task
 
     void place(uintptr_t packed) {
@@ -125,13 +132,11 @@ private:
         Worker(const TiledProduct& product, Arena& arena)
             : product(product),
               of(product.of),
-              tile_size(product.left_in_panels || product.reads_left_in_place
-                            ? 0
-                            : MR * min(BLOCK_STEPS, A_WIDTH * Panels<P>::panels(of.K))),
-              tiles(arena.take<T>(TILES_OF_TASK * tile_size)),
-              results(arena.take<T>(TILES_OF_TASK * product.most_panels() * RESULT_SIZE)) {}
+              tile_size(product.packs_tiles() ? MR * min(CHUNK_STEPS, A_WIDTH * Panels<P>::panels(of.K)) : 0),
+              keeps_results(Panels<P>::steps(of.K) > CHUNK_STEPS),
+              tiles(arena.take<T>(TILES_AT_ONCE * tile_size)),
+              results(arena.take<T>(RESULT_SIZE * (keeps_results ? TILES_OF_TASK * product.most_panels() : 1))) {}
 
-        // Along K in blocks: that of a panel of B stays in the first-level cache for all row tiles of the task.
         void run(int64_t row_chunk, int64_t column_chunk) {
             const int64_t begin = product.row_chunks.begin(row_chunk), end = product.row_chunks.begin(row_chunk + 1);
             const Parts& columns = product.column_chunks;
@@ -139,23 +144,26 @@ private:
             const int64_t steps = Panels<P>::steps(of.K);
             int64_t k = 0;
             do {  // also with nothing to sum: C is written
-                const int64_t block = min(BLOCK_STEPS, steps - k);
-                if (tile_size > 0)
-                    for (int64_t t = begin; t < end; ++t) pack_tile(t, k, block, tiles + (t - begin) * tile_size);
+                const int64_t chunk = min(CHUNK_STEPS, steps - k);
                 T* result = results;
-                for (int64_t p = first; p < last; ++p)
-                    for (int64_t t = begin; t < end; ++t, result += RESULT_SIZE)
-                        multiply(t, tiles + (t - begin) * tile_size, p, k, block, k + block >= steps, result);
-                k += BLOCK_STEPS;
+                for (int64_t t = begin; t < end; t += TILES_AT_ONCE) {
+                    const int64_t after = min(t + TILES_AT_ONCE, end);
+                    for (int64_t i = t; i < after && tile_size > 0; ++i) pack_tile(i, k, chunk, tiles + (i - t) * tile_size);
+                    for (int64_t p = first; p < last; ++p)
+                        for (int64_t i = t; i < after; ++i, result += keeps_results ? RESULT_SIZE : 0)
+                            multiply(i, tiles + (i - t) * tile_size, p, k, chunk, k + chunk >= steps, result);
+                }
+                k += CHUNK_STEPS;
             } while (k < steps);
         }
 
     private:
-        static constexpr int64_t RESULT_SIZE = MR * COLUMNS, BLOCK_STEPS = 4 * COLUMNS;
+        static constexpr int64_t RESULT_SIZE = MR * COLUMNS;
         const TiledProduct& product;
         const Matrices& of;
         const int64_t tile_size;
-        T *const tiles, *const results;  // of the task, [panel][tile]
+        const bool keeps_results;  // of a chunk of K for the next
+        T *const tiles, *const results;
 
         // `steps` along K of a row tile, from k on.
         void pack_tile(int64_t t, int64_t k, int64_t steps, T* to) const {
@@ -173,7 +181,6 @@ private:
 
         // A row tile by a panel for `steps` along K from `k` on, added to `result`; with the last of them, C is written.
         void multiply(int64_t t, const T* tile, int64_t panel, int64_t k, int64_t steps, bool is_last, T* result) const {
-            const T* const b = product.right + panel * product.panel_size + k * COLUMNS;
             const int64_t columns = min(of.N - panel * COLUMNS, COLUMNS);
             const Parts of_panel{COLUMNS, TILES_OF_PANEL};
             const int64_t m = t / TILES_OF_PANEL, part = t % TILES_OF_PANEL;
@@ -187,17 +194,27 @@ private:
                 prefetch_output(to, rows, columns * item_size(of.output.dtype));
             }
             using E = typename P::Element;
-            const bool accumulate = k > 0;
-            if (is_transposed)
-                gemm<P, Layout::TRANSPOSED>(int(rows), columns,
-                                            {product.left + m * product.panel_size + of_panel.begin(part) + k * COLUMNS, COLUMNS,
-                                             COLUMNS * COLUMNS, b, COLUMNS, result, steps, accumulate});
-            else if (product.reads_left_in_place)
-                gemm<P, Layout::ROWS>(int(rows), columns,
-                                      {static_cast<const E*>(of.left(first)) + k, A_WIDTH, A_WIDTH, b, COLUMNS, result, steps,
-                                       accumulate, of.left.stride()});
-            else
-                gemm<P>(int(rows), columns, {tile, A_WIDTH, rows * A_WIDTH, b, COLUMNS, result, steps, accumulate});
+            const T* const panel_of_left = product.left + m * product.panel_size + of_panel.begin(part);
+            const T* const b = product.right + panel * product.panel_size;
+            int64_t done = 0;
+            do {
+                const int64_t block = min(BLOCK_STEPS, steps - done), at = k + done;
+                GemmArguments g{tile + done * rows, A_WIDTH, rows * A_WIDTH, b + at * COLUMNS, COLUMNS, result, block, at > 0};
+                if (is_transposed) {
+                    g.a = panel_of_left + at * COLUMNS;
+                    g.a_panel_steps = COLUMNS;
+                    g.a_panel_stride = COLUMNS * COLUMNS;
+                    gemm<P, Layout::TRANSPOSED>(int(rows), columns, g);
+                } else if (product.reads_left_in_place) {
+                    g.a = static_cast<const E*>(of.left(first)) + at;
+                    g.a_panel_stride = A_WIDTH;
+                    g.a_row_bytes = of.left.stride();
+                    gemm<P, Layout::ROWS>(int(rows), columns, g);
+                } else {
+                    gemm<P>(int(rows), columns, g);
+                }
+                done += BLOCK_STEPS;
+            } while (done < steps);
             if (!is_last) return;
             if (of.output_is_transposed)
                 write_transposed(result, first, rows, panel * COLUMNS, columns);
