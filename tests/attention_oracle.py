@@ -227,9 +227,18 @@ def run_with_gradients(function, arguments, dtype=None):
     return {name: x.detach() for name, x in results.items()}
 
 
+def checked(**arguments):
+    """The inputs of a call of `attention`."""
+    return check_attention(**DEFAULTS | arguments)
+
+
+def explain_attention(**arguments):
+    """The choice of a back end for a call of `attention`."""
+    return dispatch.explain_inputs(checked(**arguments))
+
+
 def can_serve(backend, arguments):
-    a = DEFAULTS | arguments
-    return not dispatch.explain_inputs(check_attention(**a)).reasons[backend]
+    return not explain_attention(**arguments).reasons[backend]
 
 
 def longest_sums(arguments, names):

@@ -415,7 +415,7 @@ FAULTS = [
         PACKAGE + "backends/sdpa.py",
         "return result._replace(output=result.output.masked_fill(empty.transpose(1, 2), 0.0))",
         "return result",
-        "tests/test_dispatch.py",
+        "tests/test_sdpa.py",
     ),
     # The rule itself.
     Fault(
