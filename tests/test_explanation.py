@@ -154,7 +154,7 @@ class TestProjections:
 
     def test_torchs_linear_where_the_rule_prefers_it(self, module, monkeypatch):
         monkeypatch.setattr(linear, "dtypes", lambda: (torch.float16,))
-        monkeypatch.setattr(linear, "serves", lambda dtype, rows, features: False)
+        monkeypatch.setattr(linear, "serves", lambda *_: False)
         assert projections(module) == f"by torch's linear, apart from the attention: {linear.RULE}"
 
     def test_torchs_linear_beside_another_back_end(self, module):
