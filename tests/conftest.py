@@ -76,6 +76,14 @@ def one_calls(monkeypatch):
 
 
 @pytest.fixture
+def fresh_compiler():
+    """`torch.compile` knows no graph of another test, and keeps none of this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def module():
     """A module for the tests of which back end serves a call; `x` is its input."""
     import fused_mha

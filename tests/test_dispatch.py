@@ -104,6 +104,7 @@ class TestOverride:
             fused_mha.attention(**arguments)
         assert "(need_weights=True); it returns no log-sum-exp (return_lse=True)\n" in str(raised.value)
 
+    @pytest.mark.usefixtures("fresh_compiler")
     @pytest.mark.parametrize("first", BACKENDS)
     def test_takes_effect_under_torch_compile(self, first, module, x, served_by):
         compiled = torch.compile(lambda x: module(x, x, x, need_weights=False)[0], fullgraph=True, backend="eager")
@@ -114,7 +115,6 @@ class TestOverride:
                 result = compiled(x)
                 assert set(served_by) == {name}
                 assert torch.equal(result, module(x, x, x, need_weights=False)[0])
-        torch._dynamo.reset()
 
 
 class TestAgreement:
