@@ -174,6 +174,6 @@ def assert_refused(call, *names: str) -> None:
     before = {name: x.clone() for name, x in call.tensors.items()}
     error = call.error()
     assert error is not None
-    assert not names or error.split()[0] in names, error
+    assert not names or error.startswith(tuple(f"{name} " for name in names)), error
     for name, x in before.items():
         assert torch.equal(x.view(torch.uint8), call.tensors[name].view(torch.uint8)), name

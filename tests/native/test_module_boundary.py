@@ -119,7 +119,7 @@ def test_a_missing_tensor_is_refused_or_left_out(name):
             call.allocate_workspace()
             assert call.error() is None
         elif name in ("key", "value"):  # query or key take its place, of another size
-            assert_refused(call, "key", "value")
+            assert_refused(call, "value", "value_weight")
         elif name == "projected query":  # then nothing is kept
             continue
         else:
