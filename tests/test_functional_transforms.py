@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import differentiation
 import fused_mha
 from attention_oracle import (
     BACKENDS,
@@ -15,7 +14,7 @@ from attention_oracle import (
     naive_attention,
     run_with_gradients,
 )
-from differentiation import as_function, finite
+from differentiation import CASES, as_function, finite
 from fused_mha import reference
 from fused_mha.testing.tolerances import tolerance
 
@@ -27,7 +26,7 @@ each_that_serves_everything = pytest.mark.parametrize("backend", SERVE_EVERYTHIN
 
 
 @pytest.mark.parametrize("wanted", [{}, {"need_weights": True}, EVERYTHING], ids=["output", "averaged", "everything"])
-@pytest.mark.parametrize("case", differentiation.CASES.values(), ids=differentiation.CASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_the_numeric_ones(backend, case, wanted):
     shape = {"N": 2, "L": 3, "S": 4, "H": 2, "H_kv": 2, "D": 2, "D_v": 3, "dtype": torch.float64} | case
@@ -40,9 +39,7 @@ def test_gradients_are_the_numeric_ones(backend, case, wanted):
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
 def test_second_derivatives_are_the_numeric_ones(backend, case):
     shape = {"N": 1, "L": 2, "S": 3, "H": 2, "H_kv": 1, "D": 2, "D_v": 2, "dtype": torch.float64}
-    function, values = as_function(
-        fused_mha.attention, make_arguments(**shape | differentiation.CASES[case] | EVERYTHING)
-    )
+    function, values = as_function(fused_mha.attention, make_arguments(**shape | CASES[case] | EVERYTHING))
     with fused_mha.backend(backend):
         assert torch.autograd.gradgradcheck(function, values)
 
@@ -50,9 +47,7 @@ def test_second_derivatives_are_the_numeric_ones(backend, case):
 @pytest.mark.parametrize("wanted", [{}, EVERYTHING], ids=["output", "everything"])
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
 def test_jvp_is_the_numeric_derivative(case, wanted):
-    function, values = as_function(
-        fused_mha.attention, make_arguments(dtype=torch.float64, **differentiation.CASES[case], **wanted)
-    )
+    function, values = as_function(fused_mha.attention, make_arguments(dtype=torch.float64, **CASES[case], **wanted))
     generator = torch.Generator().manual_seed(1)
     tangents = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in values)
     _, derivatives = torch.func.jvp(function, values, tangents)
