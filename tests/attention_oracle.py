@@ -200,8 +200,8 @@ def make_arguments(
     return arguments
 
 
-def run_with_gradients(function, arguments, dtype=None):
-    """Results and gradients by name, from fresh leaves, in another dtype if one is given."""
+def run_with_gradients(function, arguments, dtype=None, through=("output", "weights", "lse")):
+    """Results and gradients by name, the latter through some of the results, from fresh leaves in a dtype if given."""
 
     def leaf(x):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
@@ -212,24 +212,32 @@ def run_with_gradients(function, arguments, dtype=None):
     results = {name: x for name, x in function(**own)._asdict().items() if x is not None}
     leaves = {name: x for name, x in own.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     generator = torch.Generator().manual_seed(7)
-    total = torch.zeros((), dtype=torch.float64)
-    for name in ("output", "weights", "lse"):
-        if name in results and results[name].requires_grad:
-            cotangent = torch.randn(results[name].shape, generator=generator).to(torch.bfloat16).double()
-            finite = results[name].double()
-            # the constant -inf of an empty row: -inf * 0 = NaN would be the sum
-            total = total + (cotangent * finite.masked_fill(finite == float("-inf"), 0.0)).sum()
-    gradients = dict.fromkeys(leaves)
-    if total.requires_grad:
-        gradients = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values()), allow_unused=True), strict=True))
-    for name, x in leaves.items():
-        results[f"grad of {name}"] = torch.zeros_like(x) if gradients[name] is None else gradients[name]
+    outputs, cotangents = [], []
+    for name, x in results.items():
+        cotangent = torch.randn(x.shape, generator=generator).to(
+            torch.bfloat16
+        )  # exact in every dtype but fp16's range
+        if name in through and x.requires_grad:
+            outputs.append(x)
+            cotangents.append(cotangent.to(torch.float16).to(x.dtype))
+    found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    for (name, x), gradient in zip(leaves.items(), found, strict=True):
+        results[f"grad of {name}"] = torch.zeros_like(x) if gradient is None else gradient
     return {name: x.detach() for name, x in results.items()}
 
 
+def checked(**arguments):
+    """The inputs of a call of `attention`."""
+    return check_attention(**DEFAULTS | arguments)
+
+
+def explain_attention(**arguments):
+    """The choice of a back end for a call of `attention`."""
+    return dispatch.explain_inputs(checked(**arguments))
+
+
 def can_serve(backend, arguments):
-    a = DEFAULTS | arguments
-    return not dispatch.explain_inputs(check_attention(**a)).reasons[backend]
+    return not explain_attention(**arguments).reasons[backend]
 
 
 def longest_sums(arguments, names):

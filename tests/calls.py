@@ -1,9 +1,10 @@
-"""The ways in which the tests of the deviations call the module: back ends, weights, a module of random parameters."""
+"""The ways in which tests call the module: back ends, weights, a module of random parameters."""
 
 from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fused_mha
 from fused_mha import MultiHeadAttention, one_call
@@ -36,3 +37,10 @@ def random_module(**arguments) -> MultiHeadAttention:
 def composed():
     """Products and attention one by one, as where a module's forward can't be one call of the library."""
     return mock.patch.object(one_call, "forward", return_value=None)
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * x

@@ -2,6 +2,7 @@
 has an oracle comes here."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,3 +48,12 @@ def assert_close_to_oracle(
                 rounded[coarser] = rounding_errors(oracle, exact, coarser)
             bound = tolerance(coarser, torch_error, magnitude, longest, rounded[coarser][name])
         assert error <= bound, f"{name}: {error:.3e} from the oracle, {bound:.3e} allowed, torch {torch_error:.3e}"
+
+
+def in_fp64(arguments: Any) -> Any:
+    """The same with every floating tensor in fp64, also inside tuples, lists and dicts."""
+    if isinstance(arguments, dict):
+        return {name: in_fp64(x) for name, x in arguments.items()}
+    if isinstance(arguments, (tuple, list)):
+        return tuple(map(in_fp64, arguments))
+    return arguments.double() if isinstance(arguments, Tensor) and arguments.is_floating_point() else arguments

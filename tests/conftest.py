@@ -73,3 +73,52 @@ def one_calls(monkeypatch):
     monkeypatch.setattr(linear, "dtypes", lambda: (torch.float32, torch.float64, torch.bfloat16, torch.float16))
     monkeypatch.setattr(one_call, "forward", spy)
     return served
+
+
+@pytest.fixture
+def fresh_compiler():
+    """`torch.compile` knows no graph of another test, and keeps none of this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def module():
+    """A module for the tests of which back end serves a call; `x` is its input."""
+    import fused_mha
+
+    return fused_mha.MultiHeadAttention(16, 4, batch_first=True)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def without_the_library(monkeypatch):
+    """The back ends of an installation that found no C++ compiler."""
+    from fused_mha import dispatch
+    from fused_mha.backends import cpu
+
+    missing = cpu.BACKEND._replace(capability=cpu.BACKEND.capability._replace(is_installed=False))
+    monkeypatch.setattr(dispatch, "BACKENDS", (missing, *dispatch.BACKENDS[1:]))
+
+
+@pytest.fixture
+def served_by(monkeypatch):
+    """The names of the back ends that have served, in order of the calls."""
+    from fused_mha import dispatch
+
+    names = []
+
+    def spy(candidate):
+        def run(inputs):
+            names.append(candidate.name)
+            return candidate.run(inputs)
+
+        return candidate._replace(run=run)
+
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(spy(candidate) for candidate in dispatch.BACKENDS))
+    return names

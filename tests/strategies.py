@@ -24,9 +24,9 @@ def examples(number: int) -> int:
 seeds = st.integers(0, 2**31 - 1)
 
 
-def _size(smallest: int) -> st.SearchStrategy[int]:
+def sizes(smallest: int, *edges: int) -> st.SearchStrategy[int]:
     """Mostly a few, sometimes as many as cross the block of a vector or a tile."""
-    return st.one_of(st.integers(smallest, 9), st.sampled_from((16, 17, 33)))
+    return st.one_of(st.integers(smallest, 9), st.sampled_from(edges or (16, 17, 33)))
 
 
 @st.composite
@@ -61,9 +61,9 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, allow_empty
     smallest = 0 if allow_empty and (need_weights or attn_mask is key_padding_mask is None) else 1
     return Case(
         group="generated",
-        N=draw(_size(smallest)) if batched else 1,
-        L=draw(_size(smallest)),
-        S=draw(_size(smallest)),
+        N=draw(sizes(smallest)) if batched else 1,
+        L=draw(sizes(smallest)),
+        S=draw(sizes(smallest)),
         embed_dim=embed_dim,
         num_heads=num_heads,
         sharing=sharing,
@@ -93,8 +93,8 @@ def fast_path_cases(draw: st.DrawFn) -> Case:
     attn_mask = draw(st.sampled_from((None, "bool", "bool per head", "causal bool")))
     return Case(
         group="fast path",
-        N=draw(_size(1)),
-        L=draw(_size(1)),
+        N=draw(sizes(1)),
+        L=draw(sizes(1)),
         embed_dim=num_heads * draw(st.integers(SMALLEST_HEAD, 9)),
         num_heads=num_heads,
         attn_mask=attn_mask,

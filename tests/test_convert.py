@@ -9,6 +9,7 @@ from torch.ao.nn.quantizable import MultiheadAttention as QuantizableMultiheadAt
 from torch.nn.utils import parametrize
 
 import fused_mha
+from calls import Doubled
 from fused_mha.multi_head_attention import MultiHeadAttention, keep_forward_called
 from fused_mha.testing.cases import Case
 
@@ -32,11 +33,6 @@ class OurSubclass(MultiHeadAttention):
     """A user's subclass of ours."""
 
 
-class Halve(nn.Module):
-    def forward(self, weight):
-        return weight / 2
-
-
 def types(model):
     return [type(module) for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
 
@@ -46,7 +42,7 @@ def our_hooks(module):
 
 
 def parametrized(module):
-    return parametrize.register_parametrization(module, "in_proj_weight", Halve())
+    return parametrize.register_parametrization(module, "in_proj_weight", Doubled())
 
 
 def with_own_forward(module):

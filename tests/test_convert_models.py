@@ -126,6 +126,7 @@ def test_a_live_optimizer_goes_on():
     assert_close_to_oracle(trained(ours), trained(theirs), lambda: trained(copy.deepcopy(oracle)), terms=20)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_goes_on():
     torch.manual_seed(0)
     model = Classifier()
@@ -134,7 +135,6 @@ def test_a_compiled_model_goes_on():
     assert compiled(x, everything)[1].isnan().all()  # torch's answer to rows that are masked everywhere
     fused_mha.convert(model)
     output, weights = compiled(x, everything)
-    torch._dynamo.reset()
     assert torch.equal(weights, torch.zeros(2, 5, 5))
     assert torch.equal(output, model(x, everything)[0])
 
@@ -164,6 +164,7 @@ def of_function(model, compiler):
     return torch.compile(step, **compiler)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("compiled_by", [of_wrapper, of_method, of_wrapper_inside, of_method_inside, of_function])
 @pytest.mark.parametrize("swaps", [(fused_mha.convert, fused_mha.revert), (fused_mha.revert, fused_mha.convert)])
 def test_graphs_that_were_compiled_before_are_compiled_anew(swaps, compiled_by):
@@ -179,12 +180,10 @@ def test_graphs_that_were_compiled_before_are_compiled_anew(swaps, compiled_by):
     if swaps[0] is fused_mha.revert:
         fused_mha.convert(model)
     compiled, x = compiled_by(model, {"backend": record, "options": options}), draw(2, 5, 16)
-    torch._dynamo.reset()
     results = [compiled(x)[0]]
     for swap in swaps:
         assert swap(model).changed == ["attention"]
         results.append(compiled(x)[0])
-    torch._dynamo.reset()
     assert len(operators) == 3
     assert operators[0] == operators[2] != operators[1]
     torch.testing.assert_close(results[1], results[0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fused_mha
 from calls import BACK_ENDS, CALLS, INF, WEIGHTS, WITH_WEIGHTS, forced, random_module
-from closeness import assert_close_to_oracle
+from closeness import assert_close_to_oracle, in_fp64
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
 
@@ -64,17 +64,13 @@ def test_output_is_the_same_with_and_without_weights(dtype, key_padding_mask, ba
     exact = copy.deepcopy(theirs).double()
 
     def oracle():
-        return {"output": exact(*(x.double() for x in inputs), **_double(arguments))[0]}
+        return {"output": exact(*(x.double() for x in inputs), **in_fp64(arguments))[0]}
 
     for need_weights in (True, False):
         arguments["need_weights"] = need_weights
         with forced(back_end, need_weights):
             output, _ = ours(*inputs, **arguments)
         assert_close_to_oracle({"output": output}, {"output": theirs(*inputs, **arguments)[0]}, oracle, terms=33)
-
-
-def _double(arguments: dict) -> dict:
-    return {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in arguments.items()}
 
 
 # 3. is_causal=True is real

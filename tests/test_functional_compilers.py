@@ -7,6 +7,8 @@ from torch import Tensor, nn
 import fused_mha
 from attention_oracle import BACKENDS, SERVE_EVERYTHING, make_arguments, run_with_gradients
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 WITHOUT_WEIGHTS = {
     "plain": {},
     "causal": {"is_causal": True, "H_kv": 1},
@@ -31,11 +33,6 @@ CALLS = pytest.mark.parametrize(
         *(f"{name}-{backend}" for name in WITH_WEIGHTS for backend in SERVE_EVERYTHING),
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
 
 
 class Attention(nn.Module):

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 import fused_mha
 from attention_oracle import (
     BACKENDS,
-    DEFAULTS,
     SERVE_EVERYTHING,
     assert_matches_oracle,
+    checked,
     make_arguments,
     naive_attention,
     run_with_gradients,
 )
+from differentiation import CASES, as_function, finite
 from fused_mha import reference
-from fused_mha.inputs import check_attention
 from fused_mha.testing.tolerances import tolerance
 
 # torch scripts its forward-mode decompositions on first use
@@ -23,67 +23,31 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 
 EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
 each_that_serves_everything = pytest.mark.parametrize("backend", SERVE_EVERYTHING)
-GRADCHECK_CASES = {
-    "plain": {},
-    "grouped": {"H": 4, "H_kv": 2, "is_causal": True},
-    "bool mask": {"mask_dtype": torch.bool, "mask_shape": "NHLS"},
-    "float mask": {"mask_dtype": torch.float64},
-    "float mask per head": {"mask_dtype": torch.float64, "mask_shape": "HLS"},
-    "float padding": {"padding_dtype": torch.float64, "mask_dtype": torch.bool},
-    "virtual keys": {"bias_kv": True, "add_zero_attn": True, "padding_dtype": torch.bool},
-    "window": {"window": (1, 0), "causal_alignment": "bottom_right"},
-}
-
-
-def float_tensors(arguments):
-    return {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-
-
-def as_function(arguments):
-    """`attention` of its floating tensors alone, and those; a constant -inf of the lse becomes 0."""
-    tensors = float_tensors(arguments)
-
-    def function(*values):
-        result = fused_mha.attention(**arguments | dict(zip(tensors, values, strict=True)))
-        outputs = [x for x in result if x is not None]
-        if result.lse is not None:
-            outputs[-1] = result.lse.masked_fill(result.lse == float("-inf"), 0.0)
-        return tuple(outputs)
-
-    return function, tuple(tensors.values())
-
-
-def finite(arguments):
-    """The same with -50 for -inf in float masks: numeric differentiation of -inf is NaN."""
-    return {
-        name: x.clamp(min=-50.0) if name in ("attn_mask", "key_padding_mask") and x.is_floating_point() else x
-        for name, x in arguments.items()
-    }
 
 
 @pytest.mark.parametrize("wanted", [{}, {"need_weights": True}, EVERYTHING], ids=["output", "averaged", "everything"])
-@pytest.mark.parametrize("case", GRADCHECK_CASES.values(), ids=GRADCHECK_CASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_the_numeric_ones(backend, case, wanted):
     shape = {"N": 2, "L": 3, "S": 4, "H": 2, "H_kv": 2, "D": 2, "D_v": 3, "dtype": torch.float64} | case
-    function, values = as_function(finite(make_arguments(**shape, **wanted)))
+    function, values = as_function(fused_mha.attention, make_arguments(**shape, **wanted))
     with fused_mha.backend("reference" if wanted and backend == "sdpa" else backend):
-        assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in values))
+        assert torch.autograd.gradcheck(function, values)
 
 
 @each_that_serves_everything
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
 def test_second_derivatives_are_the_numeric_ones(backend, case):
     shape = {"N": 1, "L": 2, "S": 3, "H": 2, "H_kv": 1, "D": 2, "D_v": 2, "dtype": torch.float64}
-    function, values = as_function(finite(make_arguments(**shape | GRADCHECK_CASES[case] | EVERYTHING)))
+    function, values = as_function(fused_mha.attention, make_arguments(**shape | CASES[case] | EVERYTHING))
     with fused_mha.backend(backend):
-        assert torch.autograd.gradgradcheck(function, tuple(x.requires_grad_() for x in values))
+        assert torch.autograd.gradgradcheck(function, values)
 
 
 @pytest.mark.parametrize("wanted", [{}, EVERYTHING], ids=["output", "everything"])
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
 def test_jvp_is_the_numeric_derivative(case, wanted):
-    function, values = as_function(finite(make_arguments(dtype=torch.float64, **GRADCHECK_CASES[case], **wanted)))
+    function, values = as_function(fused_mha.attention, make_arguments(dtype=torch.float64, **CASES[case], **wanted))
     generator = torch.Generator().manual_seed(1)
     tangents = tuple(torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in values)
     _, derivatives = torch.func.jvp(function, values, tangents)
@@ -225,7 +189,7 @@ class TestDropout:
         with fused_mha.backend("reference"):
             drawn = fused_mha.attention(**arguments)
         state = torch.get_rng_state()
-        inputs = check_attention(**DEFAULTS | arguments)
+        inputs = checked(**arguments)
         output, weights, _ = reference.attention(*inputs, dropout_mask=self.keep(5, (2, 4, 3, 4)))
         assert torch.equal(output, drawn.output)
         assert torch.equal(weights, drawn.weights)
@@ -243,7 +207,7 @@ class TestDropout:
 
     def test_a_given_mask_that_keeps_nothing_gives_zeros(self):
         arguments = self.arguments(dropout_p=1.0, need_weights=True)
-        inputs = check_attention(**DEFAULTS | arguments)
+        inputs = checked(**arguments)
         nothing = torch.zeros(2, 4, 3, 4, dtype=torch.bool)
         output, weights, _ = reference.attention(*inputs, dropout_mask=nothing)
         assert torch.equal(output, torch.zeros_like(output))

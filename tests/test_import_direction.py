@@ -21,8 +21,8 @@ ALLOWED = {
     "testing.tolerances": set(),
     "convert": {"multi_head_attention"},
     "warm_up": {"backends.triton", "functional", "multi_head_attention", "plans"},
-    "explanation": {"dispatch", "linear", "multi_head_attention", "one_call"},
-    "multi_head_attention": {"inputs", "masks", "nested", "one_call", "plans", "projections", "quantization"},
+    "explanation": {"dispatch", "inputs", "linear", "multi_head_attention", "one_call"},
+    "multi_head_attention": {"inputs", "masks", "modes", "nested", "one_call", "plans", "projections", "quantization"},
     "one_call": {
         *("backends.arguments", "backends.capability", "backends.cpu", "ops.module"),
         *("dispatch", "inputs", "linear", "masks", "modes", "plans", "projections"),

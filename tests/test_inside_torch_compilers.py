@@ -13,7 +13,7 @@ from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
 
 # torch's compilers script some of their own code
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")
+pytestmark = [pytest.mark.usefixtures("fresh_compiler"), pytest.mark.filterwarnings("ignore:`torch.jit.script")]
 
 ARGUMENTS = [
     {},
@@ -38,11 +38,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output, _ = self.attention(x, x, x, **self.arguments)
         return self.norm(x + output)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
 
 
 def test_symbolic_trace_keeps_the_module_as_one_leaf():

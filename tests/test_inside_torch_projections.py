@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fused_mha
+from calls import Doubled
 from fused_mha import MultiHeadAttention
 from fused_mha.multi_head_attention import keep_forward_called
 
@@ -144,11 +145,6 @@ def test_pruning_follows_the_weight_under_it(training, grad):
         module.out_proj.weight_orig.mul_(2.0)
         module.out_proj.bias.mul_(2.0)
     torch.testing.assert_close(_call(module, training, grad), before * 2)
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2.0 * weight
 
 
 @MODES

@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 
 import fused_mha
 from calls import BACK_ENDS, WITH_WEIGHTS, forced
-from closeness import assert_close_to_oracle
+from closeness import assert_close_to_oracle, in_fp64
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case
 
@@ -37,19 +37,11 @@ def _three(case: Case) -> tuple[nn.Module, nn.Module, nn.Module, tuple[Tensor, .
     return ours, theirs, copy.deepcopy(theirs).double(), inputs, arguments
 
 
-def _double(arguments):
-    if isinstance(arguments, dict):
-        return {name: _double(x) for name, x in arguments.items()}
-    if isinstance(arguments, (tuple, list)):
-        return tuple(_double(x) for x in arguments)
-    return arguments.double() if isinstance(arguments, Tensor) and arguments.is_floating_point() else arguments
-
-
 def _assert_all_close_to_oracle(function, ours, theirs, oracle, *arguments) -> None:
     """`function(module, *arguments)` gives a dict of tensors; all of them are judged."""
     mine, yours = function(ours, *arguments), function(theirs, *arguments)
     terms = {name: max(x[..., 0].numel(), 16) for name, x in mine.items()}
-    assert_close_to_oracle(mine, yours, lambda: function(oracle, *_double(arguments)), terms)
+    assert_close_to_oracle(mine, yours, lambda: function(oracle, *in_fp64(arguments)), terms)
 
 
 @WEIGHTS

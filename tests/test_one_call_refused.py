@@ -11,7 +11,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fused_mha
-from calls import INF, NAN, composed, random_module
+from calls import INF, NAN, Doubled, composed, random_module
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import assert_parity
 
@@ -50,11 +50,6 @@ def assert_changes(one_calls, change, **constructor):
         output = assert_refused(one_calls, module.train(training), X, X, X)
         torch.testing.assert_close(output, stock(X, X, X)[0])
         assert not torch.equal(output, before)
-
-
-class Doubled(nn.Module):
-    def forward(self, x):
-        return 2 * x
 
 
 def plain(holder, name):

@@ -11,6 +11,7 @@ from torch import nn
 
 import fused_mha
 import fused_mha.testing
+from attention_oracle import DEFAULTS
 
 NAMES = [
     "AttentionResult",
@@ -92,21 +93,7 @@ def test_signature_of_attention():
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     keywords = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert positional == ["query", "key", "value"]
-    assert keywords == {
-        "attn_mask": None,
-        "key_padding_mask": None,
-        "is_causal": False,
-        "causal_alignment": "top_left",
-        "window": None,
-        "bias_k": None,
-        "bias_v": None,
-        "add_zero_attn": False,
-        "dropout_p": 0.0,
-        "scale": None,
-        "need_weights": False,
-        "average_attn_weights": True,
-        "return_lse": False,
-    }
+    assert keywords == DEFAULTS
 
 
 def test_is_a_subclass_of_torchs_module():

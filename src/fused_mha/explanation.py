@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_mha import linear, one_call
 from fused_mha.dispatch import Explanation, explain_inputs
+from fused_mha.inputs import ModuleArguments
 from fused_mha.multi_head_attention import MultiHeadAttention
 
 
@@ -51,28 +52,25 @@ def explain(
     key = query if key is None else key
     call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
     call.apply_defaults()
-    arguments = call.arguments
-    roles = ("query", "key", "value")
-    if any(arguments[role].is_nested for role in roles):
-        given = {name: arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")}
-        padded, padding, _ = module._unpack_nested(**given)
-        arguments |= {**dict.fromkeys(roles, padded), "key_padding_mask": padding}
-    N, is_batched, dropout_p = module._checked(**arguments)
+    arguments = ModuleArguments(**call.arguments)
+    if any(x.is_nested for x in arguments[:3]):
+        padded, padding, _ = module._unpack_nested(*arguments[:4], arguments.attn_mask)
+        arguments = arguments._replace(query=padded, key=padded, value=padded, key_padding_mask=padding)
+    N, is_batched, dropout_p = module._checked(arguments)
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
-        inputs = module._attention_inputs(**arguments, N=N, is_batched=is_batched, dropout_p=dropout_p)
+        inputs = module._attention_inputs(arguments, N, is_batched, dropout_p)
     explanation = explain_inputs(inputs)
-    kept = one_call.kept(module, **arguments)
+    kept = one_call.kept(module, arguments)
     if kept is not None and explanation.chosen is not None and one_call.keep(kept, module, inputs) is not None:
         return explanation._replace(projections="in one step with the attention, by torch's products")
-    tensors = [arguments[name] for name in (*roles, "key_padding_mask", "attn_mask")]
-    return explanation._replace(projections=_projections(module, *tensors))
+    return explanation._replace(projections=_projections(module, arguments))
 
 
-def _projections(module: MultiHeadAttention, query: Tensor, *others: Any) -> str:
+def _projections(module: MultiHeadAttention, arguments: ModuleArguments) -> str:
     """How `one_call` and `linear` decide, and why."""
-    reason = one_call.tensors_of(module, query, *others)
+    reason = one_call.tensors_of(module, arguments)
     if not isinstance(reason, str):
         return "in one call with the attention"
     weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
-    whose = "fused_mha's product" if linear.is_ours(query, weight, module.in_proj_bias) else "torch's linear"
+    whose = "fused_mha's product" if linear.is_ours(arguments.query, weight, module.in_proj_bias) else "torch's linear"
     return f"by {whose}, apart from the attention: {reason}"

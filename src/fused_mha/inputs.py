@@ -52,6 +52,19 @@ class AttentionInputs(NamedTuple):
         return self.is_causal and (has_virtual_keys or not is_aligned)
 
 
+class ModuleArguments(NamedTuple):
+    """What `MultiHeadAttention.forward` is called with, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    need_weights: bool
+    attn_mask: Tensor | None
+    average_attn_weights: bool
+    is_causal: bool
+
+
 class AttentionResult(NamedTuple):
     """What `attention` returns.
 
@@ -234,11 +247,7 @@ def _transposed_hint(mask: Tensor, rows: int, columns: int) -> str:
 
 
 def check_module_inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
+    arguments: ModuleArguments,
     *,
     embed_dim: int,
     kdim: int,
@@ -250,11 +259,7 @@ def check_module_inputs(
     """Check what `MultiHeadAttention.forward` is called with, by torch's error types.
 
     Args:
-        query: (L, E), (L, N, E) or, with ``batch_first``, (N, L, E).
-        key: as query, of length S and size ``kdim``.
-        value: as query, of length S and size ``vdim``.
-        key_padding_mask: (N, S), or (S) for unbatched input; bool (True = ignore) or float.
-        attn_mask: (L, S), (N * num_heads, L, S) or (N|1, num_heads|1, L|1, S); bool (True = ignore) or float.
+        arguments: its own, with the shapes that it describes.
         embed_dim: E.
         kdim: size of key's features.
         vdim: size of value's features.
@@ -271,6 +276,7 @@ def check_module_inputs(
             beside a packed weight.
         TypeError: a mask that is no tensor, num_heads that is no int.
     """
+    query, key, value, key_padding_mask, _, attn_mask, _, _ = arguments
     if not hasattr(num_heads, "__index__"):
         raise TypeError(f"num_heads must be an int; got {num_heads!r}")
     rank = query.dim()

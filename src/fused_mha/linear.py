@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fused_mha import dispatch
 from fused_mha.backends import cpu
-from fused_mha.modes import autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
+from fused_mha.modes import PLAIN_TYPES, autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
 
-PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 RULE = "torch's own product is the faster one for this dtype, processor and number of rows"
 _FP16 = (torch.float16,)
 _ALL_BUT_BF16 = (*_FP16, torch.float32, torch.float64)
@@ -36,13 +35,14 @@ def dtypes() -> tuple[torch.dtype, ...]:
     return _ALL_BUT_BF16 if torch.bfloat16 in ours and torch.bfloat16 in cpu.LIBRARY.tile_dtypes else ours
 
 
-def serves(dtype: torch.dtype, rows: int, features: int) -> bool:
+def serves(dtype: torch.dtype, features: int, *sequences: Tensor) -> bool:
     """Whether our product is the faster one.
 
     Args:
         dtype: of all operands.
-        rows: how many rows of ``features`` are multiplied; not asked for by tracers, for which a length is no number.
-        features: of a row.
+        features: E.
+        *sequences: (..., in), whose rows are multiplied to E features. Their number is not asked for by tracers, for
+            which a length is no number.
 
     Returns:
         Whether the rule above says so.
@@ -52,6 +52,7 @@ def serves(dtype: torch.dtype, rows: int, features: int) -> bool:
     if cpu.LIBRARY is None or cpu.LIBRARY.isa not in _HAS_VECTORS or not is_eager():
         return False
     few = _FEW_BESIDE_TILES if dtype in cpu.LIBRARY.tile_dtypes else _FEW_ROWS
+    rows = max(x.numel() // max(x.shape[-1], 1) for x in sequences)
     return rows <= few or rows * features * features <= _TINY
 
 
@@ -69,7 +70,7 @@ def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     Returns:
         True where ours is the faster one by the rule above, and nothing transforms the call.
     """
-    if not x.is_cpu or x.dim() < 2 or not serves(x.dtype, x.numel() // max(x.shape[-1], 1), x.shape[-1]):
+    if not x.is_cpu or x.dim() < 2 or not serves(x.dtype, x.shape[-1], x):
         return False
     return (
         dispatch.allows(cpu.BACKEND)

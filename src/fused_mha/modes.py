@@ -16,6 +16,10 @@ _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lam
 _is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # without a check for torch.jit.script
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # make_fx, FakeTensorMode, ...
 
+# Types whose operators no class of their own sees.
+PLAIN_TYPES = (Tensor, Parameter)
+PLAIN_OR_NONE = frozenset((*PLAIN_TYPES, type(None)))
+
 
 def transform_is_active() -> bool:
     """Whether a `torch.func` transform or forward-mode AD is active."""
@@ -93,14 +97,13 @@ def memory_of_each(tensors: Iterable[Tensor | None], device_type: str) -> list[t
     for x in tensors:
         if x is None:
             found.append(None)
-        elif type(x) not in _TYPES or _keys_of(x).raw_repr() not in keys:
+        elif type(x) not in PLAIN_TYPES or _keys_of(x).raw_repr() not in keys:
             return None
         else:
             found.append(memory_of(x))
     return found
 
 
-_TYPES = (Tensor, Parameter)
 _keys_of = torch._C._dispatch_keys
 
 

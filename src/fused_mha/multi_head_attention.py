@@ -17,10 +17,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
 from fused_mha import masks, nested, one_call, plans, projections
-from fused_mha.inputs import AttentionInputs, check_are_tensors, check_dropout, check_module_inputs, default_scale
+from fused_mha.inputs import (
+    AttentionInputs,
+    ModuleArguments,
+    check_are_tensors,
+    check_dropout,
+    check_module_inputs,
+    default_scale,
+)
+from fused_mha.modes import PLAIN_OR_NONE
 from fused_mha.quantization import QConfig
-
-_PLAIN_TYPES = frozenset((Tensor, Parameter, type(None)))
 
 
 def keep_forward_called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -256,7 +262,7 @@ class MultiHeadAttention(TorchAttention):
             `torch.nn.MultiheadAttention.forward`.
         """
         given = (query, key, value, key_padding_mask, attn_mask)
-        if not _PLAIN_TYPES.issuperset(map(type, given)) or query is None or key is None or value is None:
+        if not PLAIN_OR_NONE.issuperset(map(type, given)) or query is None or key is None or value is None:
             if any(isinstance(x, fx.Proxy) for x in given):
                 return self._traced_call(
                     query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -271,21 +277,23 @@ class MultiHeadAttention(TorchAttention):
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
             query, key, value = projections.recordable(query, key, value)
-        arguments = (query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-        kept = one_call.kept(self, *arguments)
+        arguments = ModuleArguments(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+        kept = one_call.kept(self, arguments)
         if kept is not None and kept.served is not None:
             return one_call.serve(kept, kept.served)
-        N, is_batched, dropout_p = self._checked(*arguments)
-        result = one_call.forward(self, *arguments, dropout_p)
+        N, is_batched, dropout_p = self._checked(arguments)
+        result = one_call.forward(self, arguments, dropout_p)
         if result is not None:
             return result
         if kept is not None:
             with torch.no_grad():  # what is saved here, no backward would take
-                inputs = self._attention_inputs(*arguments, N, is_batched, dropout_p)
+                inputs = self._attention_inputs(arguments, N, is_batched, dropout_p)
             served = one_call.keep(kept, self, inputs)
             if served is not None:
                 return one_call.serve(kept, served)
-        heads, weights, _ = plans.run(self._attention_inputs(*arguments, N, is_batched, dropout_p))
+        heads, weights, _ = plans.run(self._attention_inputs(arguments, N, is_batched, dropout_p))
         output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
         if weights is not None and not is_batched:
             weights = weights.squeeze(0)
@@ -297,25 +305,11 @@ class MultiHeadAttention(TorchAttention):
         requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *self.parameters()))
         return nested.unpack(query, key, value, key_padding_mask, attn_mask, self.batch_first, requires_grad)
 
-    def _checked(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[int, bool, float]:
+    def _checked(self, arguments: ModuleArguments) -> tuple[int, bool, float]:
         """Check what `forward` is called with; N, whether the input is batched, and the probability of dropout."""
         weight = self.in_proj_weight
         N, is_batched = check_module_inputs(
-            query,
-            key,
-            value,
-            key_padding_mask,
-            attn_mask,
+            arguments,
             embed_dim=self.embed_dim,
             kdim=self.kdim,
             vdim=self.vdim,
@@ -328,20 +322,10 @@ class MultiHeadAttention(TorchAttention):
         return N, is_batched, dropout_p
 
     def _attention_inputs(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-        N: int,
-        is_batched: bool,
-        dropout_p: float,
+        self, arguments: ModuleArguments, N: int, is_batched: bool, dropout_p: float
     ) -> AttentionInputs:
         """Project and split into heads what has been checked."""
+        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal = arguments
         packed_weight = self.in_proj_weight
         # Not the attribute: torch too follows a num_heads that is changed later.
         head_dim = self.embed_dim // self.num_heads

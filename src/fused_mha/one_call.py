@@ -19,8 +19,8 @@ from fused_mha import dispatch, linear, masks, plans, projections
 from fused_mha.backends import cpu
 from fused_mha.backends.arguments import draw_seed
 from fused_mha.backends.capability import ServedModule
-from fused_mha.inputs import AttentionInputs, default_scale
-from fused_mha.modes import autocast_is_on, is_eager, is_recorded, is_traced_by_dynamo
+from fused_mha.inputs import AttentionInputs, ModuleArguments, default_scale
+from fused_mha.modes import PLAIN_TYPES, autocast_is_on, is_eager, is_recorded, is_traced_by_dynamo
 from fused_mha.ops.module import TENSORS, Call
 
 _IN_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
@@ -63,46 +63,34 @@ def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
 
 
 def forward(
-    module: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    need_weights: bool,
-    attn_mask: Tensor | None,
-    average_attn_weights: bool,
-    is_causal: bool,
-    dropout_p: float,
+    module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float
 ) -> tuple[Tensor, Tensor | None] | None:
     """What `MultiHeadAttention.forward` returns for arguments that it has checked; None where this does not serve."""
-    found = tensors_of(module, query, key, value, key_padding_mask, attn_mask)
-    if isinstance(found, str):
+    tensors = tensors_of(module, arguments)
+    if isinstance(tensors, str):
         return None
-    output, weights, *_ = cpu.multi_head_attention(
-        (*found, draw_seed(dropout_p, query.device)),
-        (
-            module.batch_first,
-            module.num_heads,
-            is_causal,
-            module.add_zero_attn,
-            float(dropout_p),
-            default_scale(module.embed_dim // module.num_heads),
-            need_weights,
-            average_attn_weights,
-        ),
+    seed = draw_seed(dropout_p, arguments.query.device)
+    output, weights, *_ = cpu.multi_head_attention((*tensors, seed), _numbers(module, arguments, dropout_p))
+    return output, weights if arguments.need_weights else None
+
+
+def _numbers(module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float) -> tuple[Any, ...]:
+    """Those of `ops.module.Call`."""
+    return (
+        module.batch_first,
+        module.num_heads,
+        arguments.is_causal,
+        module.add_zero_attn,
+        float(dropout_p),
+        default_scale(module.embed_dim // module.num_heads),
+        arguments.need_weights,
+        arguments.average_attn_weights,
     )
-    return output, weights if need_weights else None
 
 
-def tensors_of(
-    module: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-) -> tuple[Tensor | None, ...] | str:
+def tensors_of(module: nn.MultiheadAttention, arguments: ModuleArguments) -> tuple[Tensor | None, ...] | str:
     """The tensors of `ops.module.Call` but for the seed, cast under autocast; or why one call cannot serve."""
+    query, key, value, key_padding_mask, _, attn_mask, _, _ = arguments
     if not dispatch.allows(cpu.BACKEND) or cpu.LIBRARY is None:
         return "the back end is not cpu"
     if not query.is_cpu:
@@ -117,10 +105,8 @@ def tensors_of(
         return "an input is empty, or num_heads does not divide embed_dim"
     casts = autocast_is_on("cpu")
     dtype = torch.get_autocast_dtype("cpu") if casts else query.dtype
-    if dtype not in linear.dtypes():
-        rows = max(x.numel() // x.shape[-1] for x in (query, key))
-        if not linear.serves(dtype, rows, module.embed_dim):
-            return linear.RULE
+    if not linear.serves(dtype, module.embed_dim, query, key):
+        return linear.RULE
     rounds = False  # weights of float32 to bfloat16 as they are read
     if casts:
         if any(x is not None and x.dtype == torch.float64 for x in (query, key, value, *parameters)):
@@ -140,7 +126,7 @@ def tensors_of(
         inputs = (query, None if key is query else key, None)
     is_readable = _is_readable if eager else _is_on_cpu
     for x in (*inputs, *parameters):
-        if x is None or (x.dtype == dtype and type(x) in linear.PLAIN_TYPES and is_readable(x)):
+        if x is None or (x.dtype == dtype and type(x) in PLAIN_TYPES and is_readable(x)):
             continue
         if not (rounds and _is_weight(x) and is_readable(x)):
             return "an input or a parameter is of another dtype or device, or a subclass of torch.Tensor"
@@ -166,14 +152,13 @@ class Kept(NamedTuple):
 
     kind: plans.Kind
     served: ServedModule | None
-    inputs: tuple[Tensor, Tensor, Tensor]
+    arguments: ModuleArguments
     parameters: tuple[Any, ...]
-    masks: tuple[Tensor | None, Tensor | None]
     numbers: tuple[Any, ...]  # of `ops.module.Call`
 
     def tensors(self, seed: Tensor | None = None) -> tuple[Any, ...]:
         """Those of `ops.module.Call`; what `served` is given has a seed if there is dropout."""
-        (query, key, value), (attn_mask, padding) = self.inputs, self.masks
+        query, key, value, padding, _, attn_mask, _, _ = self.arguments
         batch_first, num_heads, *_ = self.numbers
         if value is key and self.parameters[0] is not None:
             key, value = None if key is query else key, None
@@ -182,21 +167,12 @@ class Kept(NamedTuple):
         return query, key, value, *self.parameters, attn_mask, padding, seed
 
 
-def kept(
-    module: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    need_weights: bool,
-    attn_mask: Tensor | None,
-    average_attn_weights: bool,
-    is_causal: bool,
-) -> Kept | None:
+def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | None:
     """An eager call on CUDA whose kind `plans` may know, not yet checked; None where the steps have to be taken."""
-    device = query.device.type
+    device = arguments.query.device.type
     if device != plans.DEVICE or torch.compiler.is_compiling() or autocast_is_on(device):
         return None
+    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal = arguments
     parameters = _found_parameters(module)
     if parameters is None:
         return None
@@ -218,19 +194,12 @@ def kept(
     kind, served = plans.find(tensors, (*flags, *sizes, *is_one), len(learning))
     if kind is None or type(num_heads) is not int:
         return None
-    numbers = (
-        *flags[:4],
-        float(dropout_p),
-        default_scale(module.embed_dim // num_heads),
-        need_weights,
-        average_attn_weights,
-    )
-    return Kept(kind, served, (query, key, value), parameters, (attn_mask, key_padding_mask), numbers)
+    return Kept(kind, served, arguments, parameters, _numbers(module, arguments, dropout_p))
 
 
 def serve(call: Kept, served: ServedModule) -> tuple[Tensor, Tensor | None]:
     """What `MultiHeadAttention.forward` returns."""
-    return served(call.tensors(draw_seed(call.numbers[_DROPOUT_P], call.inputs[0].device)))
+    return served(call.tensors(draw_seed(call.numbers[_DROPOUT_P], call.arguments.query.device)))
 
 
 _DROPOUT_P = Call._fields.index("dropout_p") - TENSORS
@@ -238,8 +207,8 @@ _DROPOUT_P = Call._fields.index("dropout_p") - TENSORS
 
 def keep(call: Kept, module: nn.MultiheadAttention, inputs: AttentionInputs) -> ServedModule | None:
     """What serves this call, which was checked, and the later ones of its kind."""
-    parameters = _parameters(module)
-    if parameters is None or any(x is not None and x.dtype != inputs.query.dtype for x in (*call.inputs, *parameters)):
+    parameters, dtype = _parameters(module), inputs.query.dtype
+    if parameters is None or any(x is not None and x.dtype != dtype for x in (*call.arguments[:3], *parameters)):
         return None
     if not plans.is_constant(call.numbers):
         return None
@@ -252,7 +221,7 @@ def _batch_size(query: Tensor, batch_first: bool) -> int:
 
 
 def _is_weight(x: Tensor) -> bool:
-    return x.dim() == 2 and x.dtype == torch.float32 and type(x) in linear.PLAIN_TYPES
+    return x.dim() == 2 and x.dtype == torch.float32 and type(x) in PLAIN_TYPES
 
 
 def _is_on_cpu(x: Tensor) -> bool:

@@ -14,17 +14,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from fused_mha import dispatch
 from fused_mha.backends.capability import Backend, Served
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_eager, is_recorded, memory_of_each
+from fused_mha.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of_each
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
 MOST_RECENT = 4  # kinds of the same flags and sizes that are compared before a kind is made up
-_TYPES = {Tensor, Parameter, type(None)}
 _ROWS = 3  # the first tensors of a call: query, key and value
 _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
 Kind = tuple[Any, ...]
@@ -68,7 +66,7 @@ def _precision(x: Tensor | None) -> str | bool | None:
 
 def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _ROWS) -> tuple[Kind | None, Any]:
     """The kind of a call, or None, as `kind_of`; and what serves such calls, None where that is not known."""
-    if not is_eager() or not _TYPES.issuperset(map(type, tensors)):
+    if not is_eager() or not PLAIN_OR_NONE.issuperset(map(type, tensors)):
         return None, None
     learns = torch.is_grad_enabled()
     place_of: dict[Tensor | None, int] = {}  # tensors hash by identity; the guards want none of them twice

@@ -167,3 +167,13 @@ class Call:
         if getattr(C, f"fused_mha_{self.function}")(ctypes.byref(self.arguments)) == 0:
             return None
         return C.fused_mha_last_error().decode()
+
+
+def assert_refused(call, *names: str) -> None:
+    """An error that begins with one of the names, if any is given; nothing is written."""
+    before = {name: x.clone() for name, x in call.tensors.items()}
+    error = call.error()
+    assert error is not None
+    assert not names or error.startswith(tuple(f"{name} " for name in names)), error
+    for name, x in before.items():
+        assert torch.equal(x.view(torch.uint8), call.tensors[name].view(torch.uint8)), name

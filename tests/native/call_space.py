@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from attention_oracle import make_arguments
 
+from strategies import sizes
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_SHAPES = ("LS", "S", "4D LS", "4D S", "HS", "HLS", "NS", "NLS", "NHS", "NHLS")
 LAYOUTS = ("contiguous", "heads first", "slice", "every second row", "gaps", "last dimension strided", "expanded")
@@ -61,10 +63,6 @@ class Call(NamedTuple):
         return torch.ops.fused_mha.dropout_mask(seed, (N, H, L, width), self.arguments["dropout_p"])
 
 
-def _size(smallest, *special):
-    return st.one_of(st.integers(smallest, 9), st.sampled_from(special))
-
-
 @st.composite
 def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
     """Any call; sizes around the edges of vectors, of row tiles (3, 6, 14), panels (8, 16, 32) and key tiles (256)."""
@@ -73,10 +71,10 @@ def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
         return draw(st.sampled_from(options))
 
     H_kv = pick(1, 1, 2, 3)
-    L = draw(_size(smallest, 12, 13, 14, 15, 28, 29, 43, 56, 57))
-    S = draw(_size(smallest, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 255, 257, 300))
-    D = draw(_size(1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80))
-    D_v = D if draw(st.booleans()) else draw(_size(1, 15, 16, 17, 31, 32, 33, 64, 65))
+    L = draw(sizes(smallest, 12, 13, 14, 15, 28, 29, 43, 56, 57))
+    S = draw(sizes(smallest, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 255, 257, 300))
+    D = draw(sizes(1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80))
+    D_v = D if draw(st.booleans()) else draw(sizes(1, 15, 16, 17, 31, 32, 33, 64, 65))
     arguments = make_arguments(
         N=pick(1, 1, 2, 3) if smallest else pick(0, 1, 1, 2, 3),
         L=L,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_mha
-from attention_oracle import DEFAULTS, longest_sums
+from attention_oracle import DEFAULTS, longest_sums, run_with_gradients
 from closeness import assert_close_to_oracle
 from fused_mha.inputs import AttentionResult
 from native.philox import drawn_probability
@@ -112,43 +112,17 @@ def native_attention(**arguments):
         return fused_mha.attention(**arguments)
 
 
-def run(function, arguments, dtype=None, through=("output", "weights", "lse")):
-    """Results and gradients by name, the latter through some of the results, from fresh leaves in a dtype if given."""
-
-    def leaf(x):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return (x if dtype is None else x.to(dtype)).detach().requires_grad_()
-
-    own = {name: leaf(x) for name, x in arguments.items()}
-    results = {name: x for name, x in function(**own)._asdict().items() if x is not None}
-    leaves = {name: x for name, x in own.items() if isinstance(x, Tensor) and x.requires_grad}
-    generator = torch.Generator().manual_seed(7)
-    outputs, cotangents = [], []
-    for name, x in results.items():
-        cotangent = torch.randn(x.shape, generator=generator).to(
-            torch.bfloat16
-        )  # exact in every dtype but fp16's range
-        if name in through and x.requires_grad:
-            outputs.append(x)
-            cotangents.append(cotangent.to(torch.float16).to(x.dtype))
-    found = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-    for (name, x), gradient in zip(leaves.items(), found, strict=True):
-        results[f"grad of {name}"] = torch.zeros_like(x) if gradient is None else gradient
-    return {name: x.detach() for name, x in results.items()}
-
-
 def assert_matches_dense(arguments, keep=None, through=("output", "weights", "lse"), attention=native_attention):
     """Results and gradients of the CPU library, or another, against the oracle, by the one rule; returns the former."""
 
     def dense(**a):
         return dense_attention(keep, **a)
 
-    ours = run(attention, arguments, through=through)
+    ours = run_with_gradients(attention, arguments, through=through)
     dtype = arguments["query"].dtype
-    theirs = run(dense, arguments, through=through)
+    theirs = run_with_gradients(dense, arguments, through=through)
     if dtype in HALF and "lse" in theirs:  # the log-sum-exp is fp32
-        theirs["lse"] = run(dense, arguments, torch.float32, through)["lse"]
+        theirs["lse"] = run_with_gradients(dense, arguments, torch.float32, through)["lse"]
     for name, x in ours.items():
         given = arguments.get(name.removeprefix("grad of "))
         if given is not None:
@@ -157,7 +131,11 @@ def assert_matches_dense(arguments, keep=None, through=("output", "weights", "ls
             single = torch.float32 if dtype in HALF else dtype
             assert x.dtype == (single if name == "lse" else dtype), name
     assert_close_to_oracle(
-        ours, theirs, lambda: run(dense, arguments, torch.float64, through), longest_sums(arguments, ours), dtype
+        ours,
+        theirs,
+        lambda: run_with_gradients(dense, arguments, torch.float64, through),
+        longest_sums(arguments, ours),
+        dtype,
     )
     return ours
 

@@ -19,10 +19,11 @@ from unittest import mock
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
+from attention_oracle import run_with_gradients
 from fused_mha.backends.cpu import LIBRARY
 from native.c_abi import ISAS_OF
 from native.call_space import calls
-from native.dense_oracle import drawn_seed, native_attention, run
+from native.dense_oracle import drawn_seed, native_attention
 
 PAGE = mmap.PAGESIZE
 PATTERN, POISON = 0xA5, 0xFF
@@ -130,9 +131,9 @@ def run_guarded(isa: str) -> None:
         guard = Guard()
         inputs = {k: guard.copy(v) if isinstance(v, torch.Tensor) else v for k, v in call.arguments.items()}
         with drawn_seed(*call.seed):
-            expected = run(native_attention, call.arguments)
+            expected = run_with_gradients(native_attention, call.arguments)
             with guarding(guard):
-                results = run(native_attention, inputs)
+                results = run_with_gradients(native_attention, inputs)
         guard.check()
         for name, x in expected.items():
             assert torch.equal(results[name], x), name

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from fused_mha.testing.tolerances import tolerance
 from native.call_space import DTYPES, LAYOUTS, MASK_SHAPES, calls, lay_out
-from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention, run
+from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention
 
 from strategies import examples
 
@@ -131,7 +131,7 @@ def test_any_memory_layout_gives_the_same_bits(isa, name, dtype):
     for layout in LAYOUTS:
         laid_out = lay_out(arguments[name], layout)
         copied = laid_out.clone(memory_format=torch.contiguous_format)
-        results, expected = (run(native_attention, arguments | {name: x}) for x in (laid_out, copied))
+        results, expected = (run_with_gradients(native_attention, arguments | {name: x}) for x in (laid_out, copied))
         assert set(results) == set(expected)
         for key, result in results.items():
             assert torch.equal(result, expected[key]), (layout, key)
@@ -154,7 +154,7 @@ def test_any_memory_layout_of_the_incoming_gradients_gives_the_same_bits(base_is
 def test_gradients_of_what_is_not_asked_for_are_none_and_change_no_other(base_isa):
     masks = {"mask_dtype": torch.float32, "padding_dtype": torch.float32, "bias_kv": True}
     arguments = make_arguments(L=17, S=35, **masks)
-    everything = run(native_attention, arguments)
+    everything = run_with_gradients(native_attention, arguments)
     cotangent = torch.randn(2, 17, 4, 5, generator=torch.Generator().manual_seed(7)).to(torch.bfloat16).float()
     for name, x in arguments.items():
         if isinstance(x, torch.Tensor):

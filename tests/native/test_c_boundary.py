@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fused_mha.backends.cpu import LIBRARY
-from native.c_abi import DTYPES, RESULTS, SHARED, C, Call, TensorFields
+from native.c_abi import DTYPES, RESULTS, SHARED, C, Call, TensorFields, assert_refused
 
 OPTIONAL = {"attn_mask", "key_padding_mask", "weights", "lse", "grad_weights", "grad_lse", "grad_attn_mask"}
 OPTIONAL |= {"grad_columns", "grad_bias_k", "grad_bias_v"}  # absent where there is no pointer
@@ -19,16 +19,6 @@ EACH = [(function, name) for function in RESULTS for name in (*SHARED, *RESULTS[
 
 each_argument = pytest.mark.parametrize(("function", "name"), EACH)
 each_function = pytest.mark.parametrize("function", RESULTS)
-
-
-def assert_refused(call, *names):
-    """An error that begins with one of the names; the results are as they were."""
-    before = {name: x.clone() for name, x in call.tensors.items()}
-    error = call.error()
-    assert error is not None
-    assert error.split()[0] in names, error
-    for name, x in call.tensors.items():
-        assert torch.equal(x.view(torch.uint8), before[name].view(torch.uint8)), name
 
 
 def rank(call, name):

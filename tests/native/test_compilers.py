@@ -7,13 +7,13 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_mha
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from fused_mha import MultiHeadAttention
 from fused_mha.testing.tolerances import tolerance
-from native.dense_oracle import native_attention, run
+from native.dense_oracle import native_attention
 
 # torch's compilers script some of their own code
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
+pytestmark = [pytest.mark.usefixtures("fresh_compiler"), pytest.mark.filterwarnings("ignore:.torch.jit.script")]
 
 SIZES = [(2, 5), (3, 9), (7, 33)]
 CALLS = {
@@ -35,13 +35,6 @@ class Block(torch.nn.Module):
     def forward(self, x, padding):
         output, weights = self.attention(x, x, x, key_padding_mask=padding, **self.arguments)
         return output if weights is None else torch.cat([output, weights], dim=-1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def call_of(module, arguments):
@@ -175,8 +168,8 @@ class TestTransforms:
     def test_grad_gives_the_gradients_of_the_library(self):
         arguments = self.arguments()
         function, values = self.function(arguments)
-        expected = run(native_attention, arguments)
-        generator = torch.Generator().manual_seed(7)  # as `run` draws them
+        expected = run_with_gradients(native_attention, arguments)
+        generator = torch.Generator().manual_seed(7)  # as `run_with_gradients` draws them
         cotangents = [torch.randn(x.shape, generator=generator).to(torch.bfloat16).double() for x in function(*values)]
 
         def loss(*inputs):

@@ -1,43 +1,23 @@
 """First and second derivatives of the CPU library's results against numeric ones, in fp64."""
 
+import functools
+
 import pytest
 import torch
 
+import differentiation
 from attention_oracle import make_arguments
 from native.dense_oracle import drawn_seed, native_attention
 
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
 WANTED = {"output": {}, "averaged": {"need_weights": True}, "everything": PER_HEAD}
-CASES = {
-    "plain": {},
-    "grouped and causal": {"H": 4, "H_kv": 2, "is_causal": True},
-    "bool mask": {"mask_dtype": torch.bool, "mask_shape": "NHLS"},
-    "float mask": {"mask_dtype": torch.float64},
+CASES = differentiation.CASES | {
     "float mask of the keys": {"mask_dtype": torch.float64, "mask_shape": "S"},
-    "float mask per head": {"mask_dtype": torch.float64, "mask_shape": "HLS"},
-    "float padding": {"padding_dtype": torch.float64, "mask_dtype": torch.bool},
-    "virtual keys": {"bias_kv": True, "add_zero_attn": True, "padding_dtype": torch.bool},
-    "window": {"window": (1, 0), "causal_alignment": "bottom_right"},
     "dropout": {"dropout_p": 0.4, "mask_dtype": torch.float64},
     "empty rows": {"mask_dtype": torch.bool, "hidden": 0.9},
 }
 SHAPE = {"N": 2, "L": 3, "S": 4, "H": 2, "H_kv": 2, "D": 2, "D_v": 3, "dtype": torch.float64}
-
-
-def as_function(arguments, forget=()):
-    """Attention of its floating tensors alone, and those; a constant -inf of the lse becomes 0."""
-    for name in ("attn_mask", "key_padding_mask"):  # numeric differentiation of -inf is NaN
-        if name in arguments and arguments[name].is_floating_point():
-            arguments[name] = arguments[name].clamp(min=-50.0)
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-
-    def function(*values):
-        result = native_attention(**arguments | dict(zip(tensors, values, strict=True)))._asdict()
-        if result["lse"] is not None:
-            result["lse"] = result["lse"].masked_fill(result["lse"] == float("-inf"), 0.0)
-        return tuple(x for name, x in result.items() if x is not None and name not in forget)
-
-    return function, tuple(x.requires_grad_() for x in tensors.values())
+as_function = functools.partial(differentiation.as_function, native_attention)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -5,10 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from fused_mha import MultiHeadAttention
 from native.call_space import DTYPES
-from native.dense_oracle import drawn_seed, native_attention, run
+from native.dense_oracle import drawn_seed, native_attention
 
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
 ONE_QUERY = {"N": 3, "L": 1, "S": 1100, "H": 6, "H_kv": 2, "D": 40, "D_v": 24}
@@ -47,7 +47,7 @@ def assert_same_bits(results, expected):
 
 def results_and_gradients(arguments):
     with drawn_seed(3, 4):
-        return run(native_attention, arguments)
+        return run_with_gradients(native_attention, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -142,9 +142,9 @@ def test_one_batch_element_or_head_does_not_depend_on_the_others(base_isa):
 def test_python_threads_at_once_get_the_same_bits(base_isa, set_num_threads):
     set_num_threads(2)
     arguments = make_arguments(**LONG, mask_dtype=torch.float32, mask_shape="LS")
-    expected = run(native_attention, arguments)
+    expected = run_with_gradients(native_attention, arguments)
     with ThreadPoolExecutor(4) as pool:
-        for results in pool.map(lambda _: run(native_attention, arguments), range(8), timeout=120):
+        for results in pool.map(lambda _: run_with_gradients(native_attention, arguments), range(8), timeout=120):
             assert_same_bits(results, expected)
 
 

@@ -6,13 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_oracle import DEFAULTS, make_arguments
+from attention_oracle import checked, make_arguments, run_with_gradients
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.cpu import LIBRARY
-from fused_mha.inputs import check_attention
 from fused_mha.ops import fallback, schema
 from fused_mha.testing.tolerances import tolerance
-from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention, run
+from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention
 from native.philox import drawn_probability, kept, philox4x32, random_bits
 
 from strategies import examples
@@ -126,7 +125,7 @@ def test_results_and_gradients_are_scaled_by_what_is_kept(base_isa, p):
 def test_a_draw_is_replayed_with_the_same_scale(p):
     arguments = make_arguments(N=1, L=33, S=2048, H=2, H_kv=2, D=4, dtype=torch.float64, dropout_p=p)
     with drawn_seed(11, -12):
-        drawn = arguments_of(check_attention(**DEFAULTS | arguments))
+        drawn = arguments_of(checked(**arguments))
     (output, *_), (replayed, *_) = schema.attention(*drawn), fallback.reference_attention(drawn)
     bound = tolerance(torch.float64, 0.0, output.abs().max().item(), terms=2048)
     assert (replayed - output).abs().max().item() <= bound
@@ -136,7 +135,7 @@ def test_the_backward_drops_the_same_weights(base_isa):
     arguments = make_arguments(N=2, L=45, S=67, H=3, H_kv=3, D=8, D_v=67, dropout_p=0.4)
     arguments["value"] = torch.eye(67)[None, :, None].expand(2, -1, 3, -1).contiguous()  # output = weights
     with drawn_seed(11, -12):
-        results = run(native_attention, arguments)
+        results = run_with_gradients(native_attention, arguments)
     keep = torch.from_numpy(kept((11, -12), (2, 3, 45, 67), 0.4))
     weights = results["output"].transpose(1, 2)
     assert torch.equal(weights != 0, keep)
@@ -201,6 +200,6 @@ def test_dropping_everything_gives_zeros_and_keeps_the_log_sum_exp(base_isa):
 def test_rows_whose_every_weight_is_dropped_have_finite_gradients(base_isa):
     arguments = make_arguments(L=40, S=3, dropout_p=0.9, mask_dtype=torch.float32, hidden=0.0, **PER_HEAD)
     with drawn_seed(1, 1):
-        results = run(native_attention, arguments)
+        results = run_with_gradients(native_attention, arguments)
     assert bool((results["weights"] == 0).all(-1).any())
     assert all(bool(x.isfinite().all()) for x in results.values())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 
 import fused_mha
-from attention_oracle import make_arguments, naive_attention
+from attention_oracle import make_arguments, naive_attention, run_with_gradients
 from closeness import assert_close_to_oracle
 from fused_mha.testing.tolerances import tolerance
 from native.call_space import DTYPES, LAYOUTS, MASK_SHAPES, calls, lay_out
@@ -15,7 +15,6 @@ from native.dense_oracle import (
     dense_attention,
     drawn_seed,
     native_attention,
-    run,
 )
 from native.philox import drawn_probability
 
@@ -54,7 +53,8 @@ def test_the_oracle_itself_is_the_naive_loop(call):
     keep = call.keep()
     keep = None if keep is None else keep[:, :, : arguments["query"].shape[1]]
     dense, naive = (
-        run(lambda f=f, **a: f(keep, **a), arguments, torch.float64) for f in (dense_attention, naive_attention)
+        run_with_gradients(lambda f=f, **a: f(keep, **a), arguments, torch.float64)
+        for f in (dense_attention, naive_attention)
     )
     assert_close_to_oracle(dense, naive, lambda: naive, 10_000)
 

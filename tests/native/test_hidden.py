@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from native.call_space import DTYPES
-from native.dense_oracle import drawn_seed, native_attention, run
+from native.dense_oracle import drawn_seed, native_attention
 
 INF, NAN = float("inf"), float("nan")
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
@@ -42,12 +42,12 @@ def test_poison_in_hidden_keys_changes_no_bit_of_results_and_gradients(isa, hidd
     if "bias_kv" in call or "window" in call:
         arguments["key_padding_mask"] = torch.randn(2, S).masked_fill(mask, -INF)
     with drawn_seed(1, 2):
-        clean = run(native_attention, arguments)
+        clean = run_with_gradients(native_attention, arguments)
         for poison in (NAN, INF):
             dirty = dict(arguments)
             for name in ("key", "value"):
                 dirty[name] = arguments[name].masked_fill(mask[:, :, None, None], poison)
-            results = run(native_attention, dirty)
+            results = run_with_gradients(native_attention, dirty)
             for name, expected in clean.items():
                 assert torch.equal(results[name], expected), name
     for name in ("grad of key", "grad of value"):
@@ -59,21 +59,21 @@ def test_poison_in_hidden_keys_changes_no_bit_of_results_and_gradients(isa, hidd
 def test_minus_infinity_of_every_floating_dtype_hides_keys_from_being_read(base_isa, padding_dtype):
     arguments = make_arguments(L=5, S=40, padding_dtype=padding_dtype, hidden=0.5, **PER_HEAD)
     hidden = arguments["key_padding_mask"] == -INF
-    clean = run(native_attention, arguments)
+    clean = run_with_gradients(native_attention, arguments)
     for name in ("key", "value"):
         arguments[name] = arguments[name].masked_fill(hidden[:, :, None, None], NAN)
     for name, expected in clean.items():
-        assert torch.equal(run(native_attention, arguments)[name], expected), name
+        assert torch.equal(run_with_gradients(native_attention, arguments)[name], expected), name
 
 
 @each_dtype
 @pytest.mark.parametrize("poison", [NAN, INF], ids=str)
 def test_poison_in_hidden_keys_reaches_no_averaged_weight(isa, poison, dtype):
     arguments = make_arguments(L=17, S=70, dtype=dtype, padding_dtype=torch.bool, hidden=0.5, need_weights=True)
-    clean = run(native_attention, arguments)
+    clean = run_with_gradients(native_attention, arguments)
     for name in ("key", "value"):
         arguments[name] = arguments[name].masked_fill(arguments["key_padding_mask"][:, :, None, None], poison)
-    dirty = run(native_attention, arguments)
+    dirty = run_with_gradients(native_attention, arguments)
     for name, expected in clean.items():
         assert torch.equal(dirty[name], expected), name
 
@@ -111,7 +111,7 @@ def rows_masked_everywhere(kind, L, S, mask_dtype):
 def test_rows_masked_everywhere_give_zeros_and_finite_gradients(isa, kind, mask_dtype, wanted, dtype):
     masks, rows = rows_masked_everywhere(kind, 45, 33, mask_dtype)
     arguments = make_arguments(L=45, S=33, D=9, D_v=6, dtype=dtype, dropout_p=0.2, **wanted) | masks
-    results = run(native_attention, arguments)
+    results = run_with_gradients(native_attention, arguments)
     assert not results["output"][rows].any()
     assert bool(results["output"][~rows].any())
     assert not results["grad of query"][rows].any()

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import fused_mha
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from fused_mha.backends import native
 from fused_mha.backends.cpu import LIBRARY
 from native.c_abi import ISAS, ISAS_OF, C
-from native.dense_oracle import native_attention, run
+from native.dense_oracle import native_attention
 
 
 def python(*arguments, **variables):
@@ -173,10 +173,10 @@ def test_every_parallel_loop_follows_torch_set_num_threads(threads, set_num_thre
 
     arguments = make_arguments(**LARGE, mask_dtype=torch.float32, mask_shape="LS")
     set_num_threads(1)
-    expected = run(native_attention, arguments)
+    expected = run_with_gradients(native_attention, arguments)
     parallel_for(record)
     set_num_threads(threads)
-    results = run(native_attention, arguments)
+    results = run_with_gradients(native_attention, arguments)
     assert ranges == [(0, threads, 1)] * len(ranges)
     assert len(ranges) >= 2  # forward and backward
     assert all(torch.equal(results[name], x) for name, x in expected.items())
@@ -197,10 +197,10 @@ def test_no_schedule_of_the_workers_deadlocks_or_changes_a_bit(base_isa, order, 
     for extra in ({"mask_dtype": torch.float32, "mask_shape": "LS"}, {"need_weights": True, "bias_kv": True}):
         arguments = make_arguments(**LARGE | {"L": 60}, **extra)
         set_num_threads(1)
-        expected = run(native_attention, arguments)
+        expected = run_with_gradients(native_attention, arguments)
         set_num_threads(4)
         parallel_for(schedule)
-        results = run(native_attention, arguments)
+        results = run_with_gradients(native_attention, arguments)
         assert all(torch.equal(results[name], x) for name, x in expected.items())
 
 

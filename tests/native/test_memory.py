@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from fused_mha.testing.tolerances import tolerance
-from native.dense_oracle import dense_attention, native_attention, run
+from native.dense_oracle import dense_attention, native_attention
 
 TESTS = Path(__file__).parents[1]
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
@@ -62,7 +62,7 @@ def allocations(function):
 def test_no_tensor_of_all_scores_is_allocated(case, dtype, set_num_threads):
     set_num_threads(1)
     arguments = make_arguments(dtype=dtype, **LARGE, **case)
-    sizes = allocations(lambda: run(native_attention, arguments))
+    sizes = allocations(lambda: run_with_gradients(native_attention, arguments))
     scores = LARGE["N"] * LARGE["H"] * LARGE["L"] * LARGE["S"]
     assert max(sizes) < scores  # not even one byte for each
     if dtype == torch.float32:
@@ -130,9 +130,9 @@ def garbage(request, monkeypatch):
 def test_results_do_not_depend_on_what_new_memory_holds(base_isa, garbage, wanted):
     masks = {"mask_dtype": torch.float32, "padding_dtype": torch.float32, "bias_kv": True, "add_zero_attn": True}
     arguments = make_arguments(L=30, S=90, D=17, D_v=9, hidden=0.6, **masks, **wanted)
-    expected = run(native_attention, arguments)
+    expected = run_with_gradients(native_attention, arguments)
     garbage()
-    results = run(native_attention, arguments)
+    results = run_with_gradients(native_attention, arguments)
     for name, x in expected.items():
         assert torch.equal(results[name], x), name
 

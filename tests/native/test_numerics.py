@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from closeness import assert_close_to_oracle
 from native.call_space import DTYPES
 from native.dense_oracle import (
@@ -13,7 +13,6 @@ from native.dense_oracle import (
     assert_matches_dense,
     dense_attention,
     native_attention,
-    run,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -65,7 +64,7 @@ def test_scores_far_apart_leave_one_weight(isa, dtype):
     arguments["query"] = torch.full_like(arguments["query"], -1e4)
     choice = torch.arange(17) * 5 % 35
     arguments["query"][:, torch.arange(17), :, choice] = 1e4
-    results = run(native_attention, arguments)
+    results = run_with_gradients(native_attention, arguments)
     assert torch.equal(results["weights"], torch.eye(35, dtype=dtype)[choice].expand(2, 4, 17, 35))
     assert torch.equal(results["output"], arguments["value"][:, choice].repeat_interleave(2, dim=2))
     assert all(bool(x.isfinite().all()) for x in results.values())
@@ -96,8 +95,8 @@ def test_subnormal_inputs(isa, dtype):
     arguments = make_arguments(L=17, S=35, D=8, D_v=8, dtype=torch.float64, need_weights=True)
     for name in ("query", "key", "value"):
         arguments[name] = (arguments[name] * tiny / 8).to(dtype)
-    ours, theirs = run(native_attention, arguments), run(dense_attention, arguments)
-    exact = run(dense_attention, arguments, torch.float64)
+    ours, theirs = run_with_gradients(native_attention, arguments), run_with_gradients(dense_attention, arguments)
+    exact = run_with_gradients(dense_attention, arguments, torch.float64)
     unit = tiny * torch.finfo(dtype).eps
     for name in ("output", "grad of query", "grad of key"):
         error, torch_error = ((x[name].double() - exact[name]).abs().max().item() for x in (ours, theirs))
@@ -149,12 +148,12 @@ def test_rows_of_which_every_key_has_the_smallest_number_added(isa, where, wante
     mask[0, 5:] = lowest
     arguments[where] = mask
     through = ("output", "weights")  # -3e38 + log(35) = -3e38: torch's own lse has no right gradient there
-    ours = run(native_attention, arguments, through=through)
-    exact = run(dense_attention, arguments, torch.float64, through)
-    theirs = run(without_flash(dense_attention), arguments, through=through)
+    ours = run_with_gradients(native_attention, arguments, through=through)
+    exact = run_with_gradients(dense_attention, arguments, torch.float64, through)
+    theirs = run_with_gradients(without_flash(dense_attention), arguments, through=through)
     usable = {name: x if bool(x.isfinite().all()) else exact[name] for name, x in theirs.items()}
     if "lse" in usable and dtype in HALF:
-        usable["lse"] = run(without_flash(dense_attention), arguments, torch.float32)["lse"]
+        usable["lse"] = run_with_gradients(without_flash(dense_attention), arguments, torch.float32)["lse"]
     for results in (ours, exact, usable):  # -3e38 would be the measure of all the others
         if "lse" in results:
             results["lse"] = torch.where(results["lse"].abs() > 1e4, torch.zeros_like(results["lse"]), results["lse"])
@@ -165,10 +164,10 @@ def test_rows_of_which_every_key_has_the_smallest_number_added(isa, where, wante
 def test_the_lse_of_a_row_of_smallest_numbers_has_the_gradient_of_equal_weights(isa, dtype):
     arguments = make_arguments(L=17, S=35, H_kv=4, D=8, dtype=dtype, return_lse=True, scale=1.0)
     arguments["attn_mask"] = torch.full((17, 35), torch.finfo(torch.float32).min)
-    query = run(native_attention, arguments, through=("lse",))["grad of query"]
+    query = run_with_gradients(native_attention, arguments, through=("lse",))["grad of query"]
     arguments["attn_mask"] = torch.zeros(17, 35)
     arguments["query"] = torch.zeros_like(arguments["query"])
-    assert torch.equal(query, run(native_attention, arguments, through=("lse",))["grad of query"])
+    assert torch.equal(query, run_with_gradients(native_attention, arguments, through=("lse",))["grad of query"])
 
 
 @each_dtype
@@ -197,13 +196,13 @@ def nan_pattern(function, arguments):
 @pytest.mark.parametrize("poison", [NAN, INF, -INF], ids=str)
 def test_poison_gives_nan_where_torch_does_and_in_no_other_batch_element(isa, poison, name, dtype):
     arguments = make_arguments(N=3, L=17, S=40, H=2, H_kv=2, D=5, dtype=dtype, **PER_HEAD)
-    clean = run(native_attention, arguments)
+    clean = run_with_gradients(native_attention, arguments)
     arguments[name] = arguments[name].clone()
     arguments[name][1, 6, 1, 2] = poison
     found = nan_pattern(native_attention, arguments)
     for result, expected in nan_pattern(dense_attention, arguments).items():
         assert torch.equal(found[result], expected), result
-    poisoned = run(native_attention, arguments)
+    poisoned = run_with_gradients(native_attention, arguments)
     for result, expected in clean.items():
         for n in (0, 2):
             assert torch.equal(poisoned[result][n], expected[n]), result

@@ -6,11 +6,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_mha
-from attention_oracle import make_arguments
+from attention_oracle import make_arguments, run_with_gradients
 from fused_mha import MultiHeadAttention
 from fused_mha.ops.schema import Arguments
 from native.call_space import DTYPES
-from native.dense_oracle import drawn_seed, native_attention, run
+from native.dense_oracle import drawn_seed, native_attention
 
 OPS = torch.ops.fused_mha
 CASES = {
@@ -141,9 +141,9 @@ def test_saved_tensors_that_are_changed_in_place_are_noticed():
 def test_saved_tensors_can_be_packed_elsewhere():
     arguments = make_arguments(dropout_p=0.3, mask_dtype=torch.float32)
     with drawn_seed(1, 2):
-        expected = run(native_attention, arguments)
+        expected = run_with_gradients(native_attention, arguments)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone().numpy(), torch.from_numpy):
-            packed = run(native_attention, arguments)
+            packed = run_with_gradients(native_attention, arguments)
     assert all(torch.equal(packed[name], x) for name, x in expected.items())
 
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import fused_mha
-from attention_oracle import make_arguments
-from native.dense_oracle import native_attention, run
+from attention_oracle import make_arguments, run_with_gradients
+from native.dense_oracle import native_attention
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="Windows forks no processes"),
@@ -45,11 +45,11 @@ def in_a_fork(function):
 def test_forward_and_backward_work_in_a_forked_child(threads, set_num_threads):
     set_num_threads(threads)
     arguments = make_arguments(**LARGE)
-    expected = run(native_attention, arguments)  # with a pool of threads in the parent
-    results = in_a_fork(lambda: run(native_attention, arguments))
+    expected = run_with_gradients(native_attention, arguments)  # with a pool of threads in the parent
+    results = in_a_fork(lambda: run_with_gradients(native_attention, arguments))
     assert set(results) == set(expected)
     assert all(torch.equal(results[name], x) for name, x in expected.items())
-    assert all(torch.equal(run(native_attention, arguments)[name], x) for name, x in expected.items())
+    assert all(torch.equal(run_with_gradients(native_attention, arguments)[name], x) for name, x in expected.items())
 
 
 def test_dropout_is_reproducible_in_a_forked_child():
@@ -87,7 +87,7 @@ def test_a_data_loaders_worker_may_attend(set_num_threads):
 def test_results_follow_no_number_of_threads_that_changes_between_forward_and_backward(threads, set_num_threads):
     arguments = make_arguments(**LARGE)
     set_num_threads(3)
-    expected = run(native_attention, arguments)
+    expected = run_with_gradients(native_attention, arguments)
     leaves = {name: x.clone().requires_grad_() for name, x in arguments.items() if isinstance(x, torch.Tensor)}
     output = native_attention(**arguments | leaves).output
     set_num_threads(threads)

@@ -5,11 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_mha
-from attention_oracle import DEFAULTS, make_arguments
-from fused_mha import dispatch
+from attention_oracle import checked, explain_attention, make_arguments
 from fused_mha.backends import sdpa, triton
 from fused_mha.backends.capability import Capability, not_supported_reasons
-from fused_mha.inputs import check_attention
 from fused_mha.ops import fallback
 from fused_mha.ops.module import Call
 from native.test_operators import operands
@@ -25,7 +23,7 @@ def explain(**options):
             name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda") if torch.is_tensor(x) else x
             for name, x in arguments.items()
         }
-        return dispatch.explain_inputs(check_attention(**DEFAULTS | arguments))
+        return explain_attention(**arguments)
 
 
 @pytest.mark.parametrize("plain", [{}, {"is_causal": True, "S": 3}, {"dtype": torch.float32}], ids=", ".join)
@@ -87,7 +85,7 @@ def test_a_float32_mask_that_learns_is_ours(learns):
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_gpu = {name: torch.empty(x.shape, device="cuda") for name, x in arguments.items()}
         on_gpu["attn_mask"].requires_grad_(learns)
-        explanation = dispatch.explain_inputs(check_attention(**DEFAULTS | on_gpu))
+        explanation = explain_attention(**on_gpu)
     assert explanation.chosen == ("triton" if learns else "sdpa")
 
 
@@ -160,7 +158,7 @@ def test_what_it_cannot_do_is_said(call, reason):
 def test_chips_that_are_too_old_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    inputs = check_attention(**DEFAULTS | make_arguments())
+    inputs = checked(**make_arguments())
     assert not_supported_reasons(Capability(cuda_capability=(8, 0)), inputs) == [
         "it needs a GPU of compute capability 8.0 (it is 7.5)"
     ]
