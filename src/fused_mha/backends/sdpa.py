@@ -79,6 +79,9 @@ def _attend(
     is_causal: bool,
     scale: float,
 ) -> AttentionResult:
+    # A branch, since the op takes no number for a flag: sizes are tensors under torch.jit.trace, and may be symbols
+    # under torch.compile.
+    is_grouped = True if key.shape[2] != query.shape[2] else False  # noqa: SIM210
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -87,7 +90,7 @@ def _attend(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=bool(key.shape[2] != query.shape[2]),  # sizes are tensors under torch.jit.trace
+        enable_gqa=is_grouped,
     )
     return AttentionResult(output.transpose(1, 2), None, None)
 
