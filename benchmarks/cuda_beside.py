@@ -17,6 +17,7 @@ from fused_mha import masks
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (N, L, H, D), giving the same
 SECONDS = 40.0  # for all that FlexAttention compiles in a run
+MOST_CASES = 1 << 10  # each is compiled anew, for its mask; Dynamo's own limit is eight
 _compiled: list[float] = []  # seconds of each
 
 
@@ -40,7 +41,8 @@ def flex_attention(
     start = time.perf_counter()
     try:
         attention = _flex_attention(key_padding_mask, is_causal, length)
-        output = attention(*inputs)
+        with torch._dynamo.config.patch(recompile_limit=MOST_CASES):
+            output = attention(*inputs)
         if output.requires_grad:
             torch.autograd.grad(output.sum(), list(inputs))
     except Exception as error:  # a machine may have no compiler for it, or a torch that cannot: the others are timed
@@ -54,8 +56,6 @@ def _flex_attention(key_padding_mask: Tensor, is_causal: bool, length: int) -> A
     # Here, since an installation may have none.
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: PLC0415
 
-    # Each case has another mask; what Dynamo would otherwise run, from some number on, is not FlexAttention's kernel.
-    torch._dynamo.config.recompile_limit = 1 << 10
     visible = key_padding_mask.logical_not()
 
     def is_visible(n: Tensor, _: Tensor, i: Tensor, j: Tensor) -> Tensor:

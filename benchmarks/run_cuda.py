@@ -61,7 +61,14 @@ def main() -> int:
     parser.add_argument("--test-seconds", type=float, default=200, help="after which tests are stopped (default: 200)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that test (default: one for each core)")
     parser.add_argument("--sanitize", action="store_true", help="run some tests by compute-sanitizer too")
-    parser.add_argument("--cpu", action="store_true", help="check and measure this machine's processor too")
+    parser.add_argument(
+        "--cpu",
+        nargs="?",
+        const="too",
+        choices=("too", "only"),
+        help="check and measure this machine's processor too (many minutes more), or it alone",
+    )
+    parser.add_argument("--cpu-seconds", type=float, default=240, help="most of each of these steps (default: 240)")
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)  # compile for that part of the benchmark
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # the benchmark alone
     options = parser.parse_args()
@@ -71,9 +78,20 @@ def main() -> int:
         return 0
     if options.measure:
         return _measure(options)
-    end = time.monotonic() + SECONDS
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in ("cuda_tests.xml", "cuda.json", "host_time.json"):  # of an earlier run
+    statuses = [] if options.cpu == "only" else _on_gpu(options)
+    if options.cpu:
+        statuses += _on_cpu(options)
+    table = cuda_summary.summary(options.out)
+    (options.out / "summary.txt").write_text(table + "\n")
+    print(f"\n{table}")
+    return min(1, max(map(abs, statuses)))
+
+
+def _on_gpu(options: argparse.Namespace) -> list[int]:
+    """Exit statuses of the steps, which take about `SECONDS`."""
+    end = time.monotonic() + SECONDS
+    for name in ("cuda_tests.xml", "cuda_tests.log", "cuda.json", "host_time.json"):  # of an earlier run
         (options.out / name).unlink(missing_ok=True)
     warming = [_start_to_warm(part, options.out) for part in range(bench_cuda.PARTS)] if HAS_GPU else []
     statuses = [_run(_tests(options), options.out)]
@@ -85,25 +103,29 @@ def main() -> int:
         statuses.append(_run(step._replace(seconds=min(step.seconds, left)), options.out))
     if HAS_GPU and options.sanitize:
         statuses.append(_run(_sanitizer(), options.out))
-    if options.cpu:
-        of_cpu = options.out / "cpu"
-        of_cpu.mkdir(exist_ok=True)
-        for path in (*of_cpu.glob("*.xml"), *of_cpu.glob("*.json")):
-            path.unlink()
-        statuses += [_run(step, of_cpu) for step in _cpu_steps(options)]
-    table = cuda_summary.summary(options.out)
-    (options.out / "summary.txt").write_text(table + "\n")
-    print(f"\n{table}")
-    return min(1, max(map(abs, statuses)))
+    return statuses
+
+
+def _on_cpu(options: argparse.Namespace) -> list[int]:
+    """Exit statuses of the steps."""
+    out = options.out / "cpu"
+    out.mkdir(exist_ok=True)
+    for path in (*out.glob("*.xml"), *out.glob("*.json"), *out.glob("*.log")):  # of an earlier run
+        path.unlink()
+    return [_run(step, out) for step in _cpu_steps(options, out)]
 
 
 def _run(step: Step, out: Path) -> int:
     """Runs a step and prints the end of its log."""
     log, start = out / f"{step.name}.log", time.perf_counter()
+    environment = {**os.environ, **step.environment}
     with log.open("w") as file:
-        environment = {**os.environ, **step.environment}
-        process = subprocess.Popen(step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        status = _wait(process, step.seconds)
+        try:
+            process = subprocess.Popen(step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            status = _wait(process, step.seconds)
+        except OSError as error:  # there is no such program
+            status = 1
+            print(f"{step.name}: {error}")
     print(*log.read_text(errors="replace").splitlines()[-LAST_LINES:], sep="\n")
     took = time.perf_counter() - start
     print(f"{step.name}: {took:.0f} s, exit status {status}; all of it is in {log}\n", flush=True)
@@ -155,25 +177,22 @@ def _sanitizer() -> Step:
     return Step("sanitizer", command, 600, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **_OWN_PLUGINS})
 
 
-def _cpu_steps(options: argparse.Namespace) -> list[Step]:
-    """The processor's: none of them sees the GPU."""
-    out, python = options.out / "cpu", [sys.executable]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+def _cpu_steps(options: argparse.Namespace, out: Path) -> list[Step]:
+    """Those of the processor; none of them sees the GPU."""
+    python = [sys.executable]
     parallel = ["-n", str(options.workers)] if _has_plugin("xdist") else []
-    native = _pytest("tests/native", *parallel, f"--junitxml={out / 'native_tests.xml'}")
-    parity = [*python, "-m", "fused_mha.parity", "--dtype", "float32", "--junit", str(out / "parity.xml")]
-    steps = [
-        Step("info", [*python, "-m", "fused_mha.info"], 60, hidden),
-        Step("parity", parity, 120, hidden),
-        Step("native_tests", native, 180, hidden | _OWN_PLUGINS),
-    ]
-    for threads in THREADS:
-        if threads > (os.cpu_count() or 1):
-            continue
+    commands = {
+        "info": [*python, "-m", "fused_mha.info"],
+        "parity": [*python, "-m", "fused_mha.parity", "--dtype", "float32", "--junit", str(out / "parity.xml")],
+        "native_tests": _pytest("tests/native", *parallel, f"--junitxml={out / 'native_tests.xml'}"),
+    }
+    quick = [] if HAS_GPU else ["--quick"]  # a dry run
+    for threads in (count for count in THREADS if count <= (os.cpu_count() or 1)):
         for name in ("attention", "module"):
-            command = [*python, str(BENCHMARKS / "run.py"), name, "--seconds", "0.1", "--threads", str(threads)]
-            steps.append(Step(f"{name}_{threads}_threads", [*command, "--no-bars", "--out", str(out)], 240, hidden))
-    return steps
+            measure = [*python, str(BENCHMARKS / "run.py"), name, "--threads", str(threads), "--seconds", "0.1"]
+            commands[f"{name}_{threads}_threads"] = [*measure, *quick, "--no-bars", "--out", str(out)]
+    environment = {"CUDA_VISIBLE_DEVICES": "", **_OWN_PLUGINS}
+    return [Step(name, command, options.cpu_seconds, environment) for name, command in commands.items()]
 
 
 def _start_to_warm(part: int, out: Path) -> subprocess.Popen[bytes]:
