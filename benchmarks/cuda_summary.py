@@ -19,6 +19,7 @@ import processor
 
 COLUMNS = ("cells", "mean", "lowest", "cuDNN", "FlexAttention", "SDPA cleaned")
 PEERS = ("cudnn_attention", "flex_attention", "sdpa_cleaned")  # of the last columns
+COLLECTED = re.compile(r"\[(\d+) items?\]|collected (\d+) items?")  # with xdist and without
 OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED)\b +tests/|tests/\S+.* (PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
@@ -48,25 +49,22 @@ def summary(folder: Path) -> str:
 
 def tests(xml: Path, log: Path) -> str:
     """How many tests passed and so on; by the log, where the run was stopped before it wrote its XML."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     try:
         suites = list(ET.parse(xml).getroot().iter("testsuite"))
     except (OSError, ET.ParseError):
-        return _tests_of_log(log)
-    counts = Counter[str]()
-    for suite in suites:
-        counts.update({name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")})
-    passed = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
-    failed = f"{counts['failures']} failed, {counts['errors']} errors"
-    return f"{passed} passed, {failed}, {counts['skipped']} skipped"
-
-
-def _tests_of_log(log: Path) -> str:
-    if not log.exists():
-        return "not run"
-    found = (OUTCOME.search(line) for line in log.read_text(errors="replace").splitlines())
-    counts = Counter(match[1] or match[2] for match in found if match is not None)
-    failed = f"{counts['FAILED']} failed, {counts['ERROR']} errors"
-    return f"{counts['PASSED']} passed, {failed}, {counts['SKIPPED']} skipped, then stopped (by the log)"
+        if not lines:
+            return "not run"
+        found = (OUTCOME.search(line) for line in lines)
+        counts = Counter(match[1] or match[2] for match in found if match is not None)
+        numbers = [counts[outcome] for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED")]
+    else:
+        of_all = [sum(int(suite.get(kind, 0)) for suite in suites) for kind in ("failures", "errors", "skipped")]
+        numbers = [sum(int(suite.get("tests", 0)) for suite in suites) - sum(of_all), *of_all]
+    collected = [int(match[1] or match[2]) for line in lines if (match := COLLECTED.search(line)) is not None]
+    passed, failed, errors, skipped = numbers
+    left = max(0, max(collected, default=0) - sum(numbers))
+    return f"{passed} passed, {failed} failed, {errors} errors, {skipped} skipped, {left} not reached"
 
 
 def _groups(results: Mapping[str, Any]) -> list[str]:

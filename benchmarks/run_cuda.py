@@ -29,14 +29,14 @@ if not torch.cuda.is_available():
 
 import bench_cuda
 import cuda_summary
-import host_time as host_times
+import host_time
 
 import run
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 HAS_GPU = bench_cuda.HAS_GPU
-IS_FAKE = host_times.INSIDE in os.environ  # a CUDA that does nothing: results are wrong, and not verified
+IS_FAKE = host_time.INSIDE in os.environ  # a CUDA that does nothing: results are wrong, and not verified
 SANITIZED = "test_lengths or test_head_sizes"  # few enough for compute-sanitizer
 LAST_LINES = 40  # of a step's log
 THREADS = (1, 8, 16)
@@ -168,8 +168,8 @@ def _tests(options: argparse.Namespace) -> Step:
 
 def _gpu_steps(options: argparse.Namespace) -> list[Step]:
     measure = [sys.executable, __file__, "--measure", "--seconds", str(options.seconds), "--out", str(options.out)]
-    host_time = [sys.executable, str(BENCHMARKS / "host_time.py"), "--seconds", "0.3", "--out", str(options.out)]
-    return [*([Step("host_time", host_time, 60)] if HAS_GPU else []), Step("cuda_benchmark", measure, SECONDS)]
+    of_host = [sys.executable, str(BENCHMARKS / "host_time.py"), "--seconds", "0.3", "--out", str(options.out)]
+    return [*([Step("host_time", of_host, 60)] if HAS_GPU else []), Step("cuda_benchmark", measure, SECONDS)]
 
 
 def _sanitizer() -> Step:

@@ -14,7 +14,8 @@ import run_cuda
 from run_cuda import Step
 
 XML = """<testsuites><testsuite tests="{tests}" failures="2" errors="1" skipped="3"></testsuite></testsuites>"""
-LOG = """tests/cuda/test_module.py::test_a[self-1]
+LOG = """2 workers [9 items]
+tests/cuda/test_module.py::test_a[self-1]
 [gw0] [ 50%] PASSED tests/cuda/test_module.py::test_a[self-1]
 [gw1] [ 50%] PASSED tests/cuda/test_module.py::test_b
 [gw0] [ 99%] FAILED tests/cuda/test_module.py::test_c
@@ -45,6 +46,7 @@ def test_the_table_has_each_group_with_its_lowest_ratio_and_its_peers(tmp_path, 
     monkeypatch.setattr(cuda_summary.processor, "cpu_name", lambda: "A processor")
     (tmp_path / "cuda.json").write_text(json.dumps(RESULTS))
     (tmp_path / "cuda_tests.xml").write_text(XML.format(tests=16))
+    (tmp_path / "cuda_tests.log").write_text("collected 20 items\n")
     (tmp_path / "host_time.json").write_text(json.dumps({"attention": {"ours": [10.0, 12.0], "SDPA": [13.04, 20.0]}}))
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "parity.xml").write_text('<testsuite tests="7" failures="0"/>')
@@ -52,8 +54,8 @@ def test_the_table_has_each_group_with_its_lowest_ratio_and_its_peers(tmp_path, 
     lines = cuda_summary.summary(tmp_path).splitlines()
     assert lines[:3] == [
         "processor: A processor; measured on: A GPU, torch 2.11.0, commit abc",
-        "tests/cuda: 10 passed, 2 failed, 1 errors, 3 skipped",
-        "cpu, parity: 7 passed, 0 failed, 0 errors, 0 skipped",
+        "tests/cuda: 10 passed, 2 failed, 1 errors, 3 skipped, 4 not reached",
+        "cpu, parity: 7 passed, 0 failed, 0 errors, 0 skipped, 0 not reached",
     ]
     cells = [line.split("  ") for line in lines]
     rows = [[entry.strip() for entry in line if entry.strip()] for line in cells]
@@ -69,7 +71,7 @@ def test_tests_that_were_stopped_are_counted_by_their_log(tmp_path):
     xml, log = tmp_path / "cuda_tests.xml", tmp_path / "cuda_tests.log"
     assert cuda_summary.tests(xml, log) == "not run"
     log.write_text(LOG)
-    expected = "2 passed, 1 failed, 0 errors, 1 skipped, then stopped (by the log)"
+    expected = "2 passed, 1 failed, 0 errors, 1 skipped, 5 not reached"
     assert cuda_summary.tests(xml, log) == expected
     xml.write_text(XML.format(tests=9)[:40])
     assert cuda_summary.tests(xml, log) == expected
