@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fused_mha
 from fused_mha.backends.cpu import LIBRARY
+from fused_mha.ops.schema import drawn_probability
 
 # From query (N, L, H, D), key and value (N, S, H, D) to the output (N, L, H, D) and, if wanted, the weights.
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -120,13 +121,13 @@ def sdpa(*, dropout: float = 0.0, attn_mask: Tensor | None = None) -> Attention:
 
 
 def bmm(*, weights: bool = False, dropout: float = 0.0, kept: Tensor | None = None) -> Attention:
-    """The products, softmax, dropout (or a given mask of what is ``kept``) and mean, one after the other."""
+    """The products, softmax, dropout (or a given mask of what our core has ``kept``) and mean, one after the other."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         scores = (query * query.shape[-1] ** -0.5).transpose(1, 2) @ key.permute(0, 2, 3, 1)
         probabilities = scores.softmax(dim=-1)  # (N, H, L, S)
         if kept is not None:
-            probabilities = probabilities * kept / (1.0 - dropout)
+            probabilities = probabilities * kept / (1.0 - drawn_probability(dropout))
         elif dropout > 0.0:
             probabilities = F.dropout(probabilities, dropout)
         output = (probabilities @ value.transpose(1, 2)).transpose(1, 2)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cuda_beside
 import fused_mha
 from attention_cells import Cell
 from fused_mha.testing import tolerance
@@ -219,17 +220,40 @@ def _case(
             call()
             baselines[kernel.name.lower()] = call
     timed = contender(ours)
+    beside: dict[str, Callable[[], list[Tensor]]] = {}
+    if key_padding_mask is not None:
+        made = cuda_beside.flex_attention(f"{group}, {name}", key_padding_mask, is_causal, cell.L, inputs)
+        beside |= {} if made is None else {"flex_attention": contender(made)}
+    if attn_mask is not None and attn_mask.is_floating_point():
+        beside["sdpa_cleaned"] = contender(functools.partial(cuda_beside.cleaned, attn_mask))
 
     def verify() -> None:
         if dropout_p:  # theirs draws otherwise
             return
         exact = contender(functools.partial(_exact, merged, is_causal))()
         theirs = next(iter(baselines.values()))()
-        for found, other, right in zip(timed(), theirs, exact, strict=True):
-            errors = [(x.double() - right.double()).abs().max().item() for x in (found, other)]
-            assert errors[0] <= tolerance(DTYPE, errors[1], right.abs().max().item()), (group, name, errors)
+        for who, call in list(beside.items()):
+            try:
+                wrong: object = _errors(call(), theirs, exact)
+            except RuntimeError as error:
+                wrong = error
+            if wrong:
+                print(f"not timed: {who} beside {group}, {name}: {wrong}")
+                del beside[who]
+        wrong = _errors(timed(), theirs, exact)
+        assert not wrong, (group, name, wrong)
 
-    return BenchCase(group, name, timed, {**baselines}, 0.0, verify)
+    return BenchCase(group, name, timed, {**baselines}, 0.0, verify, beside=beside)
+
+
+def _errors(results: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> list[list[float]]:
+    """Of the results that are too far from the exact ones, the error and that of torch's."""
+    wrong = []
+    for found, other, right in zip(results, theirs, exact, strict=True):
+        errors = [(x.double() - right.double()).abs().max().item() for x in (found, other)]
+        if not errors[0] <= tolerance(DTYPE, errors[1], right.abs().max().item()):  # NaN too
+            wrong.append(errors)
+    return wrong
 
 
 def _exact(merged: Tensor | None, is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", default="2.11.0", metavar="VERSION", help="of PyPI, where the installed has no CUDA")
     parser.add_argument("--seconds", type=float, default=2.0, help="per group of calls (default: 2)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of host_time.json")
     options = parser.parse_args()
     if INSIDE not in os.environ and not torch.cuda.is_available():
         return _measure_without_gpu(options.torch)
@@ -47,8 +48,8 @@ def main() -> int:
         print(title)
         for name, (lowest, median) in found[title].items():
             print(f"  {name:<44} {lowest:7.1f} {median:7.1f}", flush=True)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "host_time.json").write_text(json.dumps(found, indent=1) + "\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "host_time.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class BenchCase(NamedTuple):
     bar: float
     verify: Contender  # raises AssertionError if the results differ
     setup: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # around both
+    beside: Mapping[str, Contender] = MappingProxyType({})  # timed in the same rounds; no part of the ratio
 
 
 class GroupBar(NamedTuple):
@@ -160,7 +162,7 @@ def _wait_for_gpu() -> None:
 
 def measure(case: BenchCase, seconds: float) -> Row:
     """Time ours and the baselines in the same rounds."""
-    contenders = {"ours": case.ours, **case.baselines}
+    contenders = {"ours": case.ours, **case.baselines, **case.beside}
     with case.setup():
         rounds = interleave(contenders, seconds)
     timings = {name: _timing([turn[name] for turn in rounds]) for name in contenders}
@@ -218,16 +220,27 @@ def _run(name: str, stem: str, options: argparse.Namespace) -> int:
     if not cases and not reports:
         print(f"{name}: no case's or report's name contains {options.only!r}", file=sys.stderr)
         return 2
-    wrong = [
-        case for case in tqdm(cases, desc="verify", disable=not sys.stderr.isatty(), leave=False) if _is_wrong(case)
-    ]
-    cases = [case for case in cases if case not in wrong]  # no speed is reported of wrong results
     print(f"{name}: {_environment(name, options)['device']}, {options.threads} threads, torch {torch.__version__}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        **_environment(name, options),
+        "rows": [],
+        "groups": [],
+        "wrong": [],
+        "reports": [],
+    }
     rows = []
-    for case in tqdm(cases, desc="measure", disable=not sys.stderr.isatty(), leave=False):
-        rows.append(measure(case, options.seconds))
-        tqdm.write(str(rows[-1]))
+    for case in tqdm(cases, desc=name, disable=not sys.stderr.isatty(), leave=False):
+        if _is_wrong(case):  # no speed is reported of wrong results
+            result["wrong"].append(f"{case.group}, {case.name}")
+        else:
+            rows.append(row := measure(case, options.seconds))
+            tqdm.write(str(row))
+            result["rows"].append({**row._asdict(), "timings": row.rounded_timings})
+        _save(result, options.out / f"{stem}.json")  # now already: the run may be stopped, or a report may fail
     groups = _groups(rows, bars)
+    result["groups"] = [group._asdict() for group in groups]
+    _save(result, options.out / f"{stem}.json")
     for group in groups:
         print(_group_line(group))
     if absent := [] if options.only else [group for group in bars if group not in {row.group for row in rows}]:
@@ -235,20 +248,11 @@ def _run(name: str, stem: str, options: argparse.Namespace) -> int:
     missed = [row for row in rows if not row.passes]
     if rows:
         print(f"{len(rows) - len(missed)} of {len(rows)} cases reach their bar")
-    options.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        **_environment(name, options),
-        "rows": [{**row._asdict(), "timings": row.rounded_timings} for row in rows],
-        "groups": [group._asdict() for group in groups],
-        "wrong": [f"{case.group}, {case.name}" for case in wrong],
-        "reports": [],
-    }
-    _save(result, options.out / f"{stem}.json")  # now already: a report may fail
-    if wrong:
+    if result["wrong"]:
         print("wrong results:", *result["wrong"], sep="\n  ")
     if rows:
         _plot(rows, groups, options.out / f"{stem}.png", f"{name}, {result['device']}, {options.threads} threads")
-    is_right = not wrong
+    is_right = not result["wrong"]
     fails = bool(missed) or not all(group.passes for group in groups)
     for title, measure_report in reports.items():
         report: Report = measure_report(options)
@@ -272,7 +276,9 @@ def _is_wrong(case: BenchCase) -> bool:
 
 
 def _save(result: Mapping[str, object], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    part = path.with_suffix(".part")  # so that no run that is stopped leaves half of a file
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
 
 
 def _groups(rows: Sequence[Row], bars: Mapping[str, GroupBar]) -> list[Group]:

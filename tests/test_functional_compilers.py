@@ -56,6 +56,15 @@ def test_compiled_attention_takes_other_lengths_forward_and_backward(backend, ca
             torch.testing.assert_close(runs[1], runs[0])
 
 
+@pytest.mark.parametrize("heads", [{"H": 4, "H_kv": 2}, {"H": 2, "H_kv": 2}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_attention_takes_symbols_for_all_sizes(backend, heads):
+    compiled = torch.compile(fused_mha.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    arguments = make_arguments(**heads)
+    with fused_mha.backend(backend):
+        torch.testing.assert_close(compiled(**arguments).output, fused_mha.attention(**arguments).output)
+
+
 # By the fused core: a reshape of the others, as in torch's own module, ties torch.export to the virtual keys' number.
 @pytest.mark.parametrize("call", (WITHOUT_WEIGHTS | WITH_WEIGHTS).values(), ids=WITHOUT_WEIGHTS | WITH_WEIGHTS)
 def test_exported_attention_takes_other_lengths(call):

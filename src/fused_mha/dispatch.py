@@ -131,7 +131,7 @@ def explain_inputs(inputs: AttentionInputs) -> Explanation:
     """The choice for these inputs with the reasons of every back end; computes nothing."""
     reasons = {candidate.name: not_supported_reasons(candidate.capability, inputs) for candidate in BACKENDS}
     able = [candidate for candidate in BACKENDS if not reasons[candidate.name]]
-    left = {candidate.name: why for candidate in able if (why := candidate.leaves(inputs)) is not None}
+    left = {candidate.name: str(why) for candidate in able if (why := candidate.leaves(inputs)) is not None}
     for candidate in able:
         if _may_serve(candidate, inputs):
             return Explanation(candidate.name, reasons, candidate.notes(inputs), _override.name, left=left)

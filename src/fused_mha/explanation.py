@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_mha import linear, one_call
+from fused_mha.backends import delegation
 from fused_mha.dispatch import Explanation, explain_inputs
 from fused_mha.inputs import ModuleArguments
 from fused_mha.multi_head_attention import MultiHeadAttention
@@ -62,7 +63,9 @@ def explain(
     explanation = explain_inputs(inputs)
     kept = one_call.kept(module, arguments)
     if kept is not None and explanation.chosen is not None and one_call.keep(kept, module, inputs) is not None:
-        return explanation._replace(projections="in one step with the attention, by torch's products")
+        rule = delegation.MODULE_RULE
+        by = str(rule) if explanation.chosen == rule.serves else "torch's products"
+        return explanation._replace(projections=f"in one step with the attention, by {by}")
     return explanation._replace(projections=_projections(module, arguments))
 
 

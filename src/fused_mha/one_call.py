@@ -168,7 +168,9 @@ class Kept(NamedTuple):
 
 
 def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | None:
-    """An eager call on CUDA whose kind `plans` may know, not yet checked; None where the steps have to be taken."""
+    """An eager call on CUDA whose kind `plans` may know, not yet checked; None where the steps have to be taken, as for
+    a kind of which `keep` has found that nothing serves it.
+    """
     device = arguments.query.device.type
     if device != plans.DEVICE or torch.compiler.is_compiling() or autocast_is_on(device):
         return None
@@ -192,7 +194,7 @@ def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | No
     tensors = (*learning, attn_mask, key_padding_mask)
     is_one = (recorded, key is query, value is key)
     kind, served = plans.find(tensors, (*flags, *sizes, *is_one), len(learning))
-    if kind is None or type(num_heads) is not int:
+    if kind is None or served is _BY_STEPS or type(num_heads) is not int:
         return None
     return Kept(kind, served, arguments, parameters, _numbers(module, arguments, dropout_p))
 
@@ -206,14 +208,23 @@ _DROPOUT_P = Call._fields.index("dropout_p") - TENSORS
 
 
 def keep(call: Kept, module: nn.MultiheadAttention, inputs: AttentionInputs) -> ServedModule | None:
-    """What serves this call, which was checked, and the later ones of its kind."""
+    """What serves this call, which was checked, and the later ones of its kind; None if they take the steps."""
+    served = _found_for(call, module, inputs)
+    plans.remember(call.kind, _BY_STEPS if served is None else served)
+    return served
+
+
+_BY_STEPS = object()  # kept of a kind, so that its inputs are projected to find that out once
+
+
+def _found_for(call: Kept, module: nn.MultiheadAttention, inputs: AttentionInputs) -> ServedModule | None:
     parameters, dtype = _parameters(module), inputs.query.dtype
     if parameters is None or any(x is not None and x.dtype != dtype for x in (*call.arguments[:3], *parameters)):
         return None
     if not plans.is_constant(call.numbers):
         return None
     back_end = dispatch.choose(inputs)
-    return plans.remember(call.kind, back_end.serves_module(Call.of((*call.tensors(), *call.numbers))))
+    return back_end.serves_module(Call.of((*call.tensors(), *call.numbers)))
 
 
 def _batch_size(query: Tensor, batch_first: bool) -> int:

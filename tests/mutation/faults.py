@@ -390,6 +390,20 @@ FAULTS = [
         "tests/triton_kernels/test_plans.py",
     ),
     Fault(
+        "cuda: that nothing serves a kind is found out at every call",
+        PACKAGE + "one_call.py",
+        "plans.remember(call.kind, _BY_STEPS if served is None else served)",
+        "plans.remember(call.kind, served)",
+        CUDA_MODULE + " -k projected_once",
+    ),
+    Fault(
+        "cuda: torch serves what has a window",
+        PACKAGE + "backends/delegation.py",
+        "lambda inputs: inputs.window is not None,",
+        "lambda inputs: False,",
+        "tests/triton_kernels/test_delegation.py",
+    ),
+    Fault(
         "cuda: the values' gradient without dropout's factor",
         CUDA + "backward.py",
         "grad_v *= call.kept_factor",

@@ -7,14 +7,14 @@ import torch
 
 import fused_mha
 from attention_oracle import make_arguments
-from fused_mha import plans
+from fused_mha import one_call, plans
 from native.call_space import LAYOUTS, lay_out
 from native.test_operators import operands
 from test_functional_errors import BIAS_K, BIAS_V, KEY, QUERY, ROWS, VALUE
 from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 
 pytest.importorskip("triton")
-from fused_mha.backends.triton import launch, launcher, preparation, readable
+from fused_mha.backends.triton import eager, launch, launcher, preparation, readable
 
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 
@@ -365,4 +365,5 @@ def test_the_module_goes_the_short_way(launches):
         patch.setattr("fused_mha.one_call.forward", lambda *_: None)
         for _ in range(3):
             module(x, x, x, key_padding_mask=padding)
-    assert len(plans._kept) == 1
+    assert [type(served) for served in plans._kept.values()].count(eager.Kept) == 1
+    assert list(plans._kept.values()).count(one_call._BY_STEPS) == 1  # the back end serves no whole module

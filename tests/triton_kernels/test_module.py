@@ -10,7 +10,7 @@ import fused_mha
 from module_calls import CASES, IDS, E, N, S, inputs, masks, matches_torch, modules
 
 pytest.importorskip("triton")
-from fused_mha import dispatch, one_call, plans
+from fused_mha import dispatch, one_call, plans, projections
 from fused_mha.backends import triton
 from fused_mha.backends.triton import module as kept_modules
 
@@ -287,6 +287,18 @@ def test_head_sizes_of_no_16_bytes_take_the_steps(served):
     expected = torch.nn.MultiheadAttention(12, 2, batch_first=True)
     expected.load_state_dict(module.state_dict())
     torch.testing.assert_close(module(x, x, x)[0], expected(x, x, x)[0])
+    assert not served
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_takes_the_steps_is_projected_once_in_each_later_call(learns, served, monkeypatch):
+    module, x = fused_mha.MultiHeadAttention(12, 2, batch_first=True), torch.randn(2, 5, 12, requires_grad=learns)
+    products = []
+    project = projections.packed_in_projection
+    monkeypatch.setattr(projections, "packed_in_projection", lambda *of: (products.append(of), project(*of))[1])
+    for _ in range(4):
+        module(x, x, x, need_weights=False)
+    assert len(products) == 5  # of the first call two, one of them to find out
     assert not served
 
 

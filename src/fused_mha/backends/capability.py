@@ -45,7 +45,7 @@ class Backend(NamedTuple):
     capability: Capability
     run: Callable[[AttentionInputs], AttentionResult]
     notes: Callable[[AttentionInputs], list[str]]  # what `explain` says of a call that it serves
-    leaves: Callable[[AttentionInputs], str | None] = lambda _: None  # why it leaves a call that it could serve
+    leaves: Callable[[AttentionInputs], object] = lambda _: None  # why it leaves a call that it could serve, or None
     served: Callable[[AttentionInputs], Served | None] = lambda _: None  # what serves eager calls of one kind faster
     serves_module: Callable[[Call], ServedModule | None] = lambda _: None  # what does so with the projections
 

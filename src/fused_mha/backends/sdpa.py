@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_mha import masks
+from fused_mha.backends import delegation
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_plain, is_recorded
+from fused_mha.modes import is_plain
 from fused_mha.ops import schema
-from fused_mha.ops.module import GRADIENTS, Call
+from fused_mha.ops.module import Call
 from fused_mha.reference import append_virtual_keys
 
 
@@ -78,6 +79,9 @@ def _attend(
     is_causal: bool,
     scale: float,
 ) -> AttentionResult:
+    # A branch, since the op takes no number for a flag: sizes are tensors under torch.jit.trace, and may be symbols
+    # under torch.compile.
+    is_grouped = True if key.shape[2] != query.shape[2] else False  # noqa: SIM210
     output = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -86,7 +90,7 @@ def _attend(
         dropout_p=dropout_p,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=bool(key.shape[2] != query.shape[2]),  # sizes are tensors under torch.jit.trace
+        enable_gqa=is_grouped,
     )
     return AttentionResult(output.transpose(1, 2), None, None)
 
@@ -105,14 +109,7 @@ def _served(inputs: AttentionInputs) -> Served | None:
 
 def _serves_module(call: Call) -> ServedModule | None:
     """On CUDA, torch's operator of a whole module: the same products and the same SDPA in one call."""
-    D = call.query.shape[-1] // call.num_heads
-    has_masks = call.attn_mask is not None or call.key_padding_mask is not None or call.is_causal
-    is_simple = call.key is None and call.bias_k is None and not (call.add_zero_attn or call.need_weights or has_masks)
-    if not is_simple or call.in_bias is None or call.out_bias is None or call.query.dim() != 3 or call.dropout_p:
-        return None
-    if not call.batch_first or call.query.shape[1] == 1 or D % 8 or not call.query.is_cuda:
-        return None
-    if is_recorded(*call[:GRADIENTS]):
+    if not delegation.MODULE_RULE.holds(call):
         return None
     E, num_heads = call.query.shape[-1], call.num_heads
 

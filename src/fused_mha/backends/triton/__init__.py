@@ -1,6 +1,6 @@
 """The fused CUDA core in Triton, which CUDA builds of torch bring along: registers its kernels, and serves `dispatch`.
 
-Where torch's own kernels are the faster ones and as right, they serve: `_leaves_to_torch` is the rule.
+Where torch's own kernels are the faster ones and as right, they serve: `delegation` has the rules.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha.backends import sdpa
+from fused_mha.backends import delegation
 from fused_mha.backends.arguments import arguments_of
-from fused_mha.backends.capability import Backend, Capability, Served, ServedModule, not_supported_reasons
-from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE, MOST_OF_TORCH
+from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
+from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE
 from fused_mha.inputs import AttentionInputs, AttentionResult
 from fused_mha.ops import fallback, schema
 from fused_mha.ops.module import Call
@@ -67,41 +67,17 @@ def _serves_module(call: Call) -> ServedModule | None:
     return None if head_size % readable.unit_of(call.query) else module.Kept(call)
 
 
-MOST_SCORES_OF_REFERENCE = 1 << 28  # of a call with weights in fp32: 1 GiB for each tensor of them
-
-
-def _leaves_to_torch(inputs: AttentionInputs) -> str | None:
-    """Why torch's kernels serve a call as fast and as right, if they do.
-
-    Measured on an H100 (benchmarks/results/nvidia_h100): without masks, cuDNN's and FlashAttention take 0.6 to 0.8 of
-    our time in bf16. In fp32, where a Triton product is exact but slow, torch's own take a third to a half, with a
-    merged mask too, and so do scores by cuBLAS where weights are wanted. cuDNN's kernels give NaN for a single query.
-    """
-    N, L, H, _ = inputs.query.shape
-    if inputs.return_lse or L == 1 or N * H > MOST_OF_TORCH:
-        return None
-    has_virtual_keys = inputs.bias_k is not None or inputs.add_zero_attn
-    if not (inputs.need_weights or inputs.needs_mask_tensor() or inputs.dropout_p > 0.0 or has_virtual_keys):
-        return "nothing but causality hides a key, and torch's own kernels are near the limit there"
-    scores = N * H * L * inputs.key.shape[1]
-    return _leaves_float32(inputs, scores) if inputs.query.dtype == torch.float32 else None
-
-
-def _leaves_float32(inputs: AttentionInputs, scores: int) -> str | None:
-    masks = (inputs.attn_mask, inputs.key_padding_mask)
-    if inputs.window is not None or any(mask is not None and mask.requires_grad for mask in masks):
-        return None
-    if inputs.need_weights and scores > MOST_SCORES_OF_REFERENCE:
-        return None
-    if not inputs.need_weights and not_supported_reasons(sdpa.BACKEND.capability, inputs):
-        return None
-    return "torch's products of float32 are faster on a GPU than Triton's"
+def _leaves_to_torch(inputs: AttentionInputs) -> delegation.Rule | None:
+    rule = delegation.rule_of(inputs)
+    return None if rule.serves == "triton" else rule
 
 
 def _notes(inputs: AttentionInputs) -> list[str]:
-    if not inputs.need_weights:
-        return []
-    return ["the weights are computed by a second kernel from the rows' log-sum-exp"]
+    rule = delegation.rule_of(inputs)
+    notes = [str(rule)] if rule.serves == "triton" else []  # not where it was forced
+    if inputs.need_weights:
+        notes.append("the weights are computed by a second kernel from the rows' log-sum-exp")
+    return notes
 
 
 _IS_INSTALLED = importlib.util.find_spec("triton") is not None

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_mha.backends.delegation import MOST_HEADS_OF_TORCH
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
 from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.launcher import Launcher
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
-from fused_mha.backends.triton.tile_config import MOST_OF_TORCH, Launch
+from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
@@ -309,7 +310,7 @@ def _flash_serves(a: Arguments) -> bool:
     if batch * heads * length * a.key.shape[1] < LEAST_SCORES_OF_FLASH:
         return False
     return (
-        (is_plain and length > 1 and a.key.shape[2] == heads and batch * heads <= MOST_OF_TORCH)
+        (is_plain and length > 1 and a.key.shape[2] == heads and batch * heads <= MOST_HEADS_OF_TORCH)
         and (a.value.shape[3] == size and size % 8 == 0 and size <= LARGEST_OF_FLASH)
         and (a.query.dtype in (torch.float16, torch.bfloat16) and _has_flash(a.query.device))
     )

@@ -30,7 +30,6 @@ class Config(NamedTuple):
     grad_key_value: Launch
 
 
-MOST_OF_TORCH = 65535  # heads in a batch that all of torch's own kernels take
 MOST_HEAD_SIZE = 256
 HEAD_SIZES = (64, 128, MOST_HEAD_SIZE)  # up to which the rows below hold
 LARGE, MEDIUM, SMALL = 227 << 10, 163 << 10, 99 << 10  # bytes of shared memory of sm_90, sm_80, and sm_86 and others
