@@ -112,10 +112,32 @@ class _Recent:
 
 
 def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:
-    """What serves this call and the later ones of its kind, if the back end that was chosen for it has such."""
+    """What serves this call and the later ones of its kind: what the back end that was chosen for it has for such, or
+    the back end itself.
+    """
     if kind is None or not all(map(is_constant, inputs[5:8] + inputs[10:])):
         return None
-    return remember(kind, back_end.served(inputs))
+    return remember(kind, back_end.served(inputs) or _by(back_end, inputs))
+
+
+def _by(back_end: Backend, inputs: AttentionInputs) -> Served:
+    masking, others = inputs[5:8], inputs[10:]  # no tensors, which would be kept alive
+
+    def served(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+    ) -> AttentionResult:
+        if attn_mask is not None and attn_mask.dim() == 2:
+            attn_mask = attn_mask[None, None]
+        given = (query, key, value, attn_mask, key_padding_mask)
+        return dispatch.run(back_end, AttentionInputs(*given, *masking, bias_k, bias_v, *others))
+
+    return served
 
 
 def remember(kind: Kind, served: Serves) -> Serves:

@@ -85,6 +85,19 @@ def test_a_forced_back_end_serves(launches):
     assert not launches.by_triton
 
 
+@pytest.mark.parametrize("back_end", ["sdpa", "reference"])
+@pytest.mark.parametrize("mask_shape", ["LS", "NHLS"])
+def test_what_other_back_ends_serve_is_checked_once_too(back_end, mask_shape, monkeypatch):
+    options = {"mask_dtype": torch.float32, "mask_shape": mask_shape, "padding_dtype": torch.bool, "bias_kv": True}
+    calls = [make_arguments(seed=seed, **options) for seed in (0, 1)]
+    with fused_mha.backend(back_end):
+        expected = [fused_mha.attention(**call, is_causal=True).output for call in calls]
+        monkeypatch.setattr("fused_mha.functional.check_attention", None)
+        found = [fused_mha.attention(**call, is_causal=True).output for call in calls]
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(*expected)
+
+
 def test_calls_after_a_first_one_in_inference_mode_have_one():
     modes.plain_keys.cache_clear()
     arguments = make_arguments(padding_dtype=torch.bool)
