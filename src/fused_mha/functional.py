@@ -45,7 +45,7 @@ def attention(
         value: (N, S, H_kv, D_v).
         attn_mask: (L|1, S) or (N|1, H|1, L|1, S), bool (True = ignore) or any floating dtype (added to the scores).
         key_padding_mask: (N, S), bool (True = ignore) or any floating dtype (added to the scores).
-        is_causal: hide the future; applies together with the masks. For L = 2, S = 4 the visible keys are::
+        is_causal: hide the future; applies together with the masks. For L = 2, S = 4 the visible keys are:
 
                 top_left     1 0 0 0      bottom_right     1 1 1 0
                              1 1 0 0                       1 1 1 1
@@ -70,7 +70,7 @@ def attention(
         RuntimeError: ranks, shapes, dtypes or devices that disagree, or no back end can serve the call.
         ValueError: ``dropout_p`` outside [0, 1], an unknown ``causal_alignment``, a negative ``window``.
 
-    Example:
+    Examples:
         >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
         >>> output, weights, _ = fused_mha.attention(query, key, value, is_causal=True, need_weights=True)
         >>> output.shape, weights.shape
