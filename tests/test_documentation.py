@@ -1,4 +1,4 @@
-"""The README and the pages of docs/: their Python code runs, their links lead somewhere, their figures are the recorded.
+"""The README and the pages of docs/: their Python runs, their links lead somewhere, their figures are recorded.
 
 What `mkdocs build --strict` checks of the pages, CI checks by that command.
 """
@@ -104,3 +104,7 @@ def test_the_reference_has_everything_that_is_public():
     documented = set(re.findall(r"^::: fused_mha\.(\S+)$", page, re.MULTILINE))
     public = {*fused_mha.__all__, *(f"testing.{name}" for name in fused_mha.testing.__all__)}
     assert documented == public
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {fused_mha.__version__}\n" in (PROJECT / "CITATION.cff").read_text()
