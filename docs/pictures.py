@@ -2,15 +2,15 @@
 
     python docs/pictures.py
 
-The speeds are those of `benchmarks/results`, the masks are weights that `fused_mha.attention` returns. It needs
-matplotlib, of the extra `bench`.
+The speeds are those of `benchmarks/results`. The masks are weights that `fused_mha.attention` returns. The
+errors are those of the parity kit, on the processor that runs this. It needs matplotlib, of the extra `bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 
 import fused_mha
+from fused_mha.testing import Comparison, compare, grid
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 OUT = Path(__file__).parent / "pictures"
@@ -30,6 +31,7 @@ OUT = Path(__file__).parent / "pictures"
 FASTER, SLOWER, INK, FAINT, HIDDEN, VIRTUAL = "#2f6f9f", "#c2703d", "#333333", "#d9dde1", "#eef0f2", "#8a6fae"
 LIMIT = 12.0  # of the axis: one call of torch's takes 100 times as long
 INCHES_A_ROW = 0.24
+GROUPS_OF_ERRORS = ("plain", "masks", "causal", "virtual keys")
 KEYS, CELL = 8, 0.24  # of a picture of a mask: its real keys, and the inches of a cell
 TIMES = "\N{MULTIPLICATION SIGN}"
 AXIS = (
@@ -114,6 +116,8 @@ def main() -> None:
     mpl.rcParams.update({"font.size": 10, "text.color": INK, "axes.edgecolor": FAINT, "ytick.color": INK})
     for name, panels in PICTURES.items():
         draw_speed(panels, out / name)
+    draw_growth(out / "growth.png")
+    draw_errors(out / "errors.png")
     for name, weights in masks().items():
         draw_mask(weights, out / f"mask_{name}.png")
 
@@ -165,6 +169,80 @@ def draw_group(ax: Axes, i: int, results: Mapping[str, Any], group: str, label: 
     ax.annotate(
         f"{mean:.2f}", (mean, i), (0, 5.5), textcoords="offset points", ha="center", fontsize=7.5, color=color, zorder=4
     )
+
+
+def draw_growth(path: Path) -> None:
+    """The core's time for one token against length, and its memory beside inputs and outputs."""
+    results = json.loads((RESULTS / CORE.file).read_text())
+    reports = {report["name"]: report for report in results["reports"]}
+    figure = Figure(figsize=(8.0, 2.9), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    token = reports["cost of a token"]
+    for name, label, color in (("sdpa", "torch", SLOWER), ("ours", "ours", FASTER)):
+        time.plot(token["lengths"], token["microseconds"][name], "o-", color=color)
+        end = (token["lengths"][-1], token["microseconds"][name][-1])
+        time.annotate(label, end, (6, 0), textcoords="offset points", va="center", color=color)
+    time.set(xscale="log", yscale="log", xlim=(900, 26000))
+    time.set_title("fp32 forward: microseconds a token", loc="left", fontsize=10, fontweight="bold")
+    time.set_xlabel("length, L = S")
+    time.xaxis.set_major_locator(FixedLocator(token["lengths"]))
+    time.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 30]))
+    calls = [name for name, call in reports["memory"].items() if isinstance(call, dict)]
+    for i, name in enumerate(calls):
+        for whose, offset, color in (("torch", 0.18, SLOWER), ("ours", -0.18, FASTER)):
+            mib = reports["memory"][name][whose]["resident"]
+            text = f"{whose} {mib:.0f}" if mib >= 10 else f"{whose} {mib:.1f}"
+            memory.plot(mib, i + offset, "o", color=color, markersize=6.5)
+            memory.annotate(text, (mib, i + offset), (7, 0), textcoords="offset points", va="center", color=color)
+    memory.set(xscale="log", xlim=(0.5, 4000), ylim=(len(calls) - 0.5, -0.5))
+    memory.set_yticks(range(len(calls)), [name.replace(", ", ",\n").replace(" and ", "\nand ") for name in calls])
+    memory.set_title("MiB beside inputs and outputs", loc="left", fontsize=10, fontweight="bold")
+    memory.set_xlabel(reports["memory"]["cell"].replace("x", TIMES))
+    memory.xaxis.set_major_locator(FixedLocator([1, 10, 100, 1000]))
+    for ax in (time, memory):
+        finish(ax)
+    figure.savefig(path, dpi=200)
+
+
+def finish(ax: Axes) -> None:
+    """Plain numbers, and no lines but a faint grid."""
+    for axis in (ax.xaxis, ax.yaxis) if ax.get_yscale() == "log" else (ax.xaxis,):
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.grid(color=FAINT, linewidth=0.6, axis="both" if ax.get_yscale() == "log" else "x")
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0)
+    ax.spines[["top", "right", "left", "bottom"]].set_visible(False)
+
+
+def draw_errors(path: Path) -> None:
+    """Our largest error against torch's, both against fp64, for every quantity of many configurations."""
+    figure = Figure(figsize=(8.0, 3.0), layout="constrained")
+    dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    for (dtype, name), ax in zip(dtypes.items(), figure.subplots(1, len(dtypes)), strict=True):
+        found = [(c.torch_error, c.error) for c in comparisons(dtype) if c.torch_error > 0.0 and c.error > 0.0]
+        lowest, highest = min(map(min, found)) / 1.5, max(map(max, found)) * 1.5
+        ax.plot((lowest, highest), (lowest, highest), color=INK, linewidth=0.9)
+        ax.plot(*zip(*found, strict=True), "o", color=FASTER, markersize=3, alpha=0.5, markeredgewidth=0)
+        ax.set(xscale="log", yscale="log", xlim=(lowest, highest), ylim=(lowest, highest), aspect="equal")
+        closer = sum(ours <= theirs for theirs, ours in found) / len(found)
+        ax.set_title(f"{name}: {closer:.0%} no larger", loc="left", fontsize=10, fontweight="bold")
+        ax.set_xlabel("torch's largest error")
+        ax.tick_params(length=0, which="both")
+        ax.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        ax.grid(color=FAINT, linewidth=0.6)
+        ax.set_axisbelow(True)
+        if name == "fp32":
+            ax.set_ylabel("our largest error")
+    figure.savefig(path, dpi=200)
+
+
+def comparisons(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Outputs, weights and gradients of the grid's training cases with averaged weights."""
+    for case in grid():
+        if case.training and case.need_weights and case.average_attn_weights and case.group in GROUPS_OF_ERRORS:
+            ours, theirs, inputs, arguments = case._replace(dtype=dtype).build()
+            yield from compare(ours, theirs, *inputs, **arguments)
 
 
 def masks() -> dict[str, Tensor]:
