@@ -113,13 +113,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of the pictures (default: docs/pictures)")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    mpl.rcParams.update({"font.size": 10, "text.color": INK, "axes.edgecolor": FAINT, "ytick.color": INK})
-    for name, panels in PICTURES.items():
-        draw_speed(panels, out / name)
-    draw_growth(out / "growth.png")
-    draw_errors(out / "errors.png")
-    for name, weights in masks().items():
-        draw_mask(weights, out / f"mask_{name}.png")
+    with mpl.rc_context({"font.size": 10, "text.color": INK, "axes.edgecolor": FAINT, "ytick.color": INK}):
+        for name, panels in PICTURES.items():
+            draw_speed(panels, out / name)
+        draw_growth(out / "growth.png")
+        draw_errors(out / "errors.png")
+        for name, weights in masks().items():
+            draw_mask(weights, out / f"mask_{name}.png")
 
 
 def draw_speed(panels: tuple[Panel, ...], path: Path) -> None:

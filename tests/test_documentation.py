@@ -58,6 +58,12 @@ def test_the_readme_links_to_what_is_there():
     assert not [target for target in targets if not target.startswith("https:") and not (PROJECT / target).exists()]
 
 
+@pytest.mark.parametrize("page", [*PAGES, PROJECT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_a_file_that_a_page_names_is_there(page):
+    named = re.findall(r"`((?:benchmarks|docs|examples|src|tests)/[\w./-]+)`", page.read_text())
+    assert not [path for path in named if not (PROJECT / path).exists()]
+
+
 def test_every_picture_is_drawn_by_the_script_and_shown(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib, of the extra `bench`")
     monkeypatch.setattr(sys, "argv", ["pictures.py", "--out", str(tmp_path)])

@@ -31,9 +31,10 @@ def attention(
 ) -> AttentionResult:
     """Scaled dot-product attention of split heads: softmax(query @ key^T * scale + masks) @ value.
 
-    In a mask True means *ignore*, as in `torch.nn.MultiheadAttention`, not *attend* as in torch's
-    `scaled_dot_product_attention`. A row that is hidden everywhere gives zeros (output, weights and gradients) and a
-    log-sum-exp of -inf. A key that ``key_padding_mask`` hides is never read, not even if it is NaN.
+    Two things differ from torch's `scaled_dot_product_attention`: the layout is (N, L, H, D), not (N, H, L, D), and in
+    a mask True means *ignore*, as in `torch.nn.MultiheadAttention`, not *attend*. A row that is hidden everywhere gives
+    zeros (output, weights and gradients) and a log-sum-exp of -inf. A key that ``key_padding_mask`` hides is never
+    read, not even if it is NaN.
 
     N batch, H query heads, H_kv key/value heads, L query length, S key length, D head size. All floating dtypes; the
     half types are computed in fp32. Under `torch.autocast`, query, key, value and the biases are cast as torch's SDPA
