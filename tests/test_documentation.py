@@ -105,6 +105,35 @@ def test_a_table_of_figures_has_those_that_were_recorded(heading, results, names
     assert rows == [(f"{group['geometric_mean']:.2f}", f"{group['lowest']:.2f}") for group in recorded]
 
 
+@pytest.mark.parametrize(
+    ("results", "name"),
+    [
+        ("amd_epyc_avx512_bf16/module.json", "fp32 inference"),
+        ("amd_epyc_avx512_bf16/module.json", "fp32 training step"),
+        ("amd_epyc_avx512_bf16/module.json", "fp32 inference, AVX2"),
+        ("nvidia_h100/cuda.json", "module, training step"),
+        ("nvidia_h100/cuda.json", "dropout, forward and backward"),
+    ],
+)
+def test_the_readme_has_the_figures_that_were_recorded(results, name):
+    (group,) = (x for x in json.loads((RESULTS / results).read_text())["groups"] if x["name"] == name)
+    assert f"| {group['geometric_mean']:.2f} [{group['lowest']:.2f}] |" in README.read_text()
+
+
+def test_a_row_of_random_calls_has_what_was_recorded():
+    page = (PROJECT / "docs" / "performance.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+) random calls, \w+ threads?; ([\d.]+) % are slower than torch \| ([\d.]+) \| ([\d.]+) \|", page, re.M
+    )
+    recorded = []
+    for name in ("random_seed_1_1_thread.txt", "random_seed_2_2_threads.txt"):
+        text = (RESULTS / "intel_xeon_2_cores" / name).read_text()
+        ratios = re.findall(r"^([\d.]+)x ", text, re.M)
+        slower, mean = re.search(r"slower than torch: ([\d.]+)%", text)[1], re.search(r"mean ([\d.]+)x", text)[1]
+        recorded.append((str(len(ratios)), slower, mean, min(ratios, key=float)))
+    assert rows == recorded
+
+
 def test_the_reference_has_everything_that_is_public():
     page = (PROJECT / "docs" / "api.md").read_text()
     documented = set(re.findall(r"^::: fused_mha\.(\S+)$", page, re.MULTILINE))
