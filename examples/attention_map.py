@@ -1,6 +1,6 @@
 """Draw what the heads of a trained attention layer look at.
 
-    python examples/attention_map.py            # about a minute
+    python examples/attention_map.py            # one to two minutes
     python examples/attention_map.py --quick    # seconds, and a head that has learned little
 
 A small causal Transformer, converted with `fused_mha.convert`, learns to write pieces of the Python standard library's

@@ -1,7 +1,7 @@
 """Train a small character-level Transformer on Python's source text, with torch's attention and with ours.
 
     python examples/train_text_model.py            # some minutes on two cores
-    python examples/train_text_model.py --quick    # seconds
+    python examples/train_text_model.py --quick    # under a minute
 
 The text is the standard library of the Python that runs this. The model is an ordinary `torch.nn.TransformerEncoder`
 with a causal mask. It is built twice from one seed; the second is converted with `fused_mha.convert`. Both see the same

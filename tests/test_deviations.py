@@ -1,4 +1,4 @@
-"""What differs from torch on purpose, by the numbers of the README's drop-in table.
+"""What differs from torch on purpose, by the numbers of docs/differences.md.
 
 Numbers 2 and 6 are in test_deviations_masking.py, 4 in test_inside_torch_projections.py.
 """

@@ -1,4 +1,4 @@
-"""Deviations 2 and 6 of the README's drop-in table: rows that are masked everywhere, and keys that are never read."""
+"""Deviations 2 and 6 of docs/differences.md: rows that are masked everywhere, and keys that are never read."""
 
 import pytest
 import torch

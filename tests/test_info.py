@@ -105,5 +105,13 @@ def test_names_the_instruction_set_that_the_environment_asks_for():
     assert back_ends(out)["cpu"] == f"the fused core in C++, instruction set {isa}"
 
 
+def test_help_prints_no_info(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        info.main(["--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m fused_mha.info")
+    assert torch.__version__ not in out
+
+
 def test_runs_as_a_command():
     assert rows(run_as_a_command())["fused_mha"] == version("fused-mha")

@@ -56,7 +56,7 @@ def convert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conve
     Raises:
         TypeError: ``model`` is not an `nn.Module`.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), num_layers=2)
         >>> fused_mha.convert(model).changed
         ['layers.0.self_attn', 'layers.1.self_attn']
@@ -97,7 +97,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
         ValueError: a subclass of `MultiHeadAttention` (also one that parametrization made), which torch's class can't
             express; nothing was changed.
 
-    Example:
+    Examples:
         >>> fused_mha.revert(model).changed
         ['layers.0.self_attn', 'layers.1.self_attn']
     """

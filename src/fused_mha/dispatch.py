@@ -97,7 +97,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no back end of that name.
 
-    Example:
+    Examples:
         >>> with fused_mha.backend("reference"):
         ...     output, weights = module(x, x, x)
     """

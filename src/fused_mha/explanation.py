@@ -39,7 +39,7 @@ def explain(
     Raises:
         TypeError: ``module`` is not a `MultiHeadAttention`, or its forward has no such argument.
 
-    Example:
+    Examples:
         >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
         back end: cpu (the first that can serve)
           note: instruction set avx512_bf16

@@ -31,9 +31,10 @@ def attention(
 ) -> AttentionResult:
     """Scaled dot-product attention of split heads: softmax(query @ key^T * scale + masks) @ value.
 
-    In a mask True means *ignore*, as in `torch.nn.MultiheadAttention`, not *attend* as in torch's
-    `scaled_dot_product_attention`. A row that is hidden everywhere gives zeros (output, weights and gradients) and a
-    log-sum-exp of -inf. A key that ``key_padding_mask`` hides is never read, not even if it is NaN.
+    Two things differ from torch's `scaled_dot_product_attention`: the layout is (N, L, H, D), not (N, H, L, D), and in
+    a mask True means *ignore*, as in `torch.nn.MultiheadAttention`, not *attend*. A row that is hidden everywhere gives
+    zeros (output, weights and gradients) and a log-sum-exp of -inf. A key that ``key_padding_mask`` hides is never
+    read, not even if it is NaN.
 
     N batch, H query heads, H_kv key/value heads, L query length, S key length, D head size. All floating dtypes; the
     half types are computed in fp32. Under `torch.autocast`, query, key, value and the biases are cast as torch's SDPA
@@ -45,7 +46,7 @@ def attention(
         value: (N, S, H_kv, D_v).
         attn_mask: (L|1, S) or (N|1, H|1, L|1, S), bool (True = ignore) or any floating dtype (added to the scores).
         key_padding_mask: (N, S), bool (True = ignore) or any floating dtype (added to the scores).
-        is_causal: hide the future; applies together with the masks. For L = 2, S = 4 the visible keys are::
+        is_causal: hide the future; applies together with the masks. For L = 2, S = 4 the visible keys are:
 
                 top_left     1 0 0 0      bottom_right     1 1 1 0
                              1 1 0 0                       1 1 1 1
@@ -70,7 +71,7 @@ def attention(
         RuntimeError: ranks, shapes, dtypes or devices that disagree, or no back end can serve the call.
         ValueError: ``dropout_p`` outside [0, 1], an unknown ``causal_alignment``, a negative ``window``.
 
-    Example:
+    Examples:
         >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
         >>> output, weights, _ = fused_mha.attention(query, key, value, is_causal=True, need_weights=True)
         >>> output.shape, weights.shape

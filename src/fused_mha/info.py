@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -12,8 +15,9 @@ from fused_mha.backends.triton import assemblers
 from fused_mha.dispatch import BACKENDS
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Print what this installation is and can do."""
+    argparse.ArgumentParser(prog="python -m fused_mha.info", description=__doc__).parse_args(arguments)
     devices = ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
         "fused_mha": __version__,
@@ -52,4 +56,4 @@ def _tiles() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

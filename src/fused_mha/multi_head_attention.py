@@ -53,7 +53,7 @@ class MultiHeadAttention(TorchAttention):
     one seed and results. It subclasses torch's module so that libraries which test for its type recognise it. What
     differs by intent: rows that are masked everywhere give ``out_proj.bias`` and never NaN; ``is_causal=True`` needs no
     mask; hooks and replaced projections take effect in every mode; masks of any floating dtype and broadcastable 4-D
-    masks are taken. The README's drop-in table lists everything.
+    masks are taken. The drop-in table of the documentation lists everything.
 
     Args:
         embed_dim: E, size of the query, the output and all heads together.
@@ -72,7 +72,7 @@ class MultiHeadAttention(TorchAttention):
         ValueError: ``embed_dim`` or ``num_heads`` is not positive.
         AssertionError: ``num_heads`` does not divide ``embed_dim``.
 
-    Example:
+    Examples:
         >>> attention = fused_mha.MultiHeadAttention(embed_dim=16, num_heads=4, batch_first=True)
         >>> x = torch.randn(2, 5, 16)
         >>> output, weights = attention(x, x, x)

@@ -76,7 +76,7 @@ def warm_up(
         ValueError: a model without `MultiHeadAttention` or on another device than a GPU, head sizes without a dtype, an
             argument of ``calls`` that is not known.
 
-    Example:
+    Examples:
         >>> model = nn.TransformerEncoderLayer(512, 8, batch_first=True)
         >>> fused_mha.convert(model)  # doctest: +SKIP
         >>> fused_mha.warm_up(model.cuda().eval(), calls=[{"key_padding_mask": torch.bool}])  # doctest: +SKIP

@@ -51,6 +51,22 @@ def test_an_unknown_instruction_set_fails_the_import_and_lists_the_valid_ones():
     assert all(re.search(rf"\b{name}\b", error) for name in ISAS)
 
 
+@pytest.mark.parametrize("command", ["fused_mha", "fused_mha.info", "fused_mha.parity"])
+def test_a_command_says_so_in_one_line(command):
+    done = python("-m", command, FUSED_MHA_ISA="sse9")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fused_mha: FUSED_MHA_ISA must be one of ")
+
+
+def test_the_command_of_another_package_has_the_exception(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import fused_mha")
+    done = python("-m", "theirs.command", FUSED_MHA_ISA="sse9", PYTHONPATH=str(tmp_path))
+    assert done.stderr.startswith("Traceback")
+
+
 X86_FLAGS = {
     "scalar": "sse2",
     "avx2": "avx2 fma f16c bmi2",

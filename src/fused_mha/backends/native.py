@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -122,4 +123,16 @@ def load(folders: Iterable[str]) -> Library | None:
     """
     paths = (Path(folder) / name for folder in folders for name in NAMES)
     path = next((path for path in paths if path.exists()), None)
-    return None if path is None else Library(path)
+    if path is None:
+        return None
+    try:
+        return Library(path)
+    except RuntimeError as error:
+        if not _is_imported_for_a_command():
+            raise
+        sys.exit(f"fused_mha: {error}")  # who types a command wants the message, not our stack
+
+
+def _is_imported_for_a_command() -> bool:
+    """Whether `python -m fused_mha.<command>` imports the package: Python has no path of the command yet."""
+    return sys.argv[:1] == ["-m"] and any(x.removeprefix("-m").startswith("fused_mha") for x in sys.orig_argv)

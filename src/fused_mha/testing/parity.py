@@ -76,7 +76,7 @@ def assert_parity(
         AssertionError: something differs; the text names each quantity, its largest error and where it is, the
             tolerance and the seed.
 
-    Example:
+    Examples:
         >>> theirs = torch.nn.MultiheadAttention(16, 4)
         >>> ours = copy.deepcopy(theirs)
         >>> fused_mha.convert(ours)
