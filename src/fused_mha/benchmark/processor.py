@@ -1,4 +1,4 @@
-"""What a figure was measured on, and the folder below `results/` for it. `run` calls this."""
+"""What a figure was measured on, and the folder below `results/` for it. The harness calls this."""
 
 from __future__ import annotations
 
