@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_mha.benchmark.memory import Call, allocated, mib
+from fused_mha.benchmark.memory import MIB, allocated
+
+Call = Callable[[], tuple[Tensor, ...]]
 
 
 class Measured(NamedTuple):
@@ -44,8 +46,12 @@ def print_measured(run: Call, inputs: Iterable[Tensor], tiny_run: Call, threads:
     torch.set_num_threads(threads)
     tiny_run()  # starts the threads
     resident = _resident(run)
-    results, beside = allocated(run)
-    print(json.dumps(Measured(mib(inputs), results, beside, resident)._asdict()))
+    peak, results = allocated(run)
+    print(json.dumps(Measured(_mib(inputs), _mib(results), peak - _mib(results), resident)._asdict()))
+
+
+def _mib(tensors: Iterable[Tensor]) -> float:
+    return sum(x.untyped_storage().nbytes() for x in tensors) / MIB
 
 
 def _resident(run: Call) -> float | None:
@@ -57,7 +63,7 @@ def _resident(run: Call) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = _status("VmRSS")
         results = run()
-        return _status("VmHWM") - before - mib(results)
+        return _status("VmHWM") - before - _mib(results)
     except OSError:
         return None
 

@@ -15,6 +15,16 @@ ALLOWED = {
     "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention", "warm_up"},
     "parity": {"", "testing"},
     "benchmark": set(),
+    "benchmark.__main__": {"benchmark.command"},
+    "benchmark.command": {
+        *(f"benchmark.{name}" for name in ("comparison", "harness", "memory", "module_cells")),
+        *(f"benchmark.{name}" for name in ("plot", "suites", "yardsticks")),
+    },
+    "benchmark.comparison": {"benchmark.harness"},
+    "benchmark.suites": {
+        *(f"benchmark.{name}" for name in ("attention_cases", "attention_cells", "cuda_cases")),
+        *(f"benchmark.{name}" for name in ("harness", "module_cases", "module_cells")),
+    },
     "benchmark.plot": {"benchmark.harness"},
     "benchmark.cuda_cases": {*(f"benchmark.{name}" for name in ("harness", "module_cases", "module_cells"))},
     "benchmark.module_cases": {
@@ -144,6 +154,7 @@ ALLOWED = {
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity": {"torch", "tqdm"},
+    "benchmark.command": {"torch", "tqdm"},
     "benchmark.plot": {"matplotlib"},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{

@@ -1,1 +1,1 @@
-"""The benchmark that anyone can rerun, `python -m fused_mha.benchmark`; `benchmarks/` of the checkout is built on it."""
+"""The benchmark that anyone can rerun, `python -m fused_mha.benchmark`; `benchmarks/` of the checkout builds on it."""
