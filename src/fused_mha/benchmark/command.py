@@ -24,6 +24,9 @@ from fused_mha.benchmark.suites import DTYPES, SUITES, own_cases
 from fused_mha.benchmark.yardsticks import Yardstick, fma_peak, share_of
 
 INTERRUPTED = 130  # what a shell makes of Ctrl-C
+MOST_THREADS = 1024
+MOST_SIZE = 2**31 - 1
+CHECKED = 4 * 8  # bytes of the check for each score, input and weight: some copies in fp64
 PLOTS = (".png", ".svg", ".pdf")
 OF_A_SHAPE = ("dtype", "padding", "causal", "weights", "train", "dropout", "device")
 EPILOG = """\
@@ -95,9 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--dtype", choices=list(DTYPES), help="autocast: an fp32 module in bf16 (default: fp32)")
     own.add_argument("--padding", type=_fraction, metavar="P", help="a key_padding_mask that hides this share of keys")
-    own.add_argument("--causal", action="store_true", help="a causal attn_mask")
-    own.add_argument("--weights", action="store_true", help="need_weights=True, averaged over heads")
-    own.add_argument("--train", action="store_true", help="forward and backward, not inference")
+    own.add_argument("--causal", action="store_true", default=None, help="a causal attn_mask")
+    own.add_argument("--weights", action="store_true", default=None, help="need_weights=True, averaged over heads")
+    own.add_argument("--train", action="store_true", default=None, help="forward and backward, not inference")
     own.add_argument("--dropout", type=_fraction, metavar="P", help="of the attention weights, with --train")
     own.add_argument("--device", choices=["cpu", "cuda"], help="CUDA_VISIBLE_DEVICES chooses among several")
     return parser
@@ -110,7 +113,7 @@ def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
         parser.error(f"argument {argument}: cuda needs a CUDA device, and torch finds none on this machine")
     if options.shape is None:
         for name in OF_A_SHAPE:
-            if getattr(options, name) not in (None, False):
+            if getattr(options, name) is not None:
                 parser.error(f"argument --{name}: expected beside --shape alone, a suite has its own calls")
         return list(SUITES[options.suite or "quick"].cases())
     if options.suite is not None:
@@ -118,18 +121,29 @@ def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
     if options.dropout and not options.train:
         parser.error("argument --dropout: expected with --train, as nothing is dropped in inference")
     mode = Mode(
-        training=options.train,
-        weights=options.weights,
+        training=bool(options.train),
+        weights=bool(options.weights),
         padding=options.padding or 0.0,
-        causal=options.causal,
+        causal=bool(options.causal),
         dropout=options.dropout or 0.0,
         device=options.device or "cpu",
     )
+    memory = _memory()
+    for cell in options.shape:  # or the system would end this process without a word
+        N, L, S, E, H = cell
+        needed = CHECKED * (N * H * L * S + N * (L + S) * E + 4 * E**2)
+        if needed > memory:
+            gib = f"that of {cell} takes {needed / 2**30:.3g} GiB of {memory / 2**30:.3g}"
+            parser.error(f"argument --shape: expected a call whose check fits into memory, {gib}")
+    return list(own_cases(options.shape, options.dtype or "fp32", mode))
+
+
+def _memory() -> float:
+    """The bytes that this machine has, infinite where the system does not tell."""
     try:
-        return list(own_cases(options.shape, options.dtype or "fp32", mode))
-    except RuntimeError as error:  # of torch's allocators
-        first, *_ = str(error).splitlines()
-        parser.error(f"argument --shape: expected a call that fits into memory; torch says {first!r}")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows; another name
+        return math.inf
 
 
 def _run(cases: Sequence[BenchCase], options: argparse.Namespace, earlier: comparison.Earlier | None) -> int:
@@ -224,7 +238,7 @@ def _milliseconds(row: Row, name: str) -> str:
 def _shape(text: str) -> Cell:
     parts = text.split(",")
     sizes = [int(part) if part.strip().isdecimal() else 0 for part in parts]
-    if len(sizes) not in (4, 5) or min(sizes) < 1:
+    if len(sizes) not in (4, 5) or not 1 <= min(sizes) <= max(sizes) <= MOST_SIZE:
         raise argparse.ArgumentTypeError(f"expected positive sizes N,L,E,H or N,L,S,E,H; got {text!r}")
     (N, L), S, (E, H) = sizes[:2], sizes[-3], sizes[-2:]  # of four sizes the second is both lengths
     if E % H != 0:
@@ -253,8 +267,8 @@ def _seconds(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_THREADS}, got {text!r}")
     return int(text)
 
 
