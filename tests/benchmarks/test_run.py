@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_mha.benchmark import attention_cases, attention_cells
+from fused_mha.benchmark import attention_cases, attention_cells, comparison
 from fused_mha.benchmark.harness import BenchCase
 
 import run
@@ -58,6 +58,13 @@ def test_what_is_beside_is_timed_and_has_no_part_in_the_ratio(measured):
     (row,) = measured([case("a", faster_than_torch=nothing)])["rows"]
     assert list(row["timings"]) == ["ours", "torch", "faster_than_torch"]
     assert row["ratio"] > 2.0
+
+
+def test_the_results_are_in_the_format_that_the_command_compares(measured, tmp_path):
+    result = measured([case("a")])
+    earlier = comparison.read(tmp_path / "test.json")
+    assert earlier.ours["group", "a"]._asdict() == result["rows"][0]["timings"]["ours"]
+    assert set(comparison.CONDITIONS) <= earlier.head.keys()
 
 
 def test_a_run_that_is_stopped_leaves_what_it_has_measured(measured):
