@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from fused_mha import MultiHeadAttention
-from fused_mha.benchmark import attention_cases, command, comparison, cuda_cases, harness, module_cases, suites
+from fused_mha.benchmark import (
+    attention_cases,
+    command,
+    comparison,
+    cuda_cases,
+    harness,
+    module_cases,
+    suites,
+    yardsticks,
+)
 from fused_mha.benchmark.harness import BenchCase, Row, Timing
 from fused_mha.benchmark.module_cells import Cell, Mode, arguments
 
@@ -213,13 +222,16 @@ def test_the_others_are_measured_beside_a_wrong_one(suite, capsys):
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler")
-def test_the_share_of_the_peak_is_that_of_plain_fp32_calls(monkeypatch, tmp_path):
-    monkeypatch.undo()
+def test_the_share_of_the_peak_is_that_of_plain_fp32_calls(suite, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "fma_peak", yardsticks.fma_peak)
     path = tmp_path / "results.json"
-    assert run(*SHAPE, "--json", str(path)) == 0
-    assert 0.0 < json.loads(path.read_text())["rows"][0]["share_of_peak"] < 1.0
-    assert run(*SHAPE, "--json", str(path), "--causal") == 0
-    assert json.loads(path.read_text())["rows"][0]["share_of_peak"] is None
+    (plain,) = suites.own_cases([Cell(1, 3, 3, 8, 2)], "fp32", Mode())
+    (causal,) = suites.own_cases([Cell(1, 3, 3, 8, 2)], "fp32", Mode(causal=True))
+    suite(plain, causal)
+    assert run("--json", str(path)) == 0
+    share, none = (row["share_of_peak"] for row in json.loads(path.read_text())["rows"])
+    assert 0.0 < share < 1.0
+    assert none is None
 
 
 def test_memory_is_the_peak_of_a_call_with_its_results(suite, tmp_path):
@@ -273,6 +285,7 @@ def test_no_plot_without_matplotlib_is_said(suite, tmp_path, monkeypatch, capsys
     suite(case())
     assert run("--plot", str(tmp_path / "plot.png")) == 0
     assert capsys.readouterr().out.endswith("no plot: matplotlib is not installed (pip install matplotlib)\n")
+    assert not (tmp_path / "plot.png").exists()
 
 
 def earlier_file(path, **medians):
