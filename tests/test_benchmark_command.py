@@ -36,6 +36,7 @@ def _short(monkeypatch):
 
     monkeypatch.setattr(command, "fma_peak", no_peak)
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
+    monkeypatch.setattr(command, "_load", lambda: 0.0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -93,7 +94,7 @@ def test_own_shapes_are_checked_measured_and_tabled_last(capsys, tmp_path):
     path = tmp_path / "results.json"
     assert run(*SHAPE, "--shape", "2,3,5,8,2", "--json", str(path)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith(f"torch {torch.__version__}: 2 cases of some 0.001 s each")
+    assert lines[0].endswith(f"torch {torch.__version__}; cases: 2, some 0.001 s each")
     assert lines[1] == "no share of the peak: there is no C compiler"
     assert lines[2].split() == ["case", "speed-up", "ours,", "ms", "torch,", "ms", "of", "peak", "MiB", "torch's"]
     assert [line.split("  ")[0] for line in lines[3:5]] == ["fp32, inference, 1x3x8x2", "fp32, inference, 2x3->5x8x2"]
@@ -232,6 +233,16 @@ def test_the_share_of_the_peak_is_that_of_plain_fp32_calls(suite, monkeypatch, t
     share, none = (row["share_of_peak"] for row in json.loads(path.read_text())["rows"])
     assert 0.0 < share < 1.0
     assert none is None
+
+
+def test_a_busy_machine_is_named_before_its_ratios(suite, monkeypatch, capsys):
+    suite(case())
+    cores = os.cpu_count()
+    for load, is_busy in ((cores + 0.5, True), (cores, False)):
+        monkeypatch.setattr(command, "_load", lambda load=load: load)
+        assert run() == 0
+        named = f"\nbusy machine: a load of {load:.1f} on {cores} cores, " in capsys.readouterr().out
+        assert named is is_busy
 
 
 def test_memory_is_the_peak_of_a_call_with_its_results(suite, tmp_path):

@@ -146,11 +146,21 @@ def _memory() -> float:
         return math.inf
 
 
+def _load() -> float:
+    """The processes that ran at a time in the last minute, none where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows; a container without it
+        return 0.0
+
+
 def _run(cases: Sequence[BenchCase], options: argparse.Namespace, earlier: comparison.Earlier | None) -> int:
     on_gpu = options.suite == "cuda" or (options.device or "cpu") != "cpu"
     head = environment("cuda" if on_gpu else "cpu", options.threads, options.seconds)
     heading = f"{head['device']}, {head['isa']}, {options.threads} threads, torch {torch.__version__}"
-    print(f"{heading}: {len(cases)} cases of some {options.seconds:g} s each", flush=True)
+    print(f"{heading}; cases: {len(cases)}, some {options.seconds:g} s each", flush=True)
+    if (load := _load()) > (cores := os.cpu_count() or 1):
+        print(f"busy machine: a load of {load:.1f} on {cores} cores, where threads wait and ratios say little")
     peak = None
     if any(case.flops for case in cases) and not on_gpu:
         try:
