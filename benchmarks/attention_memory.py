@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from attention_cells import Attention, Cell, bmm, forward, forward_backward, ours, sdpa, tensors
-from memory import MIB, in_fresh_process, print_measured
-
-from run import Report
+from fused_mha.benchmark.attention_cells import Attention, Cell, bmm, forward, forward_backward, ours, sdpa, tensors
+from fused_mha.benchmark.harness import Report
+from fused_mha.benchmark.memory import MIB
+from memory import in_fresh_process, print_measured
 
 PER_THREAD = 2.0  # MiB of workspace
 CELL, QUICK_CELL, TINY_CELL = Cell(1, 16, 2048, 2048, 64), Cell(1, 4, 512, 512, 64), Cell(1, 2, 64, 64, 64)

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention_cells import MAIN, QUICK, Cell, forward, merged_mask, ours, sdpa, tensors
+from fused_mha.benchmark.attention_cells import MAIN, QUICK, Cell, forward, merged_mask, ours, sdpa, tensors
+from fused_mha.benchmark.harness import Contender, GroupBar, Report, interleave, skipped
+from fused_mha.benchmark.yardsticks import fma_peak, share_of
 from peers import Make, in_turns, median_ms, onnx_runtime_call
-from yardsticks import fma_peak, share_of
-
-from run import Contender, GroupBar, Report, interleave, skipped
 
 PEAK_SHARE = GroupBar(0.75, 0.85)
 ONNX_RUNTIME = GroupBar(1.05, 1.2)

@@ -1,173 +1,19 @@
-"""`fused_mha.attention` against torch's `scaled_dot_product_attention`, or the products and softmax it cannot replace.
-
-Run it by `python benchmarks/run.py attention`.
-"""
+"""The core against torch's, by the cases that the package has. Run it by `python benchmarks/run.py attention`."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 import attention_memory
 import attention_reports
-import fused_mha
-from attention_cells import (
-    DECODING,
-    MAIN,
-    ODD,
-    QUICK,
-    QUICK_DECODING,
-    QUICK_ODD,
-    Attention,
-    Cell,
-    bmm,
-    forced_isa,
-    forward,
-    forward_backward,
-    grad_weights,
-    merged_mask,
-    ours,
-    sdpa,
-    tensors,
-)
-from fused_mha.backends.cpu import LIBRARY
-from fused_mha.testing import tolerance
+from fused_mha.benchmark.attention_cases import CALLS, attention_cases
+from fused_mha.benchmark.harness import BenchCase
 
-from run import BenchCase, GroupBar
-
-BAR = 0.95  # no cell may be slower than torch, but for what two equal contenders differ by
-DROPOUT = 0.1
-
-
-class Call(NamedTuple):
-    """One way of calling the core: a group of cells with the bar of their geometric mean."""
-
-    group: str
-    bar: GroupBar
-    cells: tuple[Cell, ...] = MAIN
-    quick: tuple[Cell, ...] = QUICK
-    dtype: torch.dtype = torch.float32
-    training: bool = False
-    weights: bool = False  # averaged, and with a gradient in training
-    causal_padding: bool = False  # and half of the keys of every sequence hidden
-    dropout: float = 0.0
-    isa: str | None = None  # the best if None
-
-
-CALLS = (
-    Call("fp32 forward", GroupBar(2.0, 2.5)),
-    Call("fp32 forward, AVX2", GroupBar(1.0, 1.2), isa="avx2"),
-    Call("bf16 forward", GroupBar(3.0, 4.5), dtype=torch.bfloat16),
-    Call("fp16 forward", GroupBar(4.0, 8.0), dtype=torch.float16),
-    Call("forward, averaged weights", GroupBar(4.0, 6.0), weights=True),
-    Call("forward, causal and padding", GroupBar(4.0, 8.0), causal_padding=True),
-    Call("fp32 forward and backward", GroupBar(1.7, 2.3), training=True),
-    Call("bf16 forward and backward", GroupBar(2.0, 3.0), dtype=torch.bfloat16, training=True),
-    Call("dropout, forward and backward", GroupBar(5.0, 8.0), training=True, dropout=DROPOUT),
-    Call("averaged weights, forward and backward", GroupBar(3.0, 5.0), training=True, weights=True),
-    Call("odd shapes, forward", GroupBar(1.2, 1.7), cells=ODD, quick=QUICK_ODD),
-    Call("one query, forward", GroupBar(1.0, 1.5), cells=DECODING, quick=QUICK_DECODING),
-)
 GROUPS = {call.group: call.bar for call in CALLS}
 REPORTS = {**attention_reports.REPORTS, **attention_memory.REPORTS}
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
-    """Every call at every size, as far as this machine has its instruction set."""
-    for call in CALLS:
-        if call.isa is None or (LIBRARY is not None and call.isa in LIBRARY.available_isas):
-            for cell in call.quick if options.quick else call.cells:
-                yield _case(call, cell)
-
-
-def _case(call: Call, cell: Cell) -> BenchCase:
-    padding = tensors(cell).key_padding_mask if call.causal_padding else None
-    mine = ours(weights=call.weights, dropout=call.dropout, is_causal=call.causal_padding, key_padding_mask=padding)
-    theirs: dict[str, Attention] = {}
-    if not call.weights:
-        mask = _merged_mask(cell, call.dtype) if call.causal_padding else None
-        theirs["sdpa"] = sdpa(dropout=call.dropout, attn_mask=mask)
-    if call.weights or call.dropout > 0.0:
-        theirs["bmm"] = bmm(weights=call.weights, dropout=call.dropout)
-    return BenchCase(
-        call.group,
-        str(cell),
-        _contender(call, cell, mine),
-        {name: _contender(call, cell, attention) for name, attention in theirs.items()},
-        BAR,
-        lambda: _verify(call, cell, mine, next(iter(theirs.values()))),
-        functools.partial(forced_isa, call.isa),
-    )
-
-
-@functools.cache
-def _merged_mask(cell: Cell, dtype: torch.dtype) -> Tensor:
-    return merged_mask(cell, tensors(cell).key_padding_mask).to(dtype)
-
-
-def _contender(
-    call: Call, cell: Cell, attention: Attention, dtype: torch.dtype | None = None
-) -> Callable[[], tuple[Tensor, ...]]:
-    """The call, in another dtype if wanted."""
-    given = tensors(cell, call.dtype)
-    inputs = [x.to(dtype or x.dtype) for x in given.inputs]
-    if not call.training:
-        return forward(attention, inputs)
-    cotangents = (given.grad_output, grad_weights(cell).to(call.dtype)) if call.weights else (given.grad_output,)
-    return forward_backward(attention, inputs, [x.to(dtype or x.dtype) for x in cotangents])
-
-
-def _verify(call: Call, cell: Cell, mine: Attention, theirs: Attention) -> None:
-    """Raise AssertionError where a result is further from one of higher precision than torch's own may be."""
-    higher = torch.float64 if call.dtype == torch.float32 else torch.float32
-    run = _contender(call, cell, mine)
-    if call.dropout > 0.0:
-        theirs = bmm(weights=call.weights, dropout=call.dropout, kept=_kept(call, cell))
-        run = functools.partial(_seeded, run)
-    results, torch_results, exact = (
-        dict(zip(_names(call), (x.detach() for x in contender()), strict=True))
-        for contender in (run, _contender(call, cell, theirs), _contender(call, cell, theirs, higher))
-    )
-    for name, oracle in exact.items():
-        error, torch_error = (float((x[name].to(higher) - oracle).abs().max()) for x in (results, torch_results))
-        bound = tolerance(call.dtype, torch_error, float(oracle.abs().max()))
-        assert error <= bound, (
-            f"{call.group}, {cell}: {name} is off by {error:.2e}, torch's by {torch_error:.2e}, bound {bound:.2e}"
-        )
-
-
-def _names(call: Call) -> list[str]:
-    weights = ["weights"] if call.weights else []
-    gradients = ["grad_query", "grad_key", "grad_value"] if call.training else []
-    return ["output", *weights, *gradients]
-
-
-def _seeded(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return run()
-
-
-def _kept(call: Call, cell: Cell) -> Tensor:
-    """What our dropout keeps after `_seeded`'s seed, (N, H, L, S); its share has to be the one asked for."""
-
-    def per_head() -> tuple[Tensor, ...]:
-        given = tensors(cell, call.dtype)
-        result = fused_mha.attention(
-            *given.inputs, dropout_p=call.dropout, need_weights=True, average_attn_weights=False
-        )
-        assert result.weights is not None
-        return (result.weights != 0.0,)
-
-    with torch.no_grad():
-        (kept,) = _seeded(per_head)
-    deviation = math.sqrt(call.dropout * (1.0 - call.dropout) / kept.numel())
-    share = 1.0 - float(kept.count_nonzero()) / kept.numel()
-    assert abs(share - call.dropout) <= 6.0 * deviation, f"{call.group}: a share of {share} is dropped"
-    return kept
+    """Every call at every size."""
+    return attention_cases(quick=options.quick)

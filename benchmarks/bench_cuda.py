@@ -19,13 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cuda_beside
 import fused_mha
-from attention_cells import Cell
+from fused_mha.benchmark.attention_cells import Cell
+from fused_mha.benchmark.cuda_cases import MODULES, module_cases_on
+from fused_mha.benchmark.harness import BenchCase, GroupBar, Report, skipped
+from fused_mha.benchmark.memory import allocated_on_gpu
+from fused_mha.benchmark.module_cells import Mode, inference, modules
 from fused_mha.testing import tolerance
-from module_cases import module_case
-from module_cells import Cell as ModuleCell
-from module_cells import Mode, inference, modules
-
-from run import BenchCase, GroupBar, Report, skipped
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -50,14 +49,6 @@ CELLS = tuple(Cell(N, H, L, L, D) for D in (64, 128) for N, H, L in ((8, 12, 512
 LONG = tuple(Cell(4, 16, 4096, 4096, D) for D in (64, 128))
 QUICK = (Cell(2, 2, 40, 40, 64),)
 COMPILED = tuple(Cell(1, 16, 1024, 1024, D) for D in (64, 128))  # of every length the kernels are the same
-WEIGHTS_BARS = {  # of averaged weights, in inference and bf16
-    ModuleCell(8, 512, 512, 768, 12): 1.5,
-    ModuleCell(1, 4096, 4096, 1024, 16): 3.0,
-}
-MODULES = tuple(WEIGHTS_BARS)
-SMALL_MODULES = (ModuleCell(1, 16, 16, 256, 8), ModuleCell(8, 64, 64, 256, 8))
-QUICK_MODULES = (ModuleCell(2, 20, 20, 64, 4),)
-MODULE_BAR = 0.97
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
@@ -76,45 +67,7 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
     for cell in cells:
         for name, arguments in _masked(cell).items():
             yield _case(f"{name}, forward and backward", str(cell), cell, True, **arguments)
-    modules, small = (QUICK_MODULES, QUICK_MODULES) if options.quick else (MODULES, SMALL_MODULES)
-    for cell in modules:
-        for name, mode in _module_modes().items():
-            bar = WEIGHTS_BARS.get(cell, MODULE_BAR) if name == "weights" and mode.dtype == DTYPE else MODULE_BAR
-            yield _module_case("module", cell, name, mode, bar)
-    for cell in small:
-        for name, mode in _small_modes().items():
-            yield _module_case("small module", cell, name, mode, 1.0)
-
-
-def _module_modes() -> dict[str, Mode]:
-    half, single = Mode(DTYPE, device=DEVICE), Mode(torch.float32, device=DEVICE)
-    train = half._replace(training=True)
-    inferences = _small_modes()
-    return {
-        **{name: mode for name, mode in inferences.items() if not mode.training},
-        "causal, padding": half._replace(causal=True, padding=True),
-        **{name: mode for name, mode in inferences.items() if mode.training},
-        "train, causal, padding": train._replace(causal=True, padding=True),
-        "train, dropout": train._replace(dropout=DROPOUT),
-        "train, dropout, weights": train._replace(dropout=DROPOUT, weights=True),
-        "fp32, weights": single._replace(weights=True),
-        "fp32, plain": single,
-        "fp32, padding": single._replace(padding=True),
-        "fp32, train, plain": single._replace(training=True),
-        "fp32, train, padding": single._replace(training=True, padding=True),
-    }
-
-
-def _small_modes() -> dict[str, Mode]:
-    half = Mode(DTYPE, device=DEVICE)
-    kinds = {"plain": half, "weights": half._replace(weights=True), "padding": half._replace(padding=True)}
-    return {**kinds, **{f"train, {name}": mode._replace(training=True) for name, mode in kinds.items()}}
-
-
-def _module_case(group: str, cell: ModuleCell, name: str, mode: Mode, bar: float) -> BenchCase:
-    return module_case(
-        f"{group}, {'training step' if mode.training else 'inference'}", f"{cell}, {name}", cell, mode, bar
-    )
+    yield from module_cases_on(DEVICE, DTYPE, quick=options.quick)
 
 
 def _masked(cell: Cell) -> dict[str, dict[str, Any]]:
@@ -274,13 +227,7 @@ def _memory(options: argparse.Namespace) -> Report:
     for cell in MODULES:
         peaks = {}
         for name, module in modules(cell, mode)._asdict().items():
-            run = inference(module, cell, mode)
-            run()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run()
-            peaks[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            peaks[name] = allocated_on_gpu(inference(module, cell, mode))
         lines.append(f"{cell}: ours {peaks['ours']:.0f} MiB, torch {peaks['theirs']:.0f} MiB")
         values[str(cell)] = peaks
     return Report(lines, values)

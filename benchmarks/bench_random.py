@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from module_cases import module_case
-from module_cells import inputs
+from fused_mha.benchmark.harness import BenchCase, GroupBar, Report, Row, measure
+from fused_mha.benchmark.module_cases import module_case
+from fused_mha.benchmark.module_cells import inputs
 from random_calls import QUICK_WORK, WORK, RandomCall, draw, parse
-
-from run import BenchCase, GroupBar, Report, Row, measure
 
 TITLE = "random calls"
 MEAN = GroupBar(1.8, 2.0)

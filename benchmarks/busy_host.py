@@ -12,10 +12,9 @@ from collections.abc import Iterator
 
 import torch
 
-from module_cases import module_case
-from module_cells import QUICK_SHORT_SEQUENCES, SHORT_SEQUENCES, Mode
-
-from run import GroupBar, Report, measure
+from fused_mha.benchmark.harness import GroupBar, Report, measure
+from fused_mha.benchmark.module_cases import module_case
+from fused_mha.benchmark.module_cells import QUICK_SHORT_SEQUENCES, SHORT_SEQUENCES, Mode
 
 BUSY = GroupBar(1.0, 2.0)  # the first for each cell, the second for their mean
 THREADS, PROCESSES = 2, 4

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import processor
+from fused_mha.benchmark import processor
 
 COLUMNS = ("cells", "mean", "lowest", "cuDNN", "FlexAttention", "SDPA cleaned")
 PEERS = ("cudnn_attention", "flex_attention", "sdpa_cleaned")  # of the last columns

@@ -5,20 +5,18 @@ There torch's profiler counts the allocations, and the process's high-water mark
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-MIB = 2.0**20
+from fused_mha.benchmark.memory import MIB, allocated
+
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -48,25 +46,12 @@ def print_measured(run: Call, inputs: Iterable[Tensor], tiny_run: Call, threads:
     torch.set_num_threads(threads)
     tiny_run()  # starts the threads
     resident = _resident(run)
-    results, beside = _allocated(run)
-    print(json.dumps(Measured(_mib(inputs), results, beside, resident)._asdict()))
+    peak, results = allocated(run)
+    print(json.dumps(Measured(_mib(inputs), _mib(results), peak - _mib(results), resident)._asdict()))
 
 
 def _mib(tensors: Iterable[Tensor]) -> float:
     return sum(x.untyped_storage().nbytes() for x in tensors) / MIB
-
-
-def _allocated(run: Call) -> tuple[float, float]:
-    """The size of what a call returns, and the largest sum of its allocations less that."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        results = run()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    changes = sorted((event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"]) for event in events)
-    peak = max(itertools.accumulate(change for _, _, change in changes)) / MIB
-    return _mib(results), peak - _mib(results)
 
 
 def _resident(run: Call) -> float | None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from fused_mha.benchmark.harness import Report
+from fused_mha.benchmark.module_cells import QUICK_SELF_ATTENTION, SELF_ATTENTION, Mode, inputs, modules, training_step
 from memory import in_fresh_process, print_measured
-from module_cells import QUICK_SELF_ATTENTION, SELF_ATTENTION, Mode, inputs, modules, training_step
-
-from run import Report
 
 CONTENDERS = ("ours", "torch")  # in the order of `Modules`
 CELLS, QUICK_CELLS = SELF_ATTENTION[:2], QUICK_SELF_ATTENTION

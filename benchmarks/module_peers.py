@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from module_cells import (
+from fused_mha.benchmark.harness import Contender, GroupBar, Report, skipped
+from fused_mha.benchmark.module_cells import (
     QUICK_SELF_ATTENTION,
     SELF_ATTENTION,
     SMALL,
@@ -26,8 +27,6 @@ from module_cells import (
     modules,
 )
 from peers import Make, in_turns, median_ms, onnx_runtime_call
-
-from run import Contender, GroupBar, Report, skipped
 
 PEERS = GroupBar(1.0, 1.1)
 MICROSOFT = "com.microsoft"

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import attention_cells
 import fused_mha
-from module_cells import (
+from fused_mha.benchmark import attention_cells
+from fused_mha.benchmark.harness import GroupBar, Report, interleave, skipped
+from fused_mha.benchmark.module_cells import (
     QUICK_SELF_ATTENTION,
     SELF_ATTENTION,
     SMALL,
@@ -25,9 +26,7 @@ from module_cells import (
     modules,
     training_step,
 )
-from yardsticks import fma_peak, read_bandwidth, share_of
-
-from run import GroupBar, Report, interleave, skipped
+from fused_mha.benchmark.yardsticks import fma_peak, read_bandwidth, share_of
 
 PEAK_SHARE = GroupBar(0.75, 0.85)  # of the first cell
 READ_SHARE = 0.7

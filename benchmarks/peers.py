@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from run import MIN_ROUNDS, Contender, GroupBar, Report, interleave
+from fused_mha.benchmark.harness import MIN_ROUNDS, Contender, GroupBar, Report, interleave
 
 TURNS_PER_SECOND, LEAST_TURNS = 20, 3
 TURN = 0.02  # seconds, after the calls that warm up

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from module_cells import Cell, Mode
+from fused_mha.benchmark.module_cells import Cell, Mode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = {"inference": False, "training": True}
@@ -17,8 +17,8 @@ STEPS = {"inference": False, "training": True}
 MASKS: dict[str, Mode] = {
     "": Mode(),
     "causal": Mode(causal=True),
-    "padding": Mode(padding=True),
-    "causal-padding": Mode(causal=True, padding=True),
+    "padding": Mode(padding=0.5),
+    "causal-padding": Mode(causal=True, padding=0.5),
     "bool-mask": Mode(attn_mask="bool"),
     "float-mask": Mode(attn_mask="float"),
     "bool-mask-per-head": Mode(attn_mask="bool per head"),

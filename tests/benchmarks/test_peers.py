@@ -5,9 +5,8 @@ import functools
 
 import pytest
 
+from fused_mha.benchmark.harness import GroupBar
 from peers import compared, in_turns
-
-from run import GroupBar
 
 BAR = GroupBar(1.0, 1.1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import processor
+from fused_mha.benchmark import processor
 
 import run
 

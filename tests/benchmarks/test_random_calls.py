@@ -9,10 +9,9 @@ import torch
 import bench_random
 import random_calls
 from bench_random import Measured, Wrong, measured_call, summary
-from module_cells import Cell, Mode, arguments, inputs, modules
+from fused_mha.benchmark.harness import Row, Timing
+from fused_mha.benchmark.module_cells import Cell, Mode, arguments, inputs, modules
 from random_calls import RandomCall, draw, parse
-
-from run import Row, Timing
 
 
 def drawn(seed: int, count: int = 400) -> list[RandomCall]:
@@ -69,7 +68,7 @@ def test_the_text_of_a_call_names_it():
             training=True,
             weights=True,
             per_head=True,
-            padding=True,
+            padding=0.5,
             causal=True,
             batch_first=False,
         ),
@@ -122,7 +121,7 @@ def test_a_call_whose_result_is_wrong_is_not_timed_and_has_no_ratio(monkeypatch)
             pair.ours.forward = lambda *given, **options: (forward(*given, **options)[0] * 1.001, None)
         return pair
 
-    import module_cases
+    from fused_mha.benchmark import module_cases
 
     module_cases._verify_without_dropout.cache_clear()
     monkeypatch.setattr(module_cases, "modules", wrong_modules)

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import attention_cells
-import bench_attention
+from fused_mha.benchmark import attention_cases, attention_cells, comparison
+from fused_mha.benchmark.harness import BenchCase
 
 import run
-from run import BenchCase
 
 OPTIONS = {"seconds": 0.0, "threads": 1, "only": "", "no_bars": True}
 
@@ -32,7 +31,7 @@ def measured(monkeypatch, tmp_path):
     def measure(cases, fails=None):
         bench = SimpleNamespace(cases=lambda options: cases)
         monkeypatch.setitem(sys.modules, "bench_test", bench)
-        monkeypatch.setattr(run, "_plot", lambda *_: None)
+        monkeypatch.setattr(run, "plot", lambda *_: None)
         options = argparse.Namespace(**OPTIONS, out=tmp_path)
         if fails is not None:
             with pytest.raises(fails):
@@ -61,6 +60,13 @@ def test_what_is_beside_is_timed_and_has_no_part_in_the_ratio(measured):
     assert row["ratio"] > 2.0
 
 
+def test_the_results_are_in_the_format_that_the_command_compares(measured, tmp_path):
+    result = measured([case("a")])
+    earlier = comparison.read(tmp_path / "test.json")
+    assert earlier.ours["group", "a"]._asdict() == result["rows"][0]["timings"]["ours"]
+    assert set(comparison.CONDITIONS) <= earlier.head.keys()
+
+
 def test_a_run_that_is_stopped_leaves_what_it_has_measured(measured):
     def stop():
         raise KeyboardInterrupt
@@ -70,9 +76,9 @@ def test_a_run_that_is_stopped_leaves_what_it_has_measured(measured):
 
 
 def test_dropout_of_the_attention_benchmark_is_verified_by_the_factor_that_is_drawn():
-    (call,) = (call for call in bench_attention.CALLS if call.dropout)
+    (call,) = (call for call in attention_cases.CALLS if call.dropout)
     for cell in call.quick:
-        bench_attention._case(call, cell).verify()
+        attention_cases.attention_case(call, cell).verify()
 
 
 def test_a_given_mask_of_what_is_kept_is_scaled_by_what_the_probability_is_rounded_to():

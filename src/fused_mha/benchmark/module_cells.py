@@ -1,4 +1,4 @@
-"""The sizes, the modules and the calls that `bench_module` and its reports measure."""
+"""The sizes, the modules and the calls of the module; `module_cases` and the reports of `benchmarks/` use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import fused_mha
+from fused_mha.multi_head_attention import MultiHeadAttention
 
 Run = Callable[[], tuple[Tensor, ...]]
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of two right results, as a share of the largest entry
@@ -35,8 +35,8 @@ class Cell(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of a forward of self-attention: four projections, and the two products of the core."""
-        return 8 * self.N * self.L * self.E**2 + 4 * self.N * self.L * self.S * self.E
+        """Of a forward: four projections, and the two products of the core."""
+        return 4 * self.N * (self.L + self.S) * self.E**2 + 4 * self.N * self.L * self.S * self.E
 
 
 SELF_ATTENTION = tuple(
@@ -67,7 +67,7 @@ class Mode(NamedTuple):
     dtype: torch.dtype = torch.float32
     training: bool = False
     weights: bool = False  # averaged, if not per_head
-    padding: bool = False  # hides the latter half of the keys of every sequence
+    padding: float = 0.0  # the share of the keys that is hidden, at the end of every sequence
     causal: bool = False  # a causal attn_mask with the hint is_causal=True
     dropout: float = 0.0
     autocast: bool = False  # to bf16
@@ -81,7 +81,7 @@ class Mode(NamedTuple):
 class Modules(NamedTuple):
     """Ours and torch's, with the same parameters."""
 
-    ours: fused_mha.MultiHeadAttention
+    ours: MultiHeadAttention
     theirs: nn.MultiheadAttention
 
 
@@ -91,7 +91,7 @@ def modules(cell: Cell, mode: Mode) -> Modules:
     options: dict[str, Any] = {"dropout": mode.dropout, "batch_first": mode.batch_first, "dtype": mode.dtype}
     options["device"] = mode.device
     theirs = nn.MultiheadAttention(cell.E, cell.H, **options)
-    ours = fused_mha.MultiHeadAttention(cell.E, cell.H, **options)
+    ours = MultiHeadAttention(cell.E, cell.H, **options)
     ours.load_state_dict(theirs.state_dict(), assign=True)  # one memory: neither weights are the colder ones
     return Modules(ours.train(mode.training), theirs.train(mode.training))
 
@@ -117,8 +117,9 @@ def arguments(cell: Cell, mode: Mode) -> dict[str, Any]:
     given: dict[str, Any] = {"need_weights": mode.weights}
     if mode.per_head:
         given["average_attn_weights"] = False
-    if mode.padding:
-        given["key_padding_mask"] = (torch.arange(cell.S) >= max(1, cell.S // 2)).expand(cell.N, cell.S)
+    if mode.padding > 0.0:
+        visible = max(1, int(cell.S * (1.0 - mode.padding)))
+        given["key_padding_mask"] = (torch.arange(cell.S) >= visible).expand(cell.N, cell.S)
     if mode.causal:
         given["attn_mask"] = torch.ones(cell.L, cell.S, dtype=torch.bool).triu(1)
         given["is_causal"] = True

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: fp32 multiply-adds and bytes read. The reports give shares of it."""
+"""What this machine can do at most, measured: fp32 multiply-adds and bytes read. Speeds are given as shares of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from run import Contender, interleave
+from fused_mha.benchmark.harness import Contender, interleave
 
 HERE = Path(__file__).resolve().parent
 # OpenMP's idle threads spin for about a millisecond after torch's turn: little of a call that is this long.

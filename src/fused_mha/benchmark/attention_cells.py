@@ -1,4 +1,4 @@
-"""The sizes, the tensors and the contenders that `bench_attention` and its reports measure; the module's use some."""
+"""The sizes, the tensors and the contenders of the core, for `attention_cases` and the reports of `benchmarks/`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fused_mha
 from fused_mha.backends.cpu import LIBRARY
+from fused_mha.functional import attention as our_attention
 from fused_mha.ops.schema import drawn_probability
 
 # From query (N, L, H, D), key and value (N, S, H, D) to the output (N, L, H, D) and, if wanted, the weights.
@@ -30,6 +30,11 @@ class Cell(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.N}x{self.H}x{self.L if self.L == self.S else f'{self.L}->{self.S}'}x{self.D}"
+
+    @property
+    def flops(self) -> int:
+        """Of a forward: its two products."""
+        return 4 * self.N * self.H * self.L * self.S * self.D
 
 
 LENGTHS = ((8, 12, 128), (8, 12, 197), (8, 12, 512), (1, 16, 1024), (1, 16, 2048), (1, 8, 4096))
@@ -90,7 +95,7 @@ def ours(
     """`fused_mha.attention`, with averaged weights if wanted."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        output, averaged, _ = fused_mha.attention(
+        output, averaged, _ = our_attention(
             query,
             key,
             value,

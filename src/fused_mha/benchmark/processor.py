@@ -1,4 +1,4 @@
-"""What a figure was measured on, and the folder below `results/` for it. `run` calls this."""
+"""What a figure was measured on, and the folder below `results/` for it. The harness calls this."""
 
 from __future__ import annotations
 
@@ -41,10 +41,5 @@ def folder(benchmark: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name in lower-case words that are joined by underscores, without what tells nothing.
-
-    Example:
-        >>> slug("Intel(R) Xeon(R) Processor @ 2.00GHz")
-        'intel_xeon'
-    """
+    """A name in lower-case words joined by underscores, without what tells nothing: intel_xeon, nvidia_h100."""
     return "_".join(re.findall(r"[a-z0-9]+", NO_NAME.sub(" ", name.lower())))
