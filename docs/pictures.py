@@ -68,6 +68,7 @@ MODULE = Panel(
         "small, training step": "tiny calls, training step",
     },
 )
+INTEL = MODULE._replace(title="Intel Xeon (AMX), 2 threads: the module", file="intel_xeon_avx512_amx/module.json")
 CORE = Panel(
     "AMD EPYC (Zen 5, AVX-512), 2 threads: the attention core",
     "amd_epyc_avx512_bf16/attention.json",
@@ -105,7 +106,7 @@ CUDA = Panel(
         "own kernels, forward and backward": "… with backward",
     },
 )
-PICTURES = {"speed.png": (MODULE, CUDA), "speed_core.png": (CORE,)}
+PICTURES = {"speed.png": (MODULE, INTEL, CUDA), "speed_core.png": (CORE,)}
 
 
 def main() -> None:
