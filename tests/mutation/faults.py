@@ -161,6 +161,20 @@ FAULTS = [
         PRODUCT,
     ),
     Fault(
+        "a product's later chunks along K forget the earlier ones",
+        GENERIC + "product.h",
+        "COLUMNS, result, block, at > 0};",
+        "COLUMNS, result, block, done > 0};",
+        PRODUCT,
+    ),
+    Fault(
+        "a product's tiles share one sum of an earlier chunk",
+        GENERIC + "product.h",
+        "result += keeps_results ? RESULT_SIZE : 0",
+        "result += 0",
+        PRODUCT,
+    ),
+    Fault(
         "a product's later blocks along K begin a row early",
         GENERIC + "product.h",
         "for (int64_t r = 0; r < count; ++r) rows[r] = matrix(first + r);",
