@@ -21,7 +21,7 @@ import cuda_beside
 import fused_mha
 from fused_mha.benchmark.attention_cells import Cell
 from fused_mha.benchmark.cuda_cases import MODULES, module_cases_on
-from fused_mha.benchmark.harness import BenchCase, GroupBar, Report, skipped
+from fused_mha.benchmark.harness import DROPOUT, BenchCase, GroupBar, Report, skipped
 from fused_mha.benchmark.memory import allocated_on_gpu
 from fused_mha.benchmark.module_cells import Mode, inference, modules
 from fused_mha.testing import tolerance
@@ -29,7 +29,6 @@ from fused_mha.testing import tolerance
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16  # which the interpreter computes right
-DROPOUT = 0.1
 GROUPS = {
     "plain and causal, forward": GroupBar(0.97, 1.0),
     "plain and causal, forward and backward": GroupBar(0.97, 1.0),

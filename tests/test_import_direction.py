@@ -30,12 +30,12 @@ ALLOWED = {
     "benchmark.cuda_cases": {*(f"benchmark.{name}" for name in ("harness", "module_cases", "module_cells"))},
     "benchmark.module_cases": {
         *(f"benchmark.{name}" for name in ("attention_cells", "harness", "module_cells")),
-        *("backends.cpu", "testing"),
+        "testing",
     },
     "benchmark.module_cells": {"multi_head_attention"},
     "benchmark.attention_cases": {
         *(f"benchmark.{name}" for name in ("attention_cells", "harness")),
-        *("backends.cpu", "functional", "testing"),
+        *("functional", "testing"),
     },
     "benchmark.attention_cells": {"backends.cpu", "functional", "ops.schema"},
     "benchmark.yardsticks": {"benchmark.harness"},

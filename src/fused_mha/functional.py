@@ -91,7 +91,9 @@ def attention(
         flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale)
         kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse))
         if served is not None:
-            return served(*tensors)
+            if attn_mask is not None and attn_mask.dim() == 2:  # as the checks of a first call leave it
+                attn_mask = attn_mask[None, None]
+            return served(query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
     inputs = check_attention(
         query,
         key,

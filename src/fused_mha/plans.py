@@ -123,29 +123,17 @@ def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Serve
 def _by(back_end: Backend, inputs: AttentionInputs) -> Served:
     masking, others = inputs[5:8], inputs[10:]  # no tensors, which would be kept alive
 
-    def served(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        bias_k: Tensor | None,
-        bias_v: Tensor | None,
-    ) -> AttentionResult:
-        if attn_mask is not None and attn_mask.dim() == 2:
-            attn_mask = attn_mask[None, None]
-        given = (query, key, value, attn_mask, key_padding_mask)
-        return dispatch.run(back_end, AttentionInputs(*given, *masking, bias_k, bias_v, *others))
+    def served(*tensors: Any) -> AttentionResult:
+        return dispatch.run(back_end, AttentionInputs._make((*tensors[:5], *masking, *tensors[5:], *others)))
 
     return served
 
 
 def remember(kind: Kind, served: Serves) -> Serves:
-    """What serves calls of a kind; nothing is kept where that is None."""
-    if served is not None:
-        if len(_kept) >= MOST_KINDS:
-            forget()
-        _kept[kind] = served
+    """What serves calls of a kind."""
+    if len(_kept) >= MOST_KINDS:
+        forget()
+    _kept[kind] = served
     return served
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_mha.backends.cpu import LIBRARY
 from fused_mha.benchmark.attention_cells import (
     DECODING,
     MAIN,
@@ -28,17 +27,15 @@ from fused_mha.benchmark.attention_cells import (
     forward,
     forward_backward,
     grad_weights,
+    has_isa,
     merged_mask,
     ours,
     sdpa,
     tensors,
 )
-from fused_mha.benchmark.harness import BenchCase, GroupBar
+from fused_mha.benchmark.harness import BAR, DROPOUT, BenchCase, GroupBar, seeded
 from fused_mha.functional import attention as our_attention
 from fused_mha.testing import tolerance
-
-BAR = 0.95  # no cell may be slower than torch, but for what two equal contenders differ by
-DROPOUT = 0.1
 
 
 class Call(NamedTuple):
@@ -75,7 +72,7 @@ CALLS = (
 def attention_cases(calls: Iterable[Call] = CALLS, *, quick: bool = False) -> Iterator[BenchCase]:
     """Every call at every size, a small one with ``quick``, as far as this machine has its instruction set."""
     for call in calls:
-        if call.isa is None or (LIBRARY is not None and call.isa in LIBRARY.available_isas):
+        if has_isa(call.isa):
             for cell in call.quick if quick else call.cells:
                 yield attention_case(call, cell)
 
@@ -126,7 +123,7 @@ def _verify(call: Call, cell: Cell, mine: Attention, theirs: Attention) -> None:
     run = _contender(call, cell, mine)
     if call.dropout > 0.0:
         theirs = bmm(weights=call.weights, dropout=call.dropout, kept=_kept(call, cell))
-        run = functools.partial(_seeded, run)
+        run = functools.partial(seeded, run)
     results, torch_results, exact = (
         dict(zip(_names(call), (x.detach() for x in contender()), strict=True))
         for contender in (run, _contender(call, cell, theirs), _contender(call, cell, theirs, higher))
@@ -145,14 +142,8 @@ def _names(call: Call) -> list[str]:
     return ["output", *weights, *gradients]
 
 
-def _seeded(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return run()
-
-
 def _kept(call: Call, cell: Cell) -> Tensor:
-    """What our dropout keeps after `_seeded`'s seed, (N, H, L, S); its share has to be the one asked for."""
+    """What our dropout keeps after `seeded`'s seed, (N, H, L, S); its share has to be the one asked for."""
 
     def per_head() -> tuple[Tensor, ...]:
         given = tensors(cell, call.dtype)
@@ -161,7 +152,7 @@ def _kept(call: Call, cell: Cell) -> Tensor:
         return (result.weights != 0.0,)
 
     with torch.no_grad():
-        (kept,) = _seeded(per_head)
+        (kept,) = seeded(per_head)
     deviation = math.sqrt(call.dropout * (1.0 - call.dropout) / kept.numel())
     share = 1.0 - float(kept.count_nonzero()) / kept.numel()
     assert abs(share - call.dropout) <= 6.0 * deviation, f"{call.group}: a share of {share} is dropped"

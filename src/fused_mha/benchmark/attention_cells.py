@@ -164,6 +164,11 @@ def forward_backward(
     return call
 
 
+def has_isa(name: str | None) -> bool:
+    """Whether `forced_isa` can do so on this machine."""
+    return name is None or (LIBRARY is not None and name in LIBRARY.available_isas)
+
+
 @contextlib.contextmanager
 def forced_isa(name: str | None) -> Iterator[None]:
     """That variant of the C++ library; none stands for the one in use."""

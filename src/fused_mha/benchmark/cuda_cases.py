@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from fused_mha.benchmark.harness import BenchCase
-from fused_mha.benchmark.module_cases import DROPOUT, HALF, module_case
+from fused_mha.benchmark.harness import DROPOUT, BenchCase
+from fused_mha.benchmark.module_cases import HALF, module_case
 from fused_mha.benchmark.module_cells import Cell, Mode
 
 WEIGHTS_BARS = {  # of averaged weights, in inference and bf16

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -22,8 +22,11 @@ from fused_mha import __version__
 from fused_mha.benchmark import processor
 
 FORMAT = 1  # of the JSON; another one is not read
+BAR = 0.95  # no cell may be slower than torch, but for what two equal contenders differ by
+DROPOUT = 0.1  # where a case has any
 MIN_ROUNDS = 5  # the fewest of which a 20th and an 80th percentile are not the extremes
 Contender = Callable[[], object]
+Results = TypeVar("Results")
 
 
 class BenchCase(NamedTuple):
@@ -123,6 +126,13 @@ class Group(NamedTuple):
         bar = "" if self.at_least is None else f" (at least {self.at_least:.2f}, aim {self.aim:.2f})"
         mark = "" if self.passes else "MISSED "
         return f"{mark}{self.name}: geometric mean {self.geometric_mean:.2f}x{bar}, lowest {self.lowest:.2f}x"
+
+
+def seeded(run: Callable[[], Results], seed: int = 0) -> Results:
+    """What a call gives after this seed of torch's, which then goes on as if there had been none."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return run()
 
 
 def interleave(

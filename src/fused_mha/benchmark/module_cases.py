@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from fused_mha.backends.cpu import LIBRARY
-from fused_mha.benchmark.attention_cells import forced_isa
-from fused_mha.benchmark.harness import BenchCase, Contender, GroupBar
+from fused_mha.benchmark.attention_cells import forced_isa, has_isa
+from fused_mha.benchmark.harness import BAR, DROPOUT, BenchCase, Contender, GroupBar, seeded
 from fused_mha.benchmark.module_cells import (
     MAIN,
     QUICK,
@@ -32,8 +30,6 @@ from fused_mha.benchmark.module_cells import (
 )
 from fused_mha.testing import assert_parity
 
-BAR = 0.95  # no cell may be slower than torch, but for what two equal contenders differ by
-DROPOUT = 0.1
 HALF = 0.5  # of the keys are hidden
 
 
@@ -82,8 +78,7 @@ CALLS = (
 def module_cases(calls: Iterable[Call] = CALLS, *, quick: bool = False) -> Iterator[BenchCase]:
     """Every call at every size, a small one with ``quick``, as far as this machine has its instruction set."""
     for call in calls:
-        isa = call.mode.isa
-        if isa is None or (LIBRARY is not None and isa in LIBRARY.available_isas):
+        if has_isa(call.mode.isa):
             for cell in call.quick if quick else call.cells:
                 name = f"{cell}, {call.name}" if call.name else str(cell)
                 yield module_case(call.group, name, cell, call.mode, call.lowest)
@@ -112,7 +107,7 @@ def _verify(run: Run, cell: Cell, mode: Mode) -> None:
     """
     _verify_without_dropout(cell, mode._replace(dropout=0.0))
     if mode.dropout > 0.0:
-        first, second, other = (_seeded(run, seed) for seed in (0, 0, 1))
+        first, second, other = (seeded(run, seed) for seed in (0, 0, 1))
         assert all(map(torch.equal, first, second)), f"{cell}: two training steps after one seed differ"
         assert not torch.equal(first[0], other[0]), f"{cell}: outputs after two seeds agree"
 
@@ -122,9 +117,3 @@ def _verify_without_dropout(cell: Cell, mode: Mode) -> None:
     ours, theirs = modules(cell, mode)
     with torch.set_grad_enabled(mode.training), autocast(mode):
         assert_parity(ours, theirs, *inputs(cell, mode.dtype, mode.batch_first, mode.device), **arguments(cell, mode))
-
-
-def _seeded(run: Run, seed: int) -> tuple[Tensor, ...]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return run()

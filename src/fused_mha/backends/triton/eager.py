@@ -44,8 +44,6 @@ class Kept:
         bias_v: Tensor | None,
     ) -> AttentionResult:
         """Attention; `plans` sees to it that no mask and no bias needs a gradient."""
-        if attn_mask is not None and attn_mask.dim() == 2:
-            attn_mask = attn_mask[None, None]
         seed = draw_seed(self._dropout_p, self._device) if self._dropout_p else None
         others = (attn_mask, key_padding_mask, bias_k, bias_v, seed)
         if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
