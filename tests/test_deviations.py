@@ -15,8 +15,7 @@ from calls import BACK_ENDS, CALLS, INF, WEIGHTS, WITH_WEIGHTS, forced, random_m
 from closeness import assert_close_to_oracle, in_fp64
 from fused_mha import MultiHeadAttention
 from fused_mha.testing import Case, assert_parity
-
-from strategies import DTYPES
+from fused_mha.testing.strategies import DTYPES
 
 # 1. One behaviour in every mode
 

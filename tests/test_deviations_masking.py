@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 import fused_mha
 from calls import BACK_ENDS, CALLS, INF, NAN, WEIGHTS, WITH_WEIGHTS, forced, random_module
-
-from strategies import DTYPES
+from fused_mha.testing.strategies import DTYPES
 
 # 2. A row that is masked everywhere
 

@@ -20,7 +20,7 @@ from attention_oracle import (
 )
 from fused_mha.testing.tolerances import tolerance
 
-from strategies import examples
+from search import examples
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,11 @@ PACKAGE = Path(fused_mha.__file__).parent
 ALLOWED = {
     "": {"convert", "dispatch", "explanation", "functional", "inputs", "multi_head_attention", "warm_up"},
     "__main__": set(),
-    "parity": {"", "testing"},
+    "parity": set(),
+    "parity.__main__": {"parity.command"},
+    "parity.command": {"", "parity.model", "parity.results", "testing"},
+    "parity.model": {"", "convert", "parity.results", "testing"},
+    "parity.results": {"testing"},
     "benchmark": set(),
     "benchmark.__main__": {"benchmark.command"},
     "benchmark.command": {
@@ -46,6 +50,7 @@ ALLOWED = {
     "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
     "testing.cases": {"multi_head_attention"},
     "testing.parity": {"dispatch", "multi_head_attention", "testing.tolerances"},
+    "testing.strategies": {"testing.cases"},
     "testing.tolerances": set(),
     "convert": {"multi_head_attention"},
     "warm_up": {"backends.triton", "functional", "multi_head_attention", "plans"},
@@ -154,7 +159,8 @@ ALLOWED = {
     "modes": set(),
 }
 THIRD_PARTY = {  # of every other file torch alone
-    "parity": {"torch", "tqdm"},
+    "parity.command": {"torch", "tqdm"},
+    "testing.strategies": {"torch", "hypothesis"},
     "benchmark.command": {"torch", "tqdm"},
     "benchmark.plot": {"matplotlib"},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
@@ -164,8 +170,8 @@ THIRD_PARTY = {  # of every other file torch alone
     },
 }
 ON_TOP = {
-    *("", "parity", "info", "convert", "explanation", "warm_up"),
-    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "testing")),
+    *("", "info", "convert", "explanation", "warm_up"),
+    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "parity", "testing")),
 }
 
 

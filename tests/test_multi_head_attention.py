@@ -12,8 +12,7 @@ from torch import nn
 import fused_mha
 from fused_mha import MultiHeadAttention
 from fused_mha.multi_head_attention import keep_forward_called
-
-from strategies import DTYPES
+from fused_mha.testing.strategies import DTYPES
 
 CONFIGURATIONS = [
     {},

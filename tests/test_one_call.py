@@ -11,10 +11,7 @@ import fused_mha
 from calls import NAN, WEIGHTS, composed, random_module
 from fused_mha.backends import cpu
 from fused_mha.testing import Case, assert_parity
-
-from strategies import DTYPES, cases, seeds
-
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
+from fused_mha.testing.strategies import DTYPES, cases, seeds
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SERVED = {

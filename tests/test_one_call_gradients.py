@@ -15,10 +15,9 @@ import fused_mha
 from calls import composed, random_module
 from fused_mha import ops
 from fused_mha.testing import Case, assert_parity
+from fused_mha.testing.strategies import cases, seeds
 
-from strategies import cases, examples, seeds
-
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
+from search import examples
 
 USED = pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)], ids=["both", "output", "weights"])
 LAYOUTS = {

@@ -1,5 +1,6 @@
-"""`python -m fused_mha.parity`: exit status, options, table, progress and JUnit file."""
+"""`python -m fused_mha.parity`: exit status, options, table, progress, JUnit and JSON files."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,7 +10,8 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from fused_mha import MultiHeadAttention, parity
+from fused_mha import MultiHeadAttention
+from fused_mha.parity import command as parity
 from fused_mha.testing import Case, grid
 
 SHORT = [
@@ -151,6 +153,38 @@ def test_junit_file_of_agreement_has_no_failure(short_grid, tmp_path):
     assert suite.findall(".//failure") == []
 
 
+def test_json_file_has_every_comparison(short_grid, tmp_path):
+    path = tmp_path / "new" / "parity.json"
+    assert parity.main([*OPTIONS, "--seed", "3", "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    assert {name: document[name] for name in ("fused_mha", "torch", "device", "seed")} == {
+        "fused_mha": parity.__version__,
+        "torch": torch.__version__,
+        "device": "cpu",
+        "seed": 3,
+    }
+    assert [result["name"] for result in document["results"]] == [str(case) for case in SHORT]
+    first = document["results"][0]
+    assert (first["group"], first["dtype"], first["error"], first["agrees"]) == ("plain", "float32", None, True)
+    output = first["comparisons"][1]
+    assert (output["quantity"], output["agrees"], len(output["where"])) == ("output", True, 3)
+    assert 0.0 < output["error"] <= output["tolerance"]
+
+
+def test_json_file_says_what_is_not_finite_by_null(short_grid, tmp_path, monkeypatch):
+    right = MultiHeadAttention.forward
+
+    def forward(self, *args, **kwargs):
+        output, weights = right(self, *args, **kwargs)
+        return output * float("nan"), weights
+
+    monkeypatch.setattr(MultiHeadAttention, "forward", forward)
+    path = tmp_path / "parity.json"
+    assert parity.main([*OPTIONS, "--json", str(path)]) == 1
+    output = json.loads(path.read_text())["results"][0]["comparisons"][1]
+    assert (output["quantity"], output["agrees"], output["error"]) == ("output", False, None)
+
+
 def test_plain_lines_where_there_is_no_terminal(short_grid, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     parity.main(OPTIONS)
@@ -167,7 +201,9 @@ def test_progress_bar_on_a_terminal(short_grid, monkeypatch, capsys):
     assert re.findall(r"^  \d of 4$", captured.out, re.MULTILINE) == []
 
 
-@pytest.mark.parametrize("options", [["--dtype", "int8"], ["--seed", "one"], ["--unknown"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--dtype", "int8"], ["--seed", "one"], ["--device", "gpu"], ["--unknown"]], ids=str
+)
 def test_wrong_options_exit_with_2(options, capsys):
     with pytest.raises(SystemExit) as raised:
         parity.main(options)

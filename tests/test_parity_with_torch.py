@@ -8,11 +8,7 @@ from torch import nn
 
 import fused_mha
 from fused_mha.testing import Case, assert_parity, grid
-
-from strategies import DTYPES, cases, fast_path_cases, seeds
-
-# torch's own complaint, of a bool and a float mask in one call
-pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask:UserWarning")
+from fused_mha.testing.strategies import DTYPES, cases, fast_path_cases, seeds
 
 CONSTRUCTOR_ARGUMENTS = [
     {},

@@ -171,6 +171,14 @@ class TestPasses:
         assert_parity(ours, theirs, torch.randn(5, 2, 16), seed=3)
         assert chosen == [back_end]
 
+    def test_dropout_behind_an_output_that_is_a_transpose_in_torch(self):
+        theirs = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.5, batch_first=True)
+        ours = copy.deepcopy(theirs)
+        fused_mha.convert(ours)
+        dropout = nn.functional.dropout
+        assert_parity(ours, theirs, torch.randn(2, 5, 16))
+        assert nn.functional.dropout is dropout
+
     def test_dropout_of_our_module_with_itself(self):
         ours, _, inputs, arguments = build(dropout=0.3)
         assert_parity(ours, ours, *inputs, **arguments)

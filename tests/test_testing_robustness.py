@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fused_mha import MultiHeadAttention, parity
+from fused_mha import MultiHeadAttention
+from fused_mha.parity import command as parity
 from fused_mha.testing import Case, assert_parity, compare
 
 

@@ -8,7 +8,7 @@ DESCRIPTION = """\
 Multi-head attention for PyTorch, a drop-in for torch.nn.MultiheadAttention. The commands are
 
 python -m fused_mha.info       versions, devices, threads and back ends, for bug reports
-python -m fused_mha.parity     compares with the installed torch over hundreds of configurations
+python -m fused_mha.parity     compares with the installed torch: hundreds of configurations, or your own model
 python -m fused_mha.benchmark  times the module or your own shapes beside torch's, in half a minute
 
 --help after one of them lists its options.

@@ -8,8 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from attention_oracle import make_arguments
-
-from strategies import sizes
+from fused_mha.testing.strategies import sizes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_SHAPES = ("LS", "S", "4D LS", "4D S", "HS", "HLS", "NS", "NLS", "NHS", "NHLS")

@@ -9,7 +9,7 @@ from fused_mha.testing.tolerances import tolerance
 from native.call_space import DTYPES, LAYOUTS, MASK_SHAPES, calls, lay_out
 from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention
 
-from strategies import examples
+from search import examples
 
 PER_HEAD = {"need_weights": True, "average_attn_weights": False}
 THROUGH = {

@@ -14,7 +14,7 @@ from fused_mha.testing.tolerances import tolerance
 from native.dense_oracle import assert_matches_dense, drawn_seed, native_attention
 from native.philox import drawn_probability, kept, philox4x32, random_bits
 
-from strategies import examples
+from search import examples
 
 PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
 NEAR_NOTHING_OR_EVERYTHING = [1e-6, 2e-5, 0.999, 0.99999, 0.9999999]  # rounded to 2^-16, off by up to all

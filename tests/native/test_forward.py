@@ -18,7 +18,7 @@ from native.dense_oracle import (
 )
 from native.philox import drawn_probability
 
-from strategies import examples
+from search import examples
 
 EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
 HEAD_SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 80, 96, 112, 127, 128, 129, 160, 256, 511, 512]

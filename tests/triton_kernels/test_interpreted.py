@@ -11,7 +11,7 @@ from attention_oracle import make_arguments
 from native.call_space import calls
 from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 
-from strategies import examples
+from search import examples
 
 pytest.importorskip("triton")
 

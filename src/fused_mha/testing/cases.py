@@ -88,30 +88,32 @@ class Case(NamedTuple):
         ours = MultiHeadAttention(**constructor_arguments, device=device).train(self.training)
         ours.load_state_dict(theirs.state_dict())
 
-        S = self.L if self.sharing == "self" else self.S
+        query, key, value = self.inputs(generator)
+        moved = {id(x): x.to(device) for x in (query, key, value)}  # one tensor stays one tensor
+        masks = {name: None if mask is None else mask.to(device) for name, mask in self.masks(generator).items()}
+        return ours, theirs, (moved[id(query)], moved[id(key)], moved[id(value)]), {**masks, **self.flags()}
+
+    def inputs(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw query, key and value, on the CPU; what the call shares is one tensor."""
         query = self._input(self.L, self.embed_dim, generator)
-        key = value = query
-        if self.sharing != "self":
-            key = value = self._input(S, self.kdim or self.embed_dim, generator)
-        if self.sharing == "separate":
-            value = self._input(S, self.vdim or self.embed_dim, generator)
-        inputs = {id(x): x.to(device) for x in (query, key, value)}  # one tensor stays one tensor
-        arguments = {
-            "attn_mask": self._attn_mask(S, generator),
-            "key_padding_mask": self._key_padding_mask(S, generator),
-        }
-        arguments = {name: mask if mask is None else mask.to(device) for name, mask in arguments.items()}
-        return (
-            ours,
-            theirs,
-            (inputs[id(query)], inputs[id(key)], inputs[id(value)]),
-            {
-                **arguments,
-                "need_weights": self.need_weights,
-                "average_attn_weights": self.average_attn_weights,
-                "is_causal": self.is_causal,
-            },
-        )
+        if self.sharing == "self":
+            return query, query, query
+        key = self._input(self.S, self.kdim or self.embed_dim, generator)
+        if self.sharing == "cross":
+            return query, key, key
+        return query, key, self._input(self.S, self.vdim or self.embed_dim, generator)
+
+    def masks(self, generator: torch.Generator) -> dict[str, Tensor | None]:
+        """Draw ``attn_mask`` and ``key_padding_mask``, on the CPU; no row is hidden everywhere."""
+        return {"attn_mask": self._attn_mask(generator), "key_padding_mask": self._key_padding_mask(generator)}
+
+    def flags(self) -> dict[str, bool]:
+        """The other keywords of forward."""
+        return {name: getattr(self, name) for name in ("need_weights", "average_attn_weights", "is_causal")}
+
+    @property
+    def _keys(self) -> int:
+        return self.L if self.sharing == "self" else self.S
 
     def _input(self, length: int, features: int, generator: torch.Generator) -> Tensor:
         def draw(*shape: int) -> Tensor:
@@ -127,10 +129,10 @@ class Case(NamedTuple):
             return draw(*one, features).expand(*shape, features)
         return draw(*shape, features)
 
-    def _attn_mask(self, S: int, generator: torch.Generator) -> Tensor | None:
+    def _attn_mask(self, generator: torch.Generator) -> Tensor | None:
         if self.attn_mask is None:
             return None
-        N = self.N if self.batched else 1
+        N, S = self.N if self.batched else 1, self._keys
         shape = (N * self.num_heads, self.L, S) if "per head" in self.attn_mask else (self.L, S)
         if "causal" in self.attn_mask:
             hidden = torch.ones(shape, dtype=torch.bool).triu(1)
@@ -142,10 +144,10 @@ class Case(NamedTuple):
         values = torch.zeros(shape) if "causal" in self.attn_mask else torch.randn(shape, generator=generator)
         return values.masked_fill(hidden, float("-inf")).to(self.dtype)
 
-    def _key_padding_mask(self, S: int, generator: torch.Generator) -> Tensor | None:
+    def _key_padding_mask(self, generator: torch.Generator) -> Tensor | None:
         if self.key_padding_mask is None:
             return None
-        shape = (self.N, S) if self.batched else (S,)
+        shape = (self.N, self._keys) if self.batched else (self._keys,)
         hidden = torch.rand(shape, generator=generator) < 0.4
         hidden[..., :1] = False
         if self.key_padding_mask == "bool":

@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fused_mha.dispatch import backend
 from fused_mha.multi_head_attention import MultiHeadAttention
@@ -58,8 +60,8 @@ def assert_parity(
     Each result of ``ours`` may be twice as far from the oracle, ``theirs`` in fp64 from the same rounded inputs and
     parameters, as the result of ``theirs``, plus what rounding moves in the oracle (`tolerance`). Gradients (of the
     inputs, of the parameters, and of the tensors among ``forward_arguments`` that require one) are compared unless grad
-    mode is off; their cotangents are drawn from ``seed``, and so is dropout. Dropout is compared on the reference core,
-    which draws as torch does. Neither module is changed.
+    mode is off; their cotangents are drawn from ``seed``, and so is dropout. Dropout of weights is compared on the
+    reference core, which draws as torch does. Neither module is changed.
 
     Args:
         ours: the module under test.
@@ -72,7 +74,7 @@ def assert_parity(
         The comparisons, all of which agree.
 
     Raises:
-        TypeError: there is no tensor among the arguments.
+        TypeError: there is no tensor among the arguments, or among the results.
         AssertionError: something differs; the text names each quantity, its largest error and where it is, the
             tolerance and the seed.
 
@@ -117,14 +119,18 @@ def compare(
                 for buffer, before in buffers.items():  # such as running statistics, which a forward updates
                     buffer.copy_(before)
         # Under autocast, gradients in fp32 carry the error of the half type in which the output was computed.
-        dtypes = [tensor.dtype for tensor in their_run.outputs.values() if tensor is not None]
-        dtype = max(dtypes, key=lambda candidate: FLOOR[candidate])
+        outputs = [tensor for tensor in their_run.outputs.values() if tensor is not None]
+        if not outputs:
+            raise TypeError("assert_parity compares what the modules return: no tensor among the results")
+        dtypes = {tensor.dtype for tensor in outputs}
+        dtype = max(dtypes & FLOOR.keys() or {torch.float32}, key=lambda candidate: FLOOR[candidate])
         run_oracle = functools.partial(_run_oracle, theirs, inputs, forward_arguments, seed)
         with torch.autocast(tensors[0].device.type, enabled=False):
             exact = run_oracle()
             rounded = rounding_errors(run_oracle, exact, dtype)
     named_inputs = [*inputs, *(forward_arguments[role] for role in _ROLES if role in forward_arguments)]
-    rows = max((x.numel() // max(x.shape[-1], 1) for x in named_inputs if x.dim()), default=1)
+    named_inputs = [x for x in named_inputs if isinstance(x, Tensor)]
+    rows = max(map(_rows, named_inputs), default=1)
     columns = max((x.shape[-1] for x in (*named_inputs, *theirs.parameters()) if x.dim()), default=1)
     mine, yours = (run.outputs | run.gradients for run in (our_run, their_run))
     for name in {**yours, **mine}:
@@ -142,11 +148,34 @@ def compare(
     return comparisons
 
 
+def _rows(x: Tensor) -> int:
+    """Over how many rows of an input a gradient is summed; integers are indices, each of a row."""
+    return x.numel() // max(x.shape[-1], 1) if x.is_floating_point() and x.dim() else x.numel()
+
+
 def _core_that_draws_as_torch(*modules: nn.Module) -> contextlib.AbstractContextManager[None]:
     """The reference core where attention weights are dropped: the others draw from a generator of their own."""
     attentions = (part for module in modules for part in module.modules() if isinstance(part, MultiHeadAttention))
     drops = any(part.training and part.dropout > 0.0 for part in attentions)
     return backend("reference") if drops else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _dropout_in_the_order_of_the_indices() -> Iterator[None]:
+    """Let torch's dropout of one seed drop the same entries of equal tensors, however they lie in memory.
+
+    Torch draws in the order of memory, and an attention's output may be a transpose in one module and not in the other.
+    """
+    dropout = functional.dropout
+
+    def ordered(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return dropout(input if inplace else input.contiguous(), p, training, inplace)
+
+    functional.dropout = ordered
+    try:
+        yield
+    finally:
+        functional.dropout = dropout
 
 
 def _compare_state_dicts(ours: nn.Module, theirs: nn.Module) -> Comparison:
@@ -233,7 +262,9 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any
         name: leaf(name, x, differentiate=name in _ROLES or (isinstance(x, Tensor) and x.requires_grad))
         for name, x in arguments.items()
     }
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _dropout_in_the_order_of_the_indices(), warnings.catch_warnings():
+        # Torch's complaint of a bool and a float mask in one call, which ours takes as it is.
+        warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask and attn_mask", UserWarning)
         torch.manual_seed(seed)
         outputs = dict(_named_outputs(module(*own_inputs, **own_arguments)))
     detached = {name: None if tensor is None else tensor.detach() for name, tensor in outputs.items()}
@@ -252,13 +283,14 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any
     return _Run(detached, dict(zip(wanted, gradients, strict=True)))
 
 
-def _named_outputs(result: Any) -> Iterator[tuple[str, Tensor | None]]:
-    if isinstance(result, Tensor):
-        yield "output", result
-        return
-    if isinstance(result, Mapping):
-        yield from ((str(name), item) for name, item in result.items() if isinstance(item, Tensor))
-        return
-    for i, item in enumerate(result):
-        if item is None or isinstance(item, Tensor):
-            yield ("output", "weights")[i] if i < 2 else f"output {i}", item
+def _named_outputs(result: Any, name: str = "") -> Iterator[tuple[str, Tensor | None]]:
+    """All tensors of a result, and those that it leaves out, however deep; what is neither is not compared."""
+    if result is None or isinstance(result, Tensor):
+        yield name or "output", result
+    elif isinstance(result, Mapping):
+        for key, item in result.items():
+            yield from _named_outputs(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(result, (tuple, list)):
+        for i, item in enumerate(result):
+            own = f"{name}.{i}" if name else ("output", "weights")[i] if i < 2 else f"output {i}"
+            yield from _named_outputs(item, own)
