@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from torch import Tensor
 
 import fused_mha
+from fused_mha.benchmark.module_cells import Cell
+from fused_mha.benchmark.suites import GROWING
 from fused_mha.testing import Comparison, compare, grid
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -106,6 +109,7 @@ CUDA = Panel(
         "own kernels, forward and backward": "… with backward",
     },
 )
+GROWTH, GROWTH_MEMORY = "intel_xeon_2_cores/growth.json", "intel_xeon_2_cores/growth_memory.json"
 PICTURES = {"speed.png": (MODULE, INTEL, CUDA), "speed_core.png": (CORE,)}
 
 
@@ -173,36 +177,47 @@ def draw_group(ax: Axes, i: int, results: Mapping[str, Any], group: str, label: 
 
 
 def draw_growth(path: Path) -> None:
-    """The core's time for one token against length, and its memory beside inputs and outputs."""
-    results = json.loads((RESULTS / CORE.file).read_text())
-    reports = {report["name"]: report for report in results["reports"]}
-    figure = Figure(figsize=(8.0, 2.9), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    token = reports["cost of a token"]
-    for name, label, color in (("sdpa", "torch", SLOWER), ("ours", "ours", FASTER)):
-        time.plot(token["lengths"], token["microseconds"][name], "o-", color=color)
-        end = (token["lengths"][-1], token["microseconds"][name][-1])
-        time.annotate(label, end, (6, 0), textcoords="offset points", va="center", color=color)
-    time.set(xscale="log", yscale="log", xlim=(900, 26000))
-    time.set_title("fp32 forward: microseconds a token", loc="left", fontsize=10, fontweight="bold")
-    time.set_xlabel("length, L = S")
-    time.xaxis.set_major_locator(FixedLocator(token["lengths"]))
-    time.yaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 30]))
-    calls = [name for name, call in reports["memory"].items() if isinstance(call, dict)]
-    for i, name in enumerate(calls):
-        for whose, offset, color in (("torch", 0.18, SLOWER), ("ours", -0.18, FASTER)):
-            mib = reports["memory"][name][whose]["resident"]
-            text = f"{whose} {mib:.0f}" if mib >= 10 else f"{whose} {mib:.1f}"
-            memory.plot(mib, i + offset, "o", color=color, markersize=6.5)
-            memory.annotate(text, (mib, i + offset), (7, 0), textcoords="offset points", va="center", color=color)
-    memory.set(xscale="log", xlim=(0.5, 4000), ylim=(len(calls) - 0.5, -0.5))
-    memory.set_yticks(range(len(calls)), [name.replace(", ", ",\n").replace(" and ", "\nand ") for name in calls])
-    memory.set_title("MiB beside inputs and outputs", loc="left", fontsize=10, fontweight="bold")
-    memory.set_xlabel(reports["memory"]["cell"].replace("x", TIMES))
-    memory.xaxis.set_major_locator(FixedLocator([1, 10, 100, 1000]))
-    for ax in (time, memory):
+    """Time and memory of the module against length, each for three kinds of call, and the time that the peak allows."""
+    times = json.loads((RESULTS / GROWTH).read_text())["rows"]
+    (report,) = json.loads((RESULTS / GROWTH_MEMORY).read_text())["reports"]
+    memory = {cell["name"]: cell for cell in report["cells"]}
+    peak = statistics.median(
+        Cell(*sizes_of(row)).flops / row["timings"]["ours"]["median"] / row["share_of_peak"]
+        for row in times
+        if row["share_of_peak"] is not None
+    )
+    figure = Figure(figsize=(8.0, 4.9), layout="constrained")
+    axes = figure.subplots(2, len(GROWING), sharex=True, sharey="row")
+    for (above, below), (group, mode) in zip(axes.T, GROWING.items(), strict=True):
+        rows = [row for row in times if row["group"] == group]
+        cells = [Cell(*sizes_of(row)) for row in rows]
+        lengths = [cell.L for cell in cells]
+        for whose, color, side in (("torch", SLOWER, "bottom"), ("ours", FASTER, "top")):
+            milliseconds = [row["timings"][row["fastest"] if whose == "torch" else whose]["median"] for row in rows]
+            mib = [memory[f"{group}, {row['name']}"][whose]["resident"] for row in rows]
+            for ax, values in ((above, milliseconds), (below, mib)):
+                ax.plot(lengths, values, "o-", color=color, markersize=4)
+                ax.annotate(whose, (lengths[-1], values[-1]), (5, 0), textcoords="offset points", va=side, color=color)
+        products = 3 if mode.training else 1  # a backward takes two for each of the forward
+        above.plot(lengths, [products * cell.flops / peak for cell in cells], ":", color=INK, linewidth=1)
+        above.set_title(group, loc="left", fontsize=10, fontweight="bold")
+        below.set_xlabel("length, L = S")
+        above.set(xscale="log", yscale="log", xlim=(100, 13000))
+        below.set(yscale="log")
+        above.xaxis.set_major_locator(FixedLocator([128, 512, 2048]))
+        above.yaxis.set_major_locator(FixedLocator([1, 10, 100, 1000]))
+        below.yaxis.set_major_locator(FixedLocator([1, 10, 100, 1000]))
+    axes[0, 0].set_ylabel("ms; dotted: at the peak")
+    axes[1, 0].set_ylabel("MiB beside in- and outputs")
+    for ax in axes.flat:
         finish(ax)
     figure.savefig(path, dpi=200)
+
+
+def sizes_of(row: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
+    """Those of a cell of self-attention, whose name is NxLxExH."""
+    N, L, E, H = map(int, row["name"].split("x"))
+    return N, L, L, E, H
 
 
 def finish(ax: Axes) -> None:

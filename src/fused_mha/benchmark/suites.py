@@ -22,6 +22,11 @@ DTYPES = {
     "autocast": torch.float32,  # the module's own; it computes in bf16
 }
 QUICK_CELL, QUICK_ATTENTION_CELL = Cell(4, 128, 128, 384, 6), AttentionCell(4, 6, 128, 128, 64)
+GROWING = {
+    "inference": Mode(),
+    "inference, averaged weights": Mode(weights=True),
+    "training step": Mode(training=True),
+}
 DECODING = (module_cases.TOKEN, "one query, forward")  # the groups
 
 
@@ -50,11 +55,23 @@ def _decode() -> Iterator[BenchCase]:
     )
 
 
+def growing_cells() -> list[Cell]:
+    """The sizes of the suite `growth`."""
+    return [Cell(1, L, L, 512, 8) for L in (128, 256, 512, 1024, 2048, 4096)]
+
+
+def _growth() -> Iterator[BenchCase]:
+    for group, mode in GROWING.items():
+        for cell in growing_cells():
+            yield module_cases.module_case(group, str(cell), cell, mode, 1.0)
+
+
 SUITES = {
     "quick": Suite("every kind of call at one small size, in about a minute", _quick),
     "module": Suite("the module: inference, training, weights, masks, dropout, half types", module_cases.module_cases),
     "attention": Suite("attention on split heads, forward and backward", attention_cases.attention_cases),
     "decode": Suite("one token and eight tokens, and one query beside a long cache", _decode),
+    "growth": Suite("time and memory from 128 to 4,096 tokens, with weights and in training", _growth),
     "cuda": Suite("the module on a CUDA device", lambda: module_cases_on("cuda", torch.bfloat16)),
 }
 
