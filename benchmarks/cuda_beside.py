@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_mha import masks
+from fused_mha.core import masks
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (N, L, H, D), giving the same
 SECONDS = 40.0  # for all that FlexAttention compiles in a run

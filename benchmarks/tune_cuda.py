@@ -22,9 +22,9 @@ import torch
 from tqdm import tqdm
 
 import fused_mha
-from fused_mha import plans
 from fused_mha.backends.triton import launcher, preparation
 from fused_mha.backends.triton.tile_config import Config, Kind, Launch
+from fused_mha.core import plans
 
 N, H, L = 4, 16, 4096
 HEAD_SIZES = (64, 128)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 import fused_mha
 from closeness import assert_close_to_oracle
-from fused_mha import dispatch
-from fused_mha.inputs import AttentionResult, check_attention
+from fused_mha.core import dispatch
+from fused_mha.core.inputs import AttentionResult, check_attention
 
 BACKENDS = [
     candidate.name for candidate in dispatch.BACKENDS if "cpu" in (candidate.capability.devices or ("cpu",))

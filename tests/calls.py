@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention, one_call
+from fused_mha import MultiHeadAttention
+from fused_mha.module import one_call
 
 BACK_ENDS = ["cpu", "sdpa", "reference"]
 WITH_WEIGHTS = ["cpu", "reference"]  # those that serve weights and dropout

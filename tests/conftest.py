@@ -57,8 +57,8 @@ def one_calls(monkeypatch):
 
     Products are ours in every dtype, whatever this processor's rule.
     """
-    from fused_mha import linear, one_call
     from fused_mha.backends import cpu
+    from fused_mha.module import linear, one_call
 
     if cpu.LIBRARY is None:
         pytest.skip("this installation has no C++ library")
@@ -99,8 +99,8 @@ def x():
 @pytest.fixture
 def without_the_library(monkeypatch):
     """The back ends of an installation that found no C++ compiler."""
-    from fused_mha import dispatch
     from fused_mha.backends import cpu
+    from fused_mha.core import dispatch
 
     missing = cpu.BACKEND._replace(capability=cpu.BACKEND.capability._replace(is_installed=False))
     monkeypatch.setattr(dispatch, "BACKENDS", (missing, *dispatch.BACKENDS[1:]))
@@ -109,7 +109,7 @@ def without_the_library(monkeypatch):
 @pytest.fixture
 def served_by(monkeypatch):
     """The names of the back ends that have served, in order of the calls."""
-    from fused_mha import dispatch
+    from fused_mha.core import dispatch
 
     names = []
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention, projections
+from fused_mha import MultiHeadAttention
 from fused_mha.backends import cpu
+from fused_mha.module import projections
 
 N, L, E, H = 3, 5, 16, 2
 
@@ -22,7 +23,7 @@ def path(request):
     if request.param == "cpu":
         if cpu.LIBRARY is None:
             pytest.skip("this installation has no C++ library")
-        request.getfixturevalue("monkeypatch").setattr("fused_mha.linear.dtypes", tuple)
+        request.getfixturevalue("monkeypatch").setattr("fused_mha.module.linear.dtypes", tuple)
     return lambda: fused_mha.backend(request.param)
 
 

@@ -8,7 +8,8 @@ import torch
 
 import fused_mha
 from attention_oracle import BACKENDS, make_arguments, naive_attention, run_with_gradients, torch_attention
-from fused_mha import MultiHeadAttention, dispatch, modes
+from fused_mha import MultiHeadAttention
+from fused_mha.core import dispatch, modes
 from fused_mha.testing.tolerances import tolerance
 
 

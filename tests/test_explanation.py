@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import linear
 from fused_mha.backends import cpu
+from fused_mha.module import linear
 
 NOTE_OF_CPU = f"instruction set {cpu.LIBRARY and cpu.LIBRARY.isa}"
 NOTE_OF_REFERENCE = "the scores are built as an (N, H, L, S) tensor"

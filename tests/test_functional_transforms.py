@@ -15,7 +15,7 @@ from attention_oracle import (
     run_with_gradients,
 )
 from differentiation import CASES, as_function, finite
-from fused_mha import reference
+from fused_mha.core import reference
 from fused_mha.testing.tolerances import tolerance
 
 # torch scripts its forward-mode decompositions on first use

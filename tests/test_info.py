@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_mha import dispatch, info
+from fused_mha import info
 from fused_mha.backends import cpu
+from fused_mha.core import dispatch
 
 
 def rows(out):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fused_mha
 from calls import Doubled
 from fused_mha import MultiHeadAttention
-from fused_mha.multi_head_attention import keep_forward_called
+from fused_mha.module.multi_head_attention import keep_forward_called
 
 MODES = pytest.mark.parametrize(
     ("training", "grad"), [(True, True), (False, True), (False, False)], ids=["training", "eval", "inference"]

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_mha
-from fused_mha import linear
 from fused_mha.backends import cpu
+from fused_mha.module import linear
 
 needs_library = pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no C++ library")
 

@@ -1,9 +1,9 @@
-"""`fused_mha.masks`: what each mask means, as grids one can read."""
+"""`fused_mha.core.masks`: what each mask means, as grids one can read."""
 
 import pytest
 import torch
 
-from fused_mha import masks
+from fused_mha.core import masks
 
 INF = float("inf")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fused_mha
 from fused_mha import MultiHeadAttention
-from fused_mha.multi_head_attention import keep_forward_called
+from fused_mha.module.multi_head_attention import keep_forward_called
 from fused_mha.testing.strategies import DTYPES
 
 CONFIGURATIONS = [

@@ -1,4 +1,4 @@
-"""`fused_mha.projections`: the linear maps around the attention core."""
+"""`fused_mha.module.projections`: the linear maps around the attention core."""
 
 import copy
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_mha import convert, projections
+from fused_mha import convert
+from fused_mha.module import projections
 from fused_mha.testing import assert_parity
 from fused_mha.testing.tolerances import tolerance
 

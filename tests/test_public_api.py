@@ -108,6 +108,6 @@ def test_version_is_the_distributions():
     assert fused_mha.__version__ == version("fused-mha")
 
 
-@pytest.mark.parametrize("name", ["fused_mha.parity", "fused_mha.info"])
+@pytest.mark.parametrize("name", ["fused_mha.benchmark.command", "fused_mha.info", "fused_mha.parity.command"])
 def test_commands_have_a_main(name):
     assert callable(importlib.import_module(name).main)

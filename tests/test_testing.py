@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import MultiHeadAttention, explain, multi_head_attention, one_call
-from fused_mha.inputs import default_scale
+from fused_mha import MultiHeadAttention, explain
+from fused_mha.core.inputs import default_scale
+from fused_mha.module import multi_head_attention, one_call
 from fused_mha.testing import Case, assert_parity, compare, grid
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fused_mha
-from fused_mha import plans
 from fused_mha.backends import triton
+from fused_mha.core import plans
 
 warm_up_module = sys.modules["fused_mha.warm_up"]  # of which the function has the name
 PADDING = {"key_padding_mask": torch.bool}

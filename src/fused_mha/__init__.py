@@ -3,11 +3,11 @@
 from importlib.metadata import version as _version
 
 from fused_mha.convert import ConversionReport, convert, revert
-from fused_mha.dispatch import Explanation, backend
-from fused_mha.explanation import explain
-from fused_mha.functional import attention
-from fused_mha.inputs import AttentionResult
-from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.core.dispatch import Explanation, backend
+from fused_mha.module.explanation import explain
+from fused_mha.core.attention import attention
+from fused_mha.core.inputs import AttentionResult
+from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.warm_up import warm_up
 
 __version__ = _version("fused-mha")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 
-from fused_mha.multi_head_attention import MultiHeadAttention, ensure_forward_hook, remove_forward_hook
+from fused_mha.module.multi_head_attention import MultiHeadAttention, ensure_forward_hook, remove_forward_hook
 
 NameFilter = Callable[[str], bool]
 

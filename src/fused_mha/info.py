@@ -12,7 +12,7 @@ import torch
 from fused_mha import __version__
 from fused_mha.backends import cpu
 from fused_mha.backends.triton import assemblers
-from fused_mha.dispatch import BACKENDS
+from fused_mha.core.dispatch import BACKENDS
 
 
 def main(arguments: Sequence[str] = ()) -> None:

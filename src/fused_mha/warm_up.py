@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_mha import plans
+from fused_mha.core import plans
 from fused_mha.backends import triton
-from fused_mha.functional import attention
-from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.core.attention import attention
+from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 HeadSize = int | tuple[int, int]
 _MASKS = ("attn_mask", "key_padding_mask")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_mha
-from fused_mha import plans
+from fused_mha.core import plans
 
 DROPOUT = {"dropout_p": 0.2, "is_causal": True}
 
@@ -138,7 +138,7 @@ def test_a_kind_of_call_that_came_before_gives_the_bits_of_the_general_way(argum
         return gradients(q, k, v, key_padding_mask=padding(2, 96), **arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fused_mha.plans.DEVICE", "none")
+        patch.setattr("fused_mha.core.plans.DEVICE", "none")
         expected = found()
     for _ in range(3):
         assert all(torch.equal(x, y) for x, y in zip(found(), expected, strict=True))

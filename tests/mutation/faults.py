@@ -254,14 +254,14 @@ FAULTS = [
     ),
     Fault(
         "few rows beside an AMX processor's tiles are those of others",
-        PACKAGE + "linear.py",
+        PACKAGE + "module/linear.py",
         "few = _FEW_BESIDE_TILES if dtype in cpu.LIBRARY.tile_dtypes else _FEW_ROWS",
         "few = _FEW_ROWS",
         "tests/test_linear.py",
     ),
     Fault(
         "the number of rows becomes part of a compiled graph",
-        PACKAGE + "linear.py",
+        PACKAGE + "module/linear.py",
         "cpu.LIBRARY.isa not in _HAS_VECTORS or not is_eager():",
         "cpu.LIBRARY.isa not in _HAS_VECTORS:",
         "tests/test_linear.py",
@@ -320,14 +320,14 @@ FAULTS = [
     # Layouts beside options.
     Fault(
         "unbatched weights keep their batch",
-        PACKAGE + "multi_head_attention.py",
+        PACKAGE + "module/multi_head_attention.py",
         "if weights is not None and not is_batched:",
         "if weights is not None and not is_batched and average_attn_weights:",
         ONE_CALL + "::test_any_call_gives_the_bits_of_the_composition",
     ),
     Fault(
         "hidden keys of a sequence-first batch",
-        PACKAGE + "multi_head_attention.py",
+        PACKAGE + "module/multi_head_attention.py",
         "hidden = hidden.transpose(0, 1)",
         "hidden = hidden.transpose(0, 1) & False",
         "tests/test_deviations_masking.py",
@@ -341,7 +341,7 @@ FAULTS = [
     ),
     Fault(
         "dropout in evaluation",
-        PACKAGE + "multi_head_attention.py",
+        PACKAGE + "module/multi_head_attention.py",
         "dropout_p = self.dropout if self.training else 0.0",
         "dropout_p = self.dropout",
         "tests/test_multi_head_attention.py " + ONE_CALL,
@@ -391,21 +391,21 @@ FAULTS = [
     ),
     Fault(
         "cuda: a recent kind at another address",
-        PACKAGE + "plans.py",
+        PACKAGE + "core/plans.py",
         "and [x.data_ptr() & 15 for x in given] == self._addresses",
         "and self._addresses is not None",
         "tests/triton_kernels/test_plans.py",
     ),
     Fault(
         "cuda: which tensors of a recent kind are one",
-        PACKAGE + "plans.py",
+        PACKAGE + "core/plans.py",
         "may_learn, *roles, *[x.shape for x in given])",
         "may_learn, *[x.shape for x in given])",
         "tests/triton_kernels/test_plans.py",
     ),
     Fault(
         "cuda: that nothing serves a kind is found out at every call",
-        PACKAGE + "one_call.py",
+        PACKAGE + "module/one_call.py",
         "plans.remember(call.kind, _BY_STEPS if served is None else served)",
         "plans.remember(call.kind, served)",
         CUDA_MODULE + " -k projected_once",

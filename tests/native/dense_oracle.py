@@ -15,7 +15,7 @@ from torch import Tensor
 import fused_mha
 from attention_oracle import DEFAULTS, longest_sums, run_with_gradients
 from closeness import assert_close_to_oracle
-from fused_mha.inputs import AttentionResult
+from fused_mha.core.inputs import AttentionResult
 from native.philox import drawn_probability
 
 INF = float("inf")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fused_mha
-from fused_mha import linear
 from fused_mha.backends import native
 from fused_mha.backends.cpu import LIBRARY
+from fused_mha.module import linear
 
 PARALLEL_FOR = ctypes.CFUNCTYPE(
     ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p

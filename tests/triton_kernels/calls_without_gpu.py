@@ -17,10 +17,11 @@ from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
 
 import fused_mha
-from fused_mha import dispatch, one_call, plans
 from fused_mha.backends import cpu, triton
 from fused_mha.backends.triton import assembler, launch, preparation
 from fused_mha.backends.triton.entry import entry
+from fused_mha.core import dispatch, plans
+from fused_mha.module import one_call
 
 
 class WithoutGPU(CudaDriver):

@@ -91,9 +91,9 @@ def as_on_a_gpu(monkeypatch):
     """Tensors of the CPU stand for those of a GPU: the CPU's back end has the kernels and the plans of `triton`."""
     if torch.cuda.is_available():
         pytest.skip("tests/cuda calls the kernels on the GPU")
-    from fused_mha import dispatch, plans
     from fused_mha.backends import cpu, triton
     from fused_mha.backends.triton import launch
+    from fused_mha.core import dispatch, plans
 
     stands_in = cpu.BACKEND._replace(served=triton.BACKEND.served, leaves=lambda _: None)
     monkeypatch.setattr(dispatch, "BACKENDS", (stands_in, *dispatch.BACKENDS[1:]))
@@ -112,7 +112,7 @@ def in_general(monkeypatch):
     """`attention` by the general way."""
 
     import fused_mha
-    from fused_mha import plans
+    from fused_mha.core import plans
 
     def attention(**arguments):
         with monkeypatch.context() as patch:

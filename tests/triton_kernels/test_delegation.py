@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fused_mha
-from fused_mha import one_call
 from fused_mha.backends.delegation import MODULE_RULE, RECORDED, RULES
+from fused_mha.module import one_call
 from triton_kernels.test_choice import explain
 
 pytest.importorskip("triton")

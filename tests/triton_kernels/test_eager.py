@@ -7,7 +7,8 @@ import torch
 
 import fused_mha
 from attention_oracle import make_arguments
-from fused_mha import one_call, plans
+from fused_mha.core import plans
+from fused_mha.module import one_call
 from native.call_space import LAYOUTS, lay_out
 from native.test_operators import operands
 from test_functional_errors import BIAS_K, BIAS_V, KEY, QUERY, ROWS, VALUE
@@ -362,7 +363,7 @@ def test_the_module_goes_the_short_way(launches):
     module = fused_mha.MultiHeadAttention(16, 4, batch_first=True)
     x, padding = torch.randn(2, 8, 16), torch.zeros(2, 8, dtype=torch.bool)
     with fused_mha.backend("cpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fused_mha.one_call.forward", lambda *_: None)
+        patch.setattr("fused_mha.module.one_call.forward", lambda *_: None)
         for _ in range(3):
             module(x, x, x, key_padding_mask=padding)
     assert [type(served) for served in plans._kept.values()].count(eager.Kept) == 1

@@ -10,9 +10,10 @@ import fused_mha
 from module_calls import CASES, IDS, E, N, S, inputs, masks, matches_torch, modules
 
 pytest.importorskip("triton")
-from fused_mha import dispatch, one_call, plans, projections
 from fused_mha.backends import triton
 from fused_mha.backends.triton import module as kept_modules
+from fused_mha.core import dispatch, plans
+from fused_mha.module import one_call, projections
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_mha
 from attention_oracle import make_arguments
-from fused_mha import modes, plans
+from fused_mha.core import modes, plans
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
@@ -92,7 +92,7 @@ def test_what_other_back_ends_serve_is_checked_once_too(back_end, mask_shape, mo
     calls = [make_arguments(seed=seed, **options) for seed in (0, 1)]
     with fused_mha.backend(back_end):
         expected = [fused_mha.attention(**call, is_causal=True).output for call in calls]
-        monkeypatch.setattr("fused_mha.functional.check_attention", None)
+        monkeypatch.setattr("fused_mha.core.attention.check_attention", None)
         found = [fused_mha.attention(**call, is_causal=True).output for call in calls]
     assert all(map(torch.equal, found, expected))
     assert not torch.equal(*expected)

@@ -1,1 +1,1 @@
-"""The back ends behind `fused_mha.attention`; `fused_mha.dispatch` orders them."""
+"""The back ends behind `fused_mha.attention`; `fused_mha.core.dispatch` orders them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_mha.inputs import AttentionInputs
+from fused_mha.core.inputs import AttentionInputs
 from fused_mha.ops.schema import Arguments
 
 _FAR = 1 << 60  # a key position that no query has

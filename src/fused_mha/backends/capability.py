@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import onnx_export_is_active, transform_is_active
+from fused_mha.core.inputs import AttentionInputs, AttentionResult
+from fused_mha.core.modes import onnx_export_is_active, transform_is_active
 from fused_mha.ops.module import Call
 
 

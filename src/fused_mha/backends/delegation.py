@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_mha.inputs import AttentionInputs
-from fused_mha.modes import is_recorded
+from fused_mha.core.inputs import AttentionInputs
+from fused_mha.core.modes import is_recorded
 from fused_mha.ops.module import GRADIENTS, Call
 
 MOST_HEADS_OF_TORCH = 65535  # in a batch, that all of torch's own kernels take

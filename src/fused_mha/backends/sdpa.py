@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_mha import masks
+from fused_mha.core import masks
 from fused_mha.backends import delegation
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
-from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import is_plain
+from fused_mha.core.inputs import AttentionInputs, AttentionResult
+from fused_mha.core.modes import is_plain
 from fused_mha.ops import schema
 from fused_mha.ops.module import Call
-from fused_mha.reference import append_virtual_keys
+from fused_mha.core.reference import append_virtual_keys
 
 
 def _without_redundant_mask(inputs: AttentionInputs) -> AttentionInputs:

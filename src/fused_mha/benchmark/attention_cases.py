@@ -34,7 +34,7 @@ from fused_mha.benchmark.attention_cells import (
     tensors,
 )
 from fused_mha.benchmark.harness import BAR, DROPOUT, BenchCase, GroupBar, seeded
-from fused_mha.functional import attention as our_attention
+from fused_mha.core.attention import attention as our_attention
 from fused_mha.testing import tolerance
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_mha.backends.cpu import LIBRARY
-from fused_mha.functional import attention as our_attention
+from fused_mha.core.attention import attention as our_attention
 from fused_mha.ops.schema import drawn_probability
 
 # From query (N, L, H, D), key and value (N, S, H, D) to the output (N, L, H, D) and, if wanted, the weights.

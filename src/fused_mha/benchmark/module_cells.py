@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 Run = Callable[[], tuple[Tensor, ...]]
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of two right results, as a share of the largest entry

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha import masks, reference
-from fused_mha.modes import autocast_is_on
+from fused_mha.core import masks, reference
+from fused_mha.core.modes import autocast_is_on
 from fused_mha.ops import schema
 from fused_mha.ops.schema import Arguments
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha import masks
+from fused_mha.core import masks
 from fused_mha.ops import schema
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call, multi_head_attention, multi_head_attention_backward
 from fused_mha.ops.product import product

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 
-from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 Sharing = Literal["self", "cross", "separate"]
 AttnMask = Literal["bool", "float", "bool per head", "float per head", "causal bool", "causal float"]

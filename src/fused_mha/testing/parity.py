@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fused_mha.dispatch import backend
-from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.core.dispatch import backend
+from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.testing.tolerances import FLOOR, rounding_errors, tolerance
 
 _ROLES = ("query", "key", "value")  # what a module's first inputs are called, by position or by keyword

@@ -15,7 +15,7 @@ from fused_mha.backends import delegation
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE
-from fused_mha.inputs import AttentionInputs, AttentionResult
+from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.ops import fallback, schema
 from fused_mha.ops.module import Call
 

@@ -1,4 +1,4 @@
-"""Eager calls without the dispatcher, which costs more than they do: `fused_mha.plans` has one `Kept` for each kind.
+"""Eager calls without the dispatcher, which costs more than they do: `core.plans` has one `Kept` for each kind of call.
 
 What a call is given has been checked to be plain tensors of one kind, which no dispatch mode, transform or compiler
 sees. What its backward is given has not: hooks and assignments to `data` change what was saved.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of, draw_seed
 from fused_mha.backends.triton.launch import TENSORS, Plan, plan_of, results_of
-from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import may_skip_dispatcher, memory_of, memory_of_each
+from fused_mha.core.inputs import AttentionInputs, AttentionResult
+from fused_mha.core.modes import may_skip_dispatcher, memory_of, memory_of_each
 from fused_mha.ops import schema
 from fused_mha.ops.schema import Arguments
 

@@ -26,7 +26,7 @@ from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
-from fused_mha.modes import memory_of
+from fused_mha.core.modes import memory_of
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import Arguments
 

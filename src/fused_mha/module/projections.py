@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_mha import masks
-from fused_mha.linear import linear
+from fused_mha.core import masks
+from fused_mha.module.linear import linear
 
 
 def packed_in_projection(

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_mha import dispatch
+from fused_mha.core import dispatch
 from fused_mha.backends.capability import Backend, Served
-from fused_mha.inputs import AttentionInputs, AttentionResult
-from fused_mha.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of_each
+from fused_mha.core.inputs import AttentionInputs, AttentionResult
+from fused_mha.core.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of_each
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each

@@ -16,8 +16,8 @@ from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter, is_lazy
 
-from fused_mha import masks, nested, one_call, plans, projections
-from fused_mha.inputs import (
+from fused_mha.core import masks, plans
+from fused_mha.core.inputs import (
     AttentionInputs,
     ModuleArguments,
     check_are_tensors,
@@ -25,8 +25,9 @@ from fused_mha.inputs import (
     check_module_inputs,
     default_scale,
 )
-from fused_mha.modes import PLAIN_OR_NONE
-from fused_mha.quantization import QConfig
+from fused_mha.core.modes import PLAIN_OR_NONE
+from fused_mha.module import nested, one_call, projections
+from fused_mha.module.quantization import QConfig
 
 
 def keep_forward_called(module: nn.Module, args: tuple[Any, ...]) -> None:

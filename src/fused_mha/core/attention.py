@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_mha import dispatch, plans
-from fused_mha.inputs import AttentionResult, CausalAlignment, Window, check_attention
-from fused_mha.modes import autocast_is_on
+from fused_mha.core import dispatch, plans
+from fused_mha.core.inputs import AttentionResult, CausalAlignment, Window, check_attention
+from fused_mha.core.modes import autocast_is_on
 
 
 def attention(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_mha import linear, one_call
 from fused_mha.backends import delegation
-from fused_mha.dispatch import Explanation, explain_inputs
-from fused_mha.inputs import ModuleArguments
-from fused_mha.multi_head_attention import MultiHeadAttention
+from fused_mha.core.dispatch import Explanation, explain_inputs
+from fused_mha.core.inputs import ModuleArguments
+from fused_mha.module import linear, one_call
+from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 
 def explain(

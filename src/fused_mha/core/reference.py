@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_mha import masks
-from fused_mha.modes import is_plain
+from fused_mha.core import masks
+from fused_mha.core.modes import is_plain
 
 if TYPE_CHECKING:
-    from fused_mha.inputs import CausalAlignment, Window
+    from fused_mha.core.inputs import CausalAlignment, Window
 
 
 def append_virtual_keys(keys: Tensor, bias: Tensor | None, add_zero_attn: bool) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_mha.modes import autocast_is_on
+from fused_mha.core.modes import autocast_is_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

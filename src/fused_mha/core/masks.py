@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fused_mha.inputs import CausalAlignment, Window
+    from fused_mha.core.inputs import CausalAlignment, Window
 
 
 NEGATIVE_INFINITY = float("-inf")
