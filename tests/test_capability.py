@@ -99,7 +99,7 @@ def test_onnx_export_goes_to_operators_of_torch(monkeypatch, module, x, served_b
     assert reasons == {"cpu": [reason], "sdpa": [], "reference": []}
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual level"])
 def test_transforms_go_to_the_reference(transform, module, x, served_by):
     def function(x):

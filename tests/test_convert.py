@@ -13,7 +13,7 @@ from calls import Doubled
 from fused_mha.module.multi_head_attention import MultiHeadAttention, keep_forward_called
 from fused_mha.testing.cases import Case
 
-SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+SCRIPT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 
 class Block(nn.Module):

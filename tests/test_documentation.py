@@ -142,5 +142,6 @@ def test_the_reference_has_everything_that_is_public():
     assert documented == public
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_and_the_readme_are_of_this_version():
     assert f"\nversion: {fused_mha.__version__}\n" in (PROJECT / "CITATION.cff").read_text()
+    assert f"\n- **Version**: {fused_mha.__version__}, " in README.read_text()

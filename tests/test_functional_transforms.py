@@ -19,7 +19,7 @@ from fused_mha.core import reference
 from fused_mha.testing.tolerances import tolerance
 
 # torch scripts its forward-mode decompositions on first use
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
 each_that_serves_everything = pytest.mark.parametrize("backend", SERVE_EVERYTHING)
