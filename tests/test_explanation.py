@@ -112,7 +112,8 @@ def test_refuses_wrong_input_as_the_module_does(module, x):
 @pytest.mark.parametrize("other", [nn.MultiheadAttention(16, 4), nn.Linear(16, 16), None], ids=type)
 def test_takes_our_module_alone(other, x):
     name = type(other).__name__
-    with pytest.raises(TypeError, match=f"^module must be a fused_mha.MultiHeadAttention; got {name}$"):
+    expected = "module must be a fused_mha.MultiHeadAttention or scaled_dot_product_attention"
+    with pytest.raises(TypeError, match=f"^{expected}; got {name}$"):
         fused_mha.explain(other, x)
 
 

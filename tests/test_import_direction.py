@@ -18,6 +18,7 @@ ALLOWED = {
         "module.explanation",
         "core.attention",
         "core.inputs",
+        "integrations.sdpa",
         "module.multi_head_attention",
         "warm_up",
     },
@@ -62,11 +63,17 @@ ALLOWED = {
     "testing.tolerances": set(),
     "convert": {"module.multi_head_attention"},
     "warm_up": {"backends.triton", "core.attention", "module.multi_head_attention", "core.plans"},
+    "integrations": set(),
+    "integrations.sdpa": {
+        "backends.sdpa",
+        *(f"core.{name}" for name in ("attention", "dispatch", "inputs", "modes")),
+    },
     "module": set(),
     "module.explanation": {
         "backends.delegation",
         "core.dispatch",
         "core.inputs",
+        "integrations.sdpa",
         "module.linear",
         "module.multi_head_attention",
         "module.one_call",
@@ -210,7 +217,7 @@ THIRD_PARTY = {  # of every other file torch alone
     },
 }
 ON_TOP = {
-    *("", "info", "convert", "module.explanation", "warm_up"),
+    *("", "info", "convert", "integrations", "integrations.sdpa", "module.explanation", "warm_up"),
     *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "parity", "testing")),
 }
 

@@ -18,11 +18,14 @@ NAMES = [
     "ConversionReport",
     "Explanation",
     "MultiHeadAttention",
+    "ServedCalls",
     "attention",
     "backend",
     "convert",
     "explain",
     "revert",
+    "scaled_dot_product_attention",
+    "serve_sdpa",
     "warm_up",
 ]
 TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
@@ -34,6 +37,8 @@ FUNCTIONS = [
     fused_mha.convert,
     fused_mha.explain,
     fused_mha.revert,
+    fused_mha.scaled_dot_product_attention,
+    fused_mha.serve_sdpa.report,
     fused_mha.warm_up,
     fused_mha.testing.assert_parity,
     fused_mha.testing.grid,

@@ -3,10 +3,11 @@
 from importlib.metadata import version as _version
 
 from fused_mha.convert import ConversionReport, convert, revert
-from fused_mha.core.dispatch import Explanation, backend
-from fused_mha.module.explanation import explain
 from fused_mha.core.attention import attention
+from fused_mha.core.dispatch import Explanation, backend
 from fused_mha.core.inputs import AttentionResult
+from fused_mha.integrations.sdpa import ServedCalls, scaled_dot_product_attention, serve_sdpa
+from fused_mha.module.explanation import explain
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.warm_up import warm_up
 
@@ -17,10 +18,13 @@ __all__ = [
     "ConversionReport",
     "Explanation",
     "MultiHeadAttention",
+    "ServedCalls",
     "attention",
     "backend",
     "convert",
     "explain",
     "revert",
+    "scaled_dot_product_attention",
+    "serve_sdpa",
     "warm_up",
 ]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_mha.core import plans
 from fused_mha.backends import triton
+from fused_mha.core import plans
 from fused_mha.core.attention import attention
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 

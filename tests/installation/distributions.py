@@ -54,7 +54,9 @@ def check_wheel(path: Path, version: str) -> str | None:
     assert found == ([library] if library else []), found
     assert "fused_mha/py.typed" in names, names
     assert "fused_mha/benchmark/fma_peak.c" in names, names  # which the benchmark compiles
-    others = [name for name in names if not name.startswith(("fused_mha/", f"fused_mha-{version}.dist-info/"))]
+    ours = ("fused_mha/", "pytest_fused_mha/", f"fused_mha-{version}.dist-info/")
+    assert "pytest_fused_mha/__init__.py" in names, names  # which pytest loads by its entry point
+    others = [name for name in names if not name.startswith(ours)]
     unwanted = [name for name in names if "csrc" in name or "__pycache__" in name]
     assert not others + unwanted, others + unwanted
     return library

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_mha.core import masks
 from fused_mha.backends import delegation
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
+from fused_mha.core import masks
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.core.modes import is_plain
+from fused_mha.core.reference import append_virtual_keys
 from fused_mha.ops import schema
 from fused_mha.ops.module import Call
-from fused_mha.core.reference import append_virtual_keys
+
+torch_sdpa = F.scaled_dot_product_attention  # torch's own: `integrations.sdpa` may put another in its place
 
 
 def _without_redundant_mask(inputs: AttentionInputs) -> AttentionInputs:
@@ -82,7 +84,7 @@ def _attend(
     # A branch, since the op takes no number for a flag: sizes are tensors under torch.jit.trace, and may be symbols
     # under torch.compile.
     is_grouped = True if key.shape[2] != query.shape[2] else False  # noqa: SIM210
-    output = F.scaled_dot_product_attention(
+    output = torch_sdpa(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

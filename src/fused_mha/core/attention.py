@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fused_mha.core import dispatch, plans
 from fused_mha.core.inputs import AttentionResult, CausalAlignment, Window, check_attention
-from fused_mha.core.modes import autocast_is_on
+from fused_mha.core.modes import as_autocast_casts, autocast_is_on
 
 
 def attention(
@@ -83,8 +83,8 @@ def attention(
     """
     device = query.device.type
     if autocast_is_on(device):
-        query, key, value = (_autocast(x) for x in (query, key, value))
-        bias_k, bias_v = (None if x is None else _autocast(x) for x in (bias_k, bias_v))
+        query, key, value = (as_autocast_casts(x) for x in (query, key, value))
+        bias_k, bias_v = (None if x is None else as_autocast_casts(x) for x in (bias_k, bias_v))
     kind = None
     if device == plans.DEVICE and not torch.compiler.is_compiling():
         tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
@@ -116,10 +116,3 @@ def attention(
     if (served := plans.keep(kind, back_end, inputs)) is not None:
         return served(*plans.tensors_of(inputs))
     return dispatch.run(back_end, inputs)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """The tensor as autocast casts the inputs of an op in the lower precision: fp64 stays."""
-    if x.dtype == torch.float64 or not x.is_floating_point():
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from fused_mha.core import masks, reference
 from fused_mha.backends import cpu, sdpa, triton
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
+from fused_mha.core import masks, reference
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.core.modes import autocast_is_on
 

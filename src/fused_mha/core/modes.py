@@ -31,6 +31,13 @@ def autocast_is_on(device_type: str) -> bool:
     return _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
+def as_autocast_casts(x: Tensor) -> Tensor:
+    """The tensor as autocast casts the inputs of an op in the lower precision: fp64 stays."""
+    if x.dtype == torch.float64 or not x.is_floating_point():
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a device at all; for meta, there is none."""
     return torch.amp.is_autocast_available(device_type)

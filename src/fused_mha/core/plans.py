@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_mha.core import dispatch
 from fused_mha.backends.capability import Backend, Served
+from fused_mha.core import dispatch
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.core.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of_each
 

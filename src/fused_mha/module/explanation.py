@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from fused_mha.backends import delegation
 from fused_mha.core.dispatch import Explanation, explain_inputs
 from fused_mha.core.inputs import ModuleArguments
+from fused_mha.integrations import sdpa
 from fused_mha.module import linear, one_call
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 
 def explain(
-    module: MultiHeadAttention,
+    module: MultiHeadAttention | Callable[..., Tensor],
     query: Tensor,
     key: Tensor | None = None,
     value: Tensor | None = None,
@@ -27,7 +29,8 @@ def explain(
     Runs the module's checks and in-projections, but no attention and no hooks, and draws no random numbers.
 
     Args:
-        module: a `MultiHeadAttention`.
+        module: a `MultiHeadAttention`, or `scaled_dot_product_attention`, ours or torch's as `serve_sdpa` would serve
+            it.
         query: as for the module's forward.
         key: as for the module's forward; ``query`` if None.
         value: as for the module's forward; ``key`` if None.
@@ -37,7 +40,7 @@ def explain(
         An `Explanation`; `print` it.
 
     Raises:
-        TypeError: ``module`` is not a `MultiHeadAttention`, or its forward has no such argument.
+        TypeError: ``module`` is neither, or has no such argument.
 
     Examples:
         >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
@@ -48,9 +51,14 @@ def explain(
           sdpa: cannot: it returns no attention weights (need_weights=True)
           reference: could serve
     """
-    if not isinstance(module, MultiHeadAttention):
-        raise TypeError(f"module must be a fused_mha.MultiHeadAttention; got {type(module).__name__}")
     key = query if key is None else key
+    if module in sdpa.FUNCTIONS:
+        return sdpa.explain(query, key, key if value is None else value, **forward_arguments)
+    if not isinstance(module, MultiHeadAttention):
+        raise TypeError(
+            "module must be a fused_mha.MultiHeadAttention or scaled_dot_product_attention; got "
+            f"{type(module).__name__}"
+        )
     call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
     call.apply_defaults()
     arguments = ModuleArguments(**call.arguments)
