@@ -86,7 +86,7 @@ def test_masks_of_no_heads_rows_or_keys(base_isa, p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("virtual", [{}, {"bias_kv": True, "add_zero_attn": True}], ids=["", "virtual keys"])
 @pytest.mark.parametrize("band", [{}, {"is_causal": True}, {"padding_dtype": torch.bool}], ids=str)
-@pytest.mark.parametrize(("L", "S"), [(3, 300), (45, 67), (1, 1)])
+@pytest.mark.parametrize(("L", "S"), [(3, 300), (45, 67), (45, 3), (1, 1)])
 def test_attention_drops_exactly_the_weights_of_the_mask(isa, L, S, band, virtual, dtype):
     arguments = make_arguments(L=L, S=S, D=8, scale=0.1, dtype=dtype, **virtual, **band, **PER_HEAD)
     with drawn_seed(11, -12):

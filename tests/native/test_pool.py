@@ -66,6 +66,11 @@ def test_one_token_shares_a_large_weight_among_the_threads(entries_of):
     assert entries_of(1, 1, 1024, threads=2) == [2, 2]
 
 
+def test_one_token_shares_weights_that_one_second_level_cache_does_not_hold(entries_of):
+    assert entries_of(1, 1, 384, threads=2) == [2]
+    assert entries_of(1, 1, 256, threads=2) == []
+
+
 def test_a_few_tokens_share_large_weights_instead_of_reading_them_once_for_each_thread(entries_of):
     assert entries_of(2, 1, 1024, threads=2) == entries_of(1, 1, 1024, threads=2)
     assert entries_of(64, 1, 256, threads=2) == [2]  # small ones stay in the cache

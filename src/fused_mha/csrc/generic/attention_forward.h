@@ -8,6 +8,7 @@
 // added to their mean over the heads.
 #pragma once
 
+#include "generic/few_keys.h"
 #include "generic/online_softmax.h"
 #include "parallel.h"
 
@@ -56,9 +57,13 @@ public:
         worker_bytes = measure.used;
     }
 
-    int64_t workspace() const { return workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads); }
+    int64_t workspace() const {
+        if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).workspace();
+        return workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads);
+    }
 
     void run() {
+        if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).run();
         const uintptr_t packed = aligned(call.attention.workspace.data), base = packed + uintptr_t(packed_bytes());
         auto worker_of = [&](int64_t worker) {
             Arena arena{base + uintptr_t(worker * worker_bytes)};

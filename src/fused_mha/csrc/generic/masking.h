@@ -98,6 +98,11 @@ public:
         load_mask<T>(mask, n * mask.stride[0] + first * mask.stride[1], mask.stride[1], real_columns(first), x);
         for (int v = 0; v < 2; ++v) store(values + v * LANES<T>, x[v]);
     }
+    // The additive attn_mask of query i and the real key j.
+    T added(int64_t n, int64_t h, int64_t i, int64_t j) const {
+        return element_as<T>(a.attn_mask.dtype, a.attn_mask.data, mask_index(n, h, i, j));
+    }
+    bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
     bool adds_padding() const { return a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL; }
 
     // Whether causality and the window let any of the rows see any key of the panel.
@@ -173,8 +178,6 @@ private:
 
     // Of the panel from key `first` on, as many as there are real keys; not positive where all are virtual.
     int64_t real_columns(int64_t first) const { return S - first < COLUMNS ? S - first : COLUMNS; }
-
-    bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
 
     // The columns from `first` on that the key_padding_mask hides from every query.
     uint32_t padded_columns(int64_t n, int64_t first) const {

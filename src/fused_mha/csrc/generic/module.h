@@ -116,7 +116,8 @@ private:
     static constexpr int64_t LEAST_OF_TASK = 64;      // rows that make up for reading large weights once more
     static constexpr int64_t SMALL_WEIGHT = 512 * 1024;  // bytes that stay in the second-level cache
     static constexpr double SERIAL_WORK = 1 << 23;    // multiply-adds that are not worth waking other threads three times for
-    static constexpr int64_t READ_ROWS = 4;           // whose products take as long as the weight takes to be read
+    // Rows whose products take as long as the weights take to be read, from the second-level cache or from farther away.
+    static constexpr int64_t READ_ROWS = 4, READ_ROWS_FAR = 16, NEAR_BYTES = 3 << 19;
     const fused_mha_module_arguments& call;
     const int64_t N, threads;
     const Parts groups;
@@ -140,8 +141,10 @@ private:
     }
 
     double work() const {
-        const auto of = [](const fused_mha_tensor& x, const fused_mha_tensor& weight) {
-            const double rows = double(max(x.size[0] * x.size[1], READ_ROWS));
+        const fused_mha_tensor& out = call.out_weight;
+        const bool is_near = 4 * out.size[0] * out.size[1] * item_size(out.dtype) <= NEAR_BYTES;
+        const auto of = [&](const fused_mha_tensor& x, const fused_mha_tensor& weight) {
+            const double rows = double(max(x.size[0] * x.size[1], is_near ? READ_ROWS : READ_ROWS_FAR));
             return rows * double(weight.size[0]) * double(weight.size[1]);
         };
         return of(call.query, call.query_weight) + of(call.key, call.key_weight) + of(call.value, call.value_weight) +

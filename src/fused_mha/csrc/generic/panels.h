@@ -150,11 +150,11 @@ FMHA_INLINE Vec<T> sum_lanes(Vec<T>* x) {
     }
 }
 
-// NR rows as the columns of one panel: to[column][NR].
+// NR rows as the columns of one panel: to[column][NR]. Behind the first `count` of them, whole vectors may be left out.
 template <class T, class Data>
-void pack_transposed_of(const void* const* rows, int64_t columns, T* to) {
+void pack_transposed_of(const void* const* rows, int64_t count, int64_t columns, T* to) {
     constexpr int W = LANES<T>;
-    for (int half = 0; half < NR<T>; half += W)
+    for (int half = 0; half < count; half += W)
         for (int64_t c = 0; c < columns; c += W) {
             const int64_t left = columns - c;
             Vec<T> block[W];
@@ -225,9 +225,10 @@ struct Panels {
             pack_rows_of<T, decltype(data), COLUMNS>(rows, count, columns, to, panel_stride);
         });
     }
-    // B operand, one panel, from COLUMNS rows that run across K: to[step][COLUMNS].
-    static void pack_b_transposed(int64_t dtype, const void* const* rows, int64_t columns, T* to) {
-        with_weight<T>(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, columns, to); });
+    // B operand, one panel, from COLUMNS rows that run across K: to[step][COLUMNS]. Of columns from the vector behind the
+    // first `count` on, nothing need be written.
+    static void pack_b_transposed(int64_t dtype, const void* const* rows, int64_t columns, T* to, int64_t count = COLUMNS) {
+        with_weight<T>(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, count, columns, to); });
     }
 };
 
@@ -272,8 +273,8 @@ struct Panels<BFloat16> {
                 }
         }
     }
-    static void pack_b_transposed(int64_t dtype, const void* const* rows, int64_t columns, T* to) {
-        with_pairs(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, columns / 2, to); });
+    static void pack_b_transposed(int64_t dtype, const void* const* rows, int64_t columns, T* to, int64_t count = COLUMNS) {
+        with_pairs(dtype, [&](auto data) { pack_transposed_of<T, decltype(data)>(rows, count, columns / 2, to); });
         if (columns % 2)
             for (int i = 0; i < COLUMNS; ++i) to[columns / 2 * COLUMNS + i] = last_element(dtype, rows[i], columns);
     }

@@ -39,6 +39,15 @@ struct SingleQuery {
         });
     }
 
+    // The same for W pairs of a query and a key: scores[i] = queries[i] . keys[i].
+    static void score_each(int64_t dtype, const T* const* queries, const void* const* keys, int64_t columns, T* scores) {
+        with_data<T>(dtype, [&](auto data) {
+            const auto query_of = [&](int i) { return queries[i]; };
+            const auto key_of = [&](int i) { return keys[i]; };
+            store(scores, dots<decltype(data)>(columns, query_of, key_of));
+        });
+    }
+
     // The same for many heads at once, in the order in which their keys lie: scores[h][j] = queries[h] . keys[j][h].
     static void score_heads(int64_t dtype, int64_t heads, const T* const* queries, const HeadRow* keys, int64_t known,
                             int64_t columns, T* const* scores) {
