@@ -201,3 +201,21 @@ def test_gradients_of_two_masks_of_keys_are_two_tensors():
     (single,) = torch.autograd.grad(output.square().sum(), padding)
     torch.testing.assert_close(padding.grad, 2 * single)
     torch.testing.assert_close(mask.grad, 2 * single[:, None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("mask", [torch.bool, torch.float32], ids=str)
+@pytest.mark.parametrize("padding", [None, torch.float32], ids=str)
+@pytest.mark.parametrize(("L", "S"), [(20, 4), (1, 4), (20, 40), (1, 40)])
+def test_a_query_that_sees_one_key_has_no_gradient(base_isa, L, S, padding, mask, dtype):
+    # Its weight is 1 in the backward too, as both compute the same bits of a score.
+    given = make_arguments(N=2, L=L, S=S, H=3, H_kv=3, D=7, D_v=5, dtype=dtype, scale=0.3, padding_dtype=padding)
+    seen = torch.arange(S) == S - 1
+    hidden = ~seen.expand(L, S)
+    given["attn_mask"] = hidden if mask == torch.bool else torch.where(hidden, -torch.inf, 0.39).to(mask)
+    if padding is not None:
+        given["key_padding_mask"] = torch.full((2, S), 0.17, dtype=padding)
+    query = given["query"].requires_grad_()
+    output = native_attention(**given).output
+    (grad,) = torch.autograd.grad(output, query, torch.randn_like(output))
+    assert torch.equal(grad, torch.zeros_like(grad))

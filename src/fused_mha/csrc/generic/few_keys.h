@@ -2,8 +2,8 @@
 // keys would be all but empty: here the lanes of a vector are queries, up to COLUMNS of one head, or single queries of
 // neighbouring heads. attention_forward.h asks here first.
 //
-// S^T = K Q^T has the bits of the other path's Q K^T: both sum along D in one order. So the backward, which computes the
-// scores anew, fits the maxima and sums that are kept here.
+// S^T = K Q^T has the bits of the other path's Q K^T: both sum along D in one order, and Masking::scaled is one for both.
+// So the backward, which computes the scores anew, fits the maxima and sums that are kept here.
 #pragma once
 
 #include "generic/attention.h"
@@ -229,10 +229,8 @@ private:
                 for (int64_t v = 0; v < vectors(); ++v) {
                     T* const at = scores + j * COLUMNS + v * W;
                     Vec<T> x = load(at);
-                    if (masking.natural) {
-                        x = x * splat(T(a.scale)) + load(added + v * W);
-                        if (masking.adds_padding()) x = x + splat(padding[j]);
-                    }
+                    if (masking.natural)
+                        x = masking.scaled(x, load(added + v * W), masking.adds_padding() ? splat(padding[j]) : Vec<T>{});
                     store(at, select(hidden[j] >> (v * W), x, splat(Masking<T>::NEGATIVE_INFINITY)));
                 }
             }

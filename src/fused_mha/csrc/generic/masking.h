@@ -102,6 +102,8 @@ public:
     T added(int64_t n, int64_t h, int64_t i, int64_t j) const {
         return element_as<T>(a.attn_mask.dtype, a.attn_mask.data, mask_index(n, h, i, j));
     }
+    // A score in natural units, in one expression, so that compilers round it alike in the forward and the backward.
+    Vec<T> scaled(Vec<T> score, Vec<T> mask, Vec<T> padding) const { return (score * splat(T(a.scale)) + mask) + padding; }
     bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
     bool adds_padding() const { return a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL; }
 
@@ -151,14 +153,11 @@ public:
         for (int64_t r = 0; r < rows; ++r, scores += COLUMNS) {
             Vec<T> x[2] = {load(scores), load(scores + LANES<T>)};
             if (natural) {
-                for (auto& v : x) v = v * splat(T(a.scale));
-                if (adds_mask() && real > 0) {
-                    Vec<T> added[2];
+                Vec<T> added[2] = {};
+                if (adds_mask() && real > 0)
                     load_mask<T>(a.attn_mask, mask_index(n, h, row + r, panel.first), 1, real, added);
-                    for (int v = 0; v < 2; ++v) x[v] = x[v] + added[v];
-                }
-                if (adds_padding())
-                    for (int v = 0; v < 2; ++v) x[v] = x[v] + load(padding + v * LANES<T>);
+                for (int v = 0; v < 2; ++v)
+                    x[v] = scaled(x[v], added[v], adds_padding() ? load(padding + v * LANES<T>) : Vec<T>{});
             }
             for (int v = 0; v < 2; ++v)
                 store(scores + v * LANES<T>,
