@@ -24,10 +24,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of inp
 LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
 
 if LIBRARY is None:
+    remedy = (
+        "There is none for Windows yet."
+        if sys.platform == "win32"
+        else "To get the library, install GCC 11, Clang 14 or newer, and then fused_mha again by `pip install "
+        "--force-reinstall --no-deps --no-cache-dir` (pip's cache may hold one without it)."
+    )
     warnings.warn(
-        "fused_mha was installed without its C++ library, for want of a compiler that could build it: it works, on "
-        "torch's own operators, and slower. To get the library, install GCC 11, Clang 14 or newer, and then fused_mha "
-        "again by `pip install --force-reinstall --no-deps --no-cache-dir` (pip's cache may hold one without it).",
+        f"fused_mha was installed without its C++ library: it works, on torch's own operators, and slower. {remedy}",
         stacklevel=2,
     )
 
