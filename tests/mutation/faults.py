@@ -6,6 +6,7 @@ GENERIC = "src/fused_mha/csrc/generic/"
 PACKAGE = "src/fused_mha/"
 CHUNKS = "tests/native/test_several_chunks.py"
 CORE = "tests/native/test_forward.py tests/native/test_backward.py"
+SDPA = "tests/integrations/test_sdpa.py"
 CONVERT = "tests/test_convert.py"
 PRODUCT = "tests/native/test_product.py::test_products_match_fp64"
 ONE_CALL = "tests/test_one_call.py"
@@ -387,6 +388,50 @@ FAULTS = [
         "mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask",
         "mask.clone() if mask.dim() <= 2 or is_small else mask",
         "tests/test_changes_before_backward.py",
+    ),
+    # torch's function on the fused core.
+    Fault(
+        "sdpa: True in a mask ignores",
+        PACKAGE + "integrations/sdpa.py",
+        "return attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask",
+        "return attn_mask",
+        SDPA,
+    ),
+    Fault(
+        "sdpa: a mask of three dimensions is one of heads, also without heads",
+        PACKAGE + "integrations/sdpa.py",
+        "if dims == attn_mask.dim() == 3:",
+        "if False:",
+        SDPA,
+    ),
+    Fault(
+        "sdpa: heads are grouped unasked",
+        PACKAGE + "integrations/sdpa.py",
+        "if not enable_gqa and key.shape[2] != query.shape[2]:",
+        "if False:",
+        SDPA,
+    ),
+    Fault(
+        "sdpa: what was imported by name is left",
+        PACKAGE + "integrations/sdpa.py",
+        "                setattr(module, NAME, wanted)",
+        "                setattr(torch.nn.functional, NAME, wanted)",
+        SDPA,
+    ),
+    # The parity kit.
+    Fault(
+        "parity: a nested result is not compared",
+        PACKAGE + "testing/parity.py",
+        'yield from _named_outputs(item, f"{name}.{key}" if name else str(key))',
+        "yield str(key), item if isinstance(item, Tensor) else None",
+        "tests/test_parity_model.py",
+    ),
+    Fault(
+        "parity: a model in inference is compared in evaluation",
+        PACKAGE + "parity/model.py",
+        'with torch.no_grad() if mode == "inference" else contextlib.nullcontext():',
+        "with contextlib.nullcontext():",
+        "tests/test_parity_model.py",
     ),
     # Modules and kinds of calls on CUDA, and their kernels under Triton's interpreter.
     Fault(
