@@ -1,6 +1,7 @@
 """`fused_mha.scaled_dot_product_attention`, which `serve_sdpa` calls, against torch's: `python benchmarks/run.py sdpa`.
 
-The sizes are those of models that call torch's function; the small ones show what leaving a call to torch costs.
+The sizes are those of models that call torch's function, and so is the layout: (N, H, L, D) is a view of projections
+(N, L, H, D). The small sizes show what leaving a call to torch costs.
 """
 
 from __future__ import annotations
@@ -78,8 +79,10 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
 def _case(group: str, kind: Kind, size: Size) -> BenchCase:
     N, H, H_kv, L, S, D = size
     generator = torch.Generator().manual_seed(0)
-    shapes = ((N, H, L, D), (N, H_kv, S, D), (N, H_kv, S, D), (N, H, L, D))
-    query, key, value, grad = (torch.randn(shape, generator=generator).to(kind.dtype) for shape in shapes)
+    shapes = ((N, L, H, D), (N, S, H_kv, D), (N, S, H_kv, D), (N, L, H, D))
+    query, key, value, grad = (
+        torch.randn(shape, generator=generator).to(kind.dtype).transpose(1, 2) for shape in shapes
+    )
     arguments: dict[str, Any] = {"enable_gqa": True} if H_kv != H else {}
     if kind.mask is not None:
         visible = torch.ones(L, S, dtype=torch.bool).tril()

@@ -84,6 +84,18 @@ def test_fixed_fields_are_not_drawn(case):
     assert (case.training, case.dtype, case.N, case.sharing) == (False, torch.float64, 2, "separate")
 
 
+@pytest.mark.parametrize(
+    "field", [{"embed_dim": 10}, {"num_heads": 5}, {"is_causal": True}, {"attn_mask": "causal bool"}], ids=str
+)
+@settings(max_examples=examples(20))
+@given(data=st.data())
+def test_a_field_alone_may_be_fixed(field, data):
+    case = data.draw(strategies.cases(**field))
+    ours, theirs, inputs, arguments = case.build()
+    assert_parity(ours, theirs, *inputs, **arguments)
+    assert case._asdict().items() >= field.items()
+
+
 def test_an_unknown_field_is_named():
     with pytest.raises(TypeError, match=r"takes the fields of Case, group, N, .*dtype; got heads"):
         find(strategies.cases(heads=3), lambda _: True)

@@ -1,6 +1,7 @@
 """The parity kit: what `assert_parity` passes, what it catches, what it says, and what it leaves alone."""
 
 import copy
+import dataclasses
 import math
 import re
 from contextlib import ExitStack
@@ -319,6 +320,40 @@ class TestCatches:
         ours = copy.deepcopy(theirs)
         ours.forward = lambda x: nn.functional.linear(x, ours.weight, ours.bias.detach())
         self.check(ours, theirs, [torch.randn(2, 4)], {}, r"grad of bias: None, expected shape \(4,\) torch.float32")
+
+    def test_the_gradient_of_an_input_that_a_parameter_is_named_as(self):
+        class Pooling(nn.Module):
+            def __init__(self, factor):
+                super().__init__()
+                self.query, self.factor = nn.Parameter(torch.ones(4)), factor
+
+            def forward(self, x):
+                y = x * self.query
+                return y if self.factor == 1.0 else Scaled.apply(y)
+
+        class Scaled(torch.autograd.Function):
+            forward = staticmethod(lambda ctx, x: x.clone())
+            backward = staticmethod(lambda ctx, grad: grad * 7.0)
+
+        self.check(Pooling(7.0), Pooling(1.0), [torch.randn(2, 4)], {}, "grad of query: largest error")
+
+    def test_a_result_in_a_dataclass(self):
+        @dataclasses.dataclass
+        class Output:
+            hidden: torch.Tensor
+
+        theirs = nn.Linear(4, 4)
+        theirs.register_forward_hook(lambda _m, _i, y: Output(y))
+        ours = copy.deepcopy(theirs)
+        ours.register_forward_hook(lambda _m, _i, output: Output(output.hidden * 1.01))
+        self.check(ours, theirs, [torch.randn(2, 4)], {}, "hidden: largest error")
+
+    def test_a_nan_in_the_oracle_alone(self):
+        class Root(nn.Module):
+            def forward(self, x):
+                return x / 0.0 * 0.0 if x.dtype == torch.float64 else x
+
+        self.check(Root(), Root(), [torch.randn(2, 4)], {}, "nothing to compare with")
 
     def test_another_mode(self):
         ours, theirs, inputs, arguments = build()

@@ -63,7 +63,8 @@ def check_wheel(path: Path, version: str) -> str | None:
 
 
 def check_sources(path: Path) -> None:
-    known = subprocess.run(["git", "ls-files"], cwd=PROJECT, check=True, capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, check=True, capture_output=True, text=True).stdout
+    known = listed.rstrip("\0").split("\0")
     wanted = {name for name in known if not name.startswith(NOT_IN_THE_SOURCES)} | {"PKG-INFO"}
     with tarfile.open(path) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}

@@ -1,5 +1,6 @@
 """`scaled_dot_product_attention` has torch's meaning and gradients; `serve_sdpa` sends the process's calls to it."""
 
+import contextlib
 import re
 import sys
 import threading
@@ -7,6 +8,8 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.fx
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -126,6 +129,13 @@ def test_autocast_casts_as_torch_does():
 
 
 q4, k3 = (2, 4, 5, 8), (2, 5, 8)
+
+
+class Causal(nn.Module):
+    def forward(self, query, key, value):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
 POSITION = re.compile(r" \(position \d\)")  # of an argument that is given by position
 TORCHS = {
     "2-D": ([(5, 8)] * 3, {}),
@@ -139,6 +149,8 @@ TORCHS = {
     "mask of another size": ([q4] * 3, {"attn_mask": torch.zeros(5, 6)}),
     "mask that is no tensor": ([q4] * 3, {"attn_mask": [[0.0] * 5] * 5}),
     "another head size": ([q4, (2, 4, 5, 9), q4], {}),
+    "a flag that is a number": ([q4] * 3, {"is_causal": 1}),
+    "dropout that is no number": ([q4] * 3, {"dropout_p": "a"}),
     "dropout of 2": ([q4] * 3, {"dropout_p": 2.0}),
     "heads that do not divide": ([q4, (2, 3, 5, 8), (2, 3, 5, 8)], {"enable_gqa": True}),
 }
@@ -292,6 +304,67 @@ class TestServeSDPA:
             for profile in (of_torch, of_ours, of_torch_again)
         ]
         assert served == [False, True, False]
+
+    @pytest.mark.usefixtures("fresh_compiler")
+    def test_a_compiled_function_is_compiled_once_however_deep_the_contexts(self):
+        counter = torch._dynamo.testing.CompileCounter()
+        attend = torch.compile(Causal(), fullgraph=True, backend=counter)
+        for depth in range(1, 4):
+            with contextlib.ExitStack() as stack:
+                for _ in range(depth):
+                    stack.enter_context(serve_sdpa())
+                attend(*tensors(*[LARGE] * 3))
+        assert counter.frame_count == 1
+
+    @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    def test_export_script_and_fx_take_torchs_operator(self):
+        given = tensors(*[LARGE] * 3)
+        length = {2: torch.export.Dim("length", min=2, max=4096)}
+        with serve_sdpa():
+            exported = torch.export.export(Causal(), tuple(given), dynamic_shapes=[length] * 3)
+            scripted, traced = torch.jit.script(Causal()), torch.fx.symbolic_trace(Causal())
+        operators = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+        assert operators == ["aten.scaled_dot_product_attention.default"]
+        for model in (exported.module(), scripted, traced):
+            torch.testing.assert_close(model(*given), TORCH(*given, is_causal=True))
+
+    def test_what_overrides_the_function_still_does(self):
+        class Override(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, function, types, args=(), kwargs=None):
+                return function.__name__
+
+        class Mode(torch.overrides.TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                return "mode" if function is TORCH else function(*args, **(kwargs or {}))
+
+        query = torch.randn(LARGE).as_subclass(Override)
+        with serve_sdpa():
+            assert F.scaled_dot_product_attention(query, query, query) == "scaled_dot_product_attention"
+            with Mode():
+                assert F.scaled_dot_product_attention(*tensors(*[LARGE] * 3)) == "mode"
+
+    @pytest.mark.parametrize("layout", ["heads first", "length first"])
+    @pytest.mark.parametrize("flags", [{}, {"is_causal": True}, {"dropout_p": 0.1}], ids=str)
+    def test_the_output_lies_in_memory_as_torchs(self, layout, flags):
+        given = tensors(*[LARGE] * 3)
+        if layout == "length first":
+            given = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+        output = fused_mha.scaled_dot_product_attention(*given, **flags)
+        assert output.stride() == TORCH(*given, **flags).stride()
+
+    def test_autocast_casts_a_mask_as_torch_does(self):
+        given = tensors(*[LARGE] * 3)
+        mask = torch.full((256, 256), torch.finfo(torch.float32).min)
+        with torch.autocast("cpu", torch.bfloat16), fused_mha.backend("cpu"):
+            ours = fused_mha.scaled_dot_product_attention(*given, mask)
+            torch.testing.assert_close(ours, TORCH(*given, mask), atol=2e-2, rtol=2e-2)
+
+    def test_an_expanded_mask_is_negated_once(self):
+        inputs = sdpa.inputs_of(
+            *tensors(*[LARGE] * 3), torch.ones(1, 1, 256, 256, dtype=torch.bool).expand(1, 4, 256, 256)
+        )
+        assert inputs.attn_mask.shape == (1, 1, 256, 256)
 
     def test_half_types_in_training_are_served_however_small(self):
         leaves = [x.requires_grad_() for x in tensors(*[q4] * 3, dtype=torch.bfloat16)]

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fused_mha.backends.sdpa import torch_sdpa
 from fused_mha.core import dispatch
@@ -87,7 +88,10 @@ def _attend(query: Tensor, *arguments: Any) -> Tensor | str:
     else:  # where `attention` has plans for eager calls, torch's kernels among them
         masks = {"attn_mask": inputs.attn_mask, "is_causal": inputs.is_causal}
         result = attention(*inputs[:3], **masks, dropout_p=inputs.dropout_p, scale=inputs.scale)
-    return result.output.transpose(1, 2) if query.dim() == 4 else result.output.squeeze(2)
+    output = result.output.transpose(1, 2) if query.dim() == 4 else result.output.squeeze(2)
+    # As torch's is, so that a view that a model takes of it is one.
+    of_mask = inputs.attn_mask is not None and inputs.attn_mask.requires_grad
+    return output.contiguous() if query.is_contiguous() or inputs.dropout_p > 0.0 or of_mask else output
 
 
 def inputs_of(
@@ -103,6 +107,12 @@ def inputs_of(
     """A call of torch's function as the core takes it, or why torch serves it: torch refuses it, or knows more."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return "query, key and value are not all tensors"
+    if type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(dropout_p, (int, float)):
+        return "a flag is no bool, or dropout_p no number"
+    if has_torch_function((query, key, value, attn_mask)):
+        return "a subclass of torch.Tensor or a mode has its own way"
+    if torch.compiler.is_exporting():
+        return "an exported program has torch's operator"
     dims = query.dim()
     if dims not in (3, 4) or key.dim() != dims or value.dim() != dims:
         return "query, key and value are not all 3-D or all 4-D"
@@ -112,7 +122,8 @@ def inputs_of(
         return reason
     if autocast_is_on(query.device.type):
         query, key, value = map(as_autocast_casts, (query, key, value))
-    elif isinstance(attn_mask, Tensor) and attn_mask.dtype not in (torch.bool, query.dtype):
+        attn_mask = as_autocast_casts(attn_mask) if isinstance(attn_mask, Tensor) else attn_mask
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype not in (torch.bool, query.dtype):
         return "attn_mask has another dtype than query"
     if dims == 4:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -157,7 +168,7 @@ def left_to_torch(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     if is_half and is_recorded(query, key, value):  # torch's backward takes 1.1 to 10 times as long
         return None
-    if query.numel() * key.shape[-2] <= _SMALL:
+    if not torch.compiler.is_compiling() and query.numel() * key.shape[-2] <= _SMALL:  # sizes may be symbols there
         return "a call so small takes torch less time"
     if is_half and query.shape[-2] < _FEW:
         return "few queries in a half type take torch less time"
@@ -175,9 +186,12 @@ def _mask_of(attn_mask: Tensor, dims: int, S: int) -> Tensor:
         attn_mask = attn_mask[:, None]
     while attn_mask.dim() < 4:
         attn_mask = attn_mask[None]
-    if attn_mask.shape[3] != S:
-        attn_mask = attn_mask.expand(*attn_mask.shape[:3], S)
-    return attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask
+    if attn_mask.dtype == torch.bool:
+        for dim, stride in enumerate(attn_mask.stride()):  # what was expanded is negated once
+            if stride == 0:
+                attn_mask = attn_mask.narrow(dim, 0, 1)
+        attn_mask = attn_mask.logical_not()
+    return attn_mask.expand(*attn_mask.shape[:3], S)
 
 
 def _all_of_torchs_kernels_are_enabled() -> bool:
@@ -206,9 +220,10 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
 
     A context manager and a decorator; `on` and `off` switch it for good. Calls that the core does not serve, or serves
     no better, stay torch's, as for `fused_mha.scaled_dot_product_attention`; on other devices than the CPU all do. The
-    function is replaced in `torch.nn.functional` and in all modules that have imported it by name. So code that runs
-    under `torch.compile` is compiled once more, for as long as the core serves. Another thread's calls are served too
-    while one thread is inside.
+    function is replaced in `torch.nn.functional` and in all modules that have imported it under its own name. So code
+    that runs under `torch.compile` is compiled once more, for as long as the core serves. Another thread's calls are
+    served too while one thread is inside. A forward that is recomputed in the backward (activation checkpointing) needs
+    the context there too, or `on`.
 
     Examples:
         >>> with fused_mha.serve_sdpa():
@@ -220,6 +235,7 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
     _lock = threading.RLock()
     _inside = 0
     _is_on = False
+    _serves = False  # the one thing that a compiled call asks
     _counts: ClassVar[Counter[str]] = Counter()
 
     def __enter__(self) -> None:
@@ -229,7 +245,7 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            serve_sdpa._inside -= 1
+            serve_sdpa._inside = max(serve_sdpa._inside - 1, 0)
             self._update()
 
     @classmethod
@@ -254,8 +270,8 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
             clear: count from zero again.
 
         Returns:
-            How many calls the core has served and, by reason, how many torch. A compiled graph counts when it is
-            compiled, not when it runs.
+            How many eager calls the core has served and, by reason, how many torch. Calls of compiled code are not
+            counted.
         """
         with cls._lock:
             counts = dict(cls._counts)
@@ -266,7 +282,11 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
     @classmethod
     def _update(cls) -> None:
         """Put the function that belongs there into every module that has the other."""
-        wanted, other = (_serving, torch_sdpa) if cls._is_on or cls._inside else (torch_sdpa, _serving)
+        serves = cls._is_on or cls._inside > 0
+        if serves is cls._serves:
+            return
+        serve_sdpa._serves = serves
+        wanted, other = (_serving, torch_sdpa) if serves else (torch_sdpa, _serving)
         for name, module in list(sys.modules.items()):
             is_known_to_torch = name.startswith("torch._")  # torch._C has the function for all of torch's own code
             if not is_known_to_torch and isinstance(module, ModuleType) and vars(module).get(NAME) is other:
@@ -291,9 +311,9 @@ def _serving(
 ) -> Tensor:
     """What stands in the place of torch's function, and serves while `serve_sdpa` does."""
     result: Tensor | str = "on another device than the CPU"
-    if not (serve_sdpa._is_on or serve_sdpa._inside):  # a module that took this function when it was imported
+    if not serve_sdpa._serves:  # a module that took this function when it was imported
         result = "outside of serve_sdpa"
-    elif getattr(query, "is_cpu", False):
+    elif not isinstance(query, Tensor) or query.is_cpu:
         result = _attend(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if not torch.compiler.is_compiling():
         serve_sdpa._count(result)
@@ -301,6 +321,12 @@ def _serving(
         return result
     return torch_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
+
+# torch.jit.script takes these for the operator that torch's function is. Not public.
+_register_builtin: Any = getattr(getattr(torch.jit, "_builtins", None), "_register_builtin", None)
+if _register_builtin is not None:
+    for function in (scaled_dot_product_attention, _serving):
+        _register_builtin(function, f"aten::{NAME}")
 
 FUNCTIONS = (scaled_dot_product_attention, _serving, torch_sdpa)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
@@ -202,8 +203,8 @@ def _mismatch(ours: Tensor | None, theirs: Tensor | None, oracle: Tensor | None)
     mine, yours = (None if x is None else (x.shape, x.dtype) for x in (ours, theirs))
     if mine != yours:
         return f"{_describe(ours)}, expected {_describe(theirs)}"
-    if theirs is not None and oracle is not None and bool((oracle.isfinite() & ~theirs.isfinite()).any()):
-        return f"nothing to compare with: theirs is not finite in {theirs.dtype} where it is in fp64"
+    if theirs is not None and oracle is not None and bool((oracle.isfinite() != theirs.isfinite()).any()):
+        return f"nothing to compare with: theirs is finite in one of {theirs.dtype} and fp64 alone"
     return None
 
 
@@ -272,13 +273,17 @@ def _run(module: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any
         return _Run(detached, {})
 
     wanted = {f"grad of {names[key]}": tensor for key, tensor in leaves.items()}
-    wanted |= {f"grad of {name}": p for name, p in module.named_parameters() if p.requires_grad}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            wanted[f"grad of parameter {name}" if f"grad of {name}" in wanted else f"grad of {name}"] = p
     differentiable = [tensor for tensor in outputs.values() if tensor is not None and tensor.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     cotangents = [
         torch.randn(x.shape, generator=generator, dtype=torch.float64).bfloat16().to(x.device, x.dtype)
         for x in differentiable  # bfloat16 values are exact in fp32 and fp64, and nearly so in fp16
     ]
+    if not (differentiable and wanted):
+        return _Run(detached, {})
     gradients = torch.autograd.grad(differentiable, list(wanted.values()), cotangents, allow_unused=True)
     return _Run(detached, dict(zip(wanted, gradients, strict=True)))
 
@@ -287,6 +292,10 @@ def _named_outputs(result: Any, name: str = "") -> Iterator[tuple[str, Tensor | 
     """All tensors of a result, and those that it leaves out, however deep; what is neither is not compared."""
     if result is None or isinstance(result, Tensor):
         yield name or "output", result
+    elif dataclasses.is_dataclass(result):
+        yield from _named_outputs(
+            {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}, name
+        )
     elif isinstance(result, Mapping):
         for key, item in result.items():
             yield from _named_outputs(item, f"{name}.{key}" if name else str(key))

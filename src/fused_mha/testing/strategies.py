@@ -62,7 +62,8 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, allow_empty
     def flag(name: str) -> bool:
         return field(name, st.booleans())
 
-    num_heads = field("num_heads", st.integers(1, 6))
+    of_embed_dim = [n for n in range(1, 7) if fixed.get("embed_dim", 0) % n == 0]
+    num_heads = field("num_heads", st.sampled_from(of_embed_dim))
     embed_dim = field("embed_dim", st.integers(SMALLEST_HEAD, 9).map(lambda head_dim: num_heads * head_dim))
     kdim, vdim = fixed.get("kdim"), fixed.get("vdim")
     of_one_size = {size or embed_dim for size in (kdim, vdim)}
@@ -75,6 +76,9 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, allow_empty
         kdim = vdim = draw(st.integers(SMALLEST_HEAD, 20))
         if sharing == "separate":
             vdim = draw(st.none() | st.integers(SMALLEST_HEAD, 20))
+    if fixed.get("is_causal"):
+        fixed = {"attn_mask": draw(st.sampled_from(("causal bool", "causal float"))), **fixed}
+        fixed = {"add_bias_kv": False, "add_zero_attn": False, **fixed}
     attn_mask = any_of("attn_mask", AttnMask, None)
     key_padding_mask = any_of("key_padding_mask", PaddingMask, None)
     need_weights = flag("need_weights")
