@@ -393,8 +393,8 @@ FAULTS = [
     Fault(
         "sdpa: True in a mask ignores",
         PACKAGE + "integrations/sdpa.py",
-        "return attn_mask.logical_not() if attn_mask.dtype == torch.bool else attn_mask",
-        "return attn_mask",
+        "attn_mask = attn_mask.logical_not()",
+        "pass",
         SDPA,
     ),
     Fault(

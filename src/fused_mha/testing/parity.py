@@ -204,7 +204,9 @@ def _mismatch(ours: Tensor | None, theirs: Tensor | None, oracle: Tensor | None)
     if mine != yours:
         return f"{_describe(ours)}, expected {_describe(theirs)}"
     if theirs is not None and oracle is not None and bool((oracle.isfinite() != theirs.isfinite()).any()):
-        return f"nothing to compare with: theirs is finite in one of {theirs.dtype} and fp64 alone"
+        is_theirs = bool((oracle.isfinite() & ~theirs.isfinite()).any())
+        here, there = (str(theirs.dtype), "fp64") if is_theirs else ("fp64", str(theirs.dtype))
+        return f"nothing to compare with: theirs is not finite in {here} where it is in {there}"
     return None
 
 
