@@ -26,8 +26,8 @@ ALLOWED = {
     "parity": set(),
     "parity.__main__": {"parity.command"},
     "parity.command": {"", "parity.model", "parity.results", "testing"},
-    "parity.model": {"", "convert", "parity.results", "testing"},
-    "parity.results": {"testing"},
+    "parity.model": {"", "convert", "parity.results", "testing", "testing.cases"},
+    "parity.results": {"testing", "testing.cases"},
     "benchmark": set(),
     "benchmark.__main__": {"benchmark.command"},
     "benchmark.command": {

@@ -60,10 +60,8 @@ class Grid(pytest.Collector):
         option = self.config.option
         for dtype in option.fused_mha_dtype or DTYPES:
             for case in grid(full=option.fused_mha_full):
-                chosen = case._replace(dtype=getattr(torch, dtype))
-                changed = str(chosen).partition(": ")[2]
-                name = f"{case.group}[{dtype} {changed}]"
-                yield Configuration.from_parent(self, name=name, case=chosen)
+                name = f"{case.group}[{dtype} {case.changed}]"
+                yield Configuration.from_parent(self, name=name, case=case._replace(dtype=getattr(torch, dtype)))
 
 
 class Configuration(pytest.Item):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+Question = TypeVar("Question", bound=Callable[..., bool])
 
 # torch has no public names for these. Where a future torch lacks one, the mode is taken to be active: the reference
 # core serves then, which is slower and right.
@@ -38,14 +41,19 @@ def as_autocast_casts(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def constant_for_dynamo(function: Question) -> Question:
+    """Let Dynamo, which cannot trace the function, ask it once for each graph and take the answer for a constant.
+
+    `torch.compiler.assume_constant_result` sets the same mark, and imports Dynamo for it.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_for_dynamo  # of torch before 2.12
 def _knows_autocast(device_type: str) -> bool:
     """Whether there is autocast for a device at all; for meta, there is none."""
     return torch.amp.is_autocast_available(device_type)
-
-
-# Dynamo before torch 2.12 cannot trace that question, but takes the answer for a constant that it asks for itself.
-# `torch.compiler.assume_constant_result` sets the same mark, and imports Dynamo for it.
-vars(_knows_autocast)["_dynamo_marked_constant"] = True
 
 
 def onnx_export_is_active() -> bool:

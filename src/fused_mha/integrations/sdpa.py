@@ -21,7 +21,7 @@ from fused_mha.backends.sdpa import torch_sdpa
 from fused_mha.core import dispatch
 from fused_mha.core.attention import attention
 from fused_mha.core.inputs import AttentionInputs, check_attention
-from fused_mha.core.modes import as_autocast_casts, autocast_is_on, is_recorded
+from fused_mha.core.modes import as_autocast_casts, autocast_is_on, constant_for_dynamo, is_recorded
 
 NAME = "scaled_dot_product_attention"
 OURS = "fused_mha"
@@ -194,13 +194,10 @@ def _mask_of(attn_mask: Tensor, dims: int, S: int) -> Tensor:
     return attn_mask.expand(*attn_mask.shape[:3], S)
 
 
+@constant_for_dynamo
 def _all_of_torchs_kernels_are_enabled() -> bool:
     kernels = torch.backends.cuda  # of the CPU too
     return kernels.flash_sdp_enabled() and kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()
-
-
-# Dynamo cannot trace these questions: it takes the answer for a constant.
-vars(_all_of_torchs_kernels_are_enabled)["_dynamo_marked_constant"] = True
 
 
 class ServedCalls(NamedTuple):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fused_mha import ConversionReport, convert, revert
-from fused_mha.parity.results import Result, judged, name_of
+from fused_mha.parity.results import Result, judged
 from fused_mha.testing import Comparison, compare
+from fused_mha.testing.cases import name_of
 
 Mode = Literal["training", "evaluation", "inference"]
 MODES: tuple[Mode, ...] = get_args(Mode)

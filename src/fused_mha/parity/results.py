@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_mha.testing import Case, Comparison, compare
+from fused_mha.testing.cases import name_of
 
 
 class Result(NamedTuple):
@@ -47,11 +48,6 @@ class Result(NamedTuple):
                 for comparison in self.comparisons
             ],
         }
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """``float32`` of `torch.float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def run_case(case: Case, device: str, seed: int) -> Result:

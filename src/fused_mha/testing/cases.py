@@ -17,6 +17,11 @@ PaddingMask = Literal["bool", "float"]
 Strides = Literal["contiguous", "transposed", "expanded"]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """``float32`` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Case(NamedTuple):
     """One configuration of the module and of a call; `build` makes the modules and the arguments of it."""
 
@@ -45,12 +50,17 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
+        return f"{self.group}, {name_of(self.dtype)}: {self.changed}"
+
+    @property
+    def changed(self) -> str:
+        """The fields that are not the default, but for group and dtype."""
         changed = [
-            f"{name}={str(value).removeprefix('torch.')}"
+            f"{name}={value}"
             for name, value in self._asdict().items()
             if name not in ("group", "dtype") and value != self._field_defaults[name]
         ]
-        return f"{self.group}, {str(self.dtype).removeprefix('torch.')}: {' '.join(changed) or 'defaults'}"
+        return " ".join(changed) or "defaults"
 
     def build(
         self, device: str = "cpu", seed: int = 0
