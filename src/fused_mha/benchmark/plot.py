@@ -9,8 +9,8 @@ from pathlib import Path
 from fused_mha.benchmark.harness import Group, Row
 
 
-def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str) -> None:
-    """Draw torch's time over ours; without matplotlib, say so."""
+def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str, whose: str = "torch's") -> None:
+    """Draw ``whose`` time over ours; without matplotlib, say so."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (pip install matplotlib)")
         return
@@ -41,7 +41,7 @@ def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str) -
     if bars:
         axes.vlines(bars, first, last, color="#3b5b92", linestyle="--", label="bar of the group's geometric mean")
     axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("torch's time / ours (longer is better)")
+    axes.set_xlabel(f"{whose} time / ours (longer is better)")
     axes.set_title(title)
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
