@@ -213,6 +213,7 @@ def test_openvino_is_given_bf16_only_where_it_computes_in_it(monkeypatch):
     assert refusal == "bf16 on a processor that does not compute in it"
 
 
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit\.")  # OpenVINO calls it
 @pytest.mark.parametrize("name", peers.PEERS)
 @pytest.mark.parametrize(
     "call",

@@ -39,9 +39,9 @@ over the turns, with the 20th and 80th percentiles. In inference torch's is the 
 path. Of plain fp32 calls the share of the peak of multiply-adds is measured too, where there is a C compiler.
 MiB are what a call allocates at most, its results included.
 
---peers times other runtimes too, by name or all that are installed: {peers}. Each runs in a process of
-its own, and so do ours for this, in turns of some 20 ms in random order; each case is timed as long again for ours and
-each peer. A peer whose result is not ours prints WRONG and has no speed-up.
+--peers times other runtimes too: those that are named, or all of {peers} that are installed. Each runs in a
+process of its own, in turns of some 20 ms with ours in another, and takes the case's seconds once more. A peer whose
+result is not ours prints WRONG and has no speed-up. What a peer is not given is listed last.
 
 --compare marks what is faster or slower beyond noise: where the medians differ by more than each run's spread from the
 20th to the 80th percentile.
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plot", type=_plot_file, metavar="FILE", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier --json, to be compared with")
     parser.add_argument(
-        "--peers", type=_peer, nargs="*", metavar="NAME", help=f"other runtimes: {', '.join(PEERS)} (default: all)"
+        "--peers", type=_peer, nargs="*", metavar="NAME", help=f"time {', '.join(PEERS)} too; no name stands for all"
     )
     own = parser.add_argument_group("your own shapes, of the module")
     own.add_argument(
