@@ -201,7 +201,13 @@ def _all_of_torchs_kernels_are_enabled() -> bool:
 
 
 class ServedCalls(NamedTuple):
-    """What `serve_sdpa` has done with calls so far; `print` it. `left` counts torch's by the reason."""
+    """What `serve_sdpa` has done with calls so far; `print` it. `left` counts torch's by the reason.
+
+    Examples:
+        >>> print(fused_mha.ServedCalls(served=12, left={"a small call": 3}))
+        served 12, left to torch 3
+                 3  a small call
+    """
 
     served: int
     left: dict[str, int]
@@ -223,10 +229,11 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
     the context there too, or `on`.
 
     Examples:
-        >>> with fused_mha.serve_sdpa():
-        ...     logits = model(tokens)
+        >>> query = torch.randn(2, 8, 256, 64)
+        >>> with fused_mha.serve_sdpa():  # around the forward of a model
+        ...     output = torch.nn.functional.scaled_dot_product_attention(query, query, query)
         >>> print(fused_mha.serve_sdpa.report())
-        served 12, left to torch 0
+        served 1, left to torch 0
     """
 
     _lock = threading.RLock()
