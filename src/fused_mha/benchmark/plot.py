@@ -23,7 +23,7 @@ def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str, w
     rows = rows[::-1]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * len(rows)), layout="constrained")
     colours = ["#2a7f62" if row.passes else "#b8442f" for row in rows]
-    # From 1 on and by logarithms: a bar to the right is faster, and one of 100 leaves the others their length.
+    # Bars start at 1, so that one to the right is faster. On a linear axis a ratio of 100 would flatten all others.
     lengths = [row.ratio - 1.0 for row in rows]
     axes.barh([f"{row.group}, {row.name}" for row in rows], lengths, left=1.0, color=colours)
     axes.set_xscale("log")

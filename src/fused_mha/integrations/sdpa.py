@@ -175,7 +175,7 @@ def left_to_torch(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-# Multiply-adds of one of the two products up to which a call ends sooner in torch, whose own overhead is 5 us and ours
+# Up to so many multiply-adds in one of the two products torch ends sooner: its own overhead is 5 us, and ours
 # 25, and queries of a half type: on an Intel Xeon with AMX, by benchmarks/run.py sdpa.
 _SMALL, _FEW = 2**23, 8
 
