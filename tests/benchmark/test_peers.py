@@ -136,6 +136,7 @@ def test_a_peer_that_is_asked_for_must_be_known_and_installed(beside, capsys):
         "No module named 'no_such_runtime' (pip install no_such_runtime)"
     )
     assert refused(capsys, "--peers", "other") == "argument --peers: expected names of there, absent; got 'other'"
+    assert refused(capsys, "--peers", "module").endswith("; got 'module' (a suite stands before --peers)")
 
 
 def test_without_the_option_no_peer_is_looked_for(monkeypatch, capsys):

@@ -40,8 +40,8 @@ path. Of plain fp32 calls the share of the peak of multiply-adds is measured too
 MiB are what a call allocates at most, its results included.
 
 --peers times other runtimes too: those that are named, or all of {peers} that are installed. Each runs in a
-process of its own, in turns of some 20 ms with ours in another, and takes the case's seconds once more. A peer whose
-result is not ours prints WRONG and has no speed-up. What a peer is not given is listed last.
+process of its own, in turns of some 20 ms with ours in another, so that a case takes several times as long. A peer
+whose result is not ours prints WRONG and has no speed-up. What a peer is not given is listed last.
 
 --compare marks what is faster or slower beyond noise: where the medians differ by more than each run's spread from the
 20th to the 80th percentile.
@@ -221,7 +221,8 @@ def _measured(case: BenchCase, seconds: float, peak: Yardstick | None, *, on_gpu
 
 def _peer(text: str) -> str:
     if text not in PEERS:
-        raise argparse.ArgumentTypeError(f"expected names of {', '.join(PEERS)}; got {text!r}")
+        hint = " (a suite stands before --peers)" if text in SUITES else ""
+        raise argparse.ArgumentTypeError(f"expected names of {', '.join(PEERS)}; got {text!r}{hint}")
     if reason := absence(PEERS[text]):
         raise argparse.ArgumentTypeError(f"expected installed peers, {text} is not: {reason}")
     return text

@@ -175,8 +175,8 @@ def left_to_torch(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-# Up to so many multiply-adds in one of the two products torch ends sooner: its own overhead is 5 us, and ours
-# 25, and queries of a half type: on an Intel Xeon with AMX, by benchmarks/run.py sdpa.
+# Torch's own overhead is 5 us and ours 25. So torch ends sooner with at most so many multiply-adds in one of the two
+# products, and in a half type with fewer queries than this: on an Intel Xeon with AMX, by benchmarks/run.py sdpa.
 _SMALL, _FEW = 2**23, 8
 
 
