@@ -95,7 +95,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
     Raises:
         TypeError: ``model`` is not an `nn.Module`.
         ValueError: a subclass of `MultiHeadAttention` (also one that parametrization made), which torch's class can't
-            express; nothing was changed.
+            express, or a module with options that it does not have; nothing was changed.
 
     Examples:
         >>> fused_mha.revert(model).changed
@@ -111,6 +111,11 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
             raise ValueError(
                 f"{names[0] or '(root)'} is a {type(module).__name__}, a subclass that torch.nn.MultiheadAttention "
                 "can't express (remove parametrizations first); nothing was changed"
+            )
+        if module.options is not None:
+            raise ValueError(
+                f"{names[0] or '(root)'} has options that torch.nn.MultiheadAttention can't express, "
+                f"{module.options.described()}; nothing was changed"
             )
         if "forward" in vars(module):
             skipped.update(dict.fromkeys(names, FORWARD_REPLACED))

@@ -13,7 +13,7 @@ from fused_mha.backends import delegation
 from fused_mha.core.dispatch import Explanation, explain_inputs
 from fused_mha.core.inputs import ModuleArguments
 from fused_mha.integrations import sdpa
-from fused_mha.module import linear, one_call
+from fused_mha.module import linear, one_call, steps
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 
@@ -61,13 +61,19 @@ def explain(
         )
     call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
     call.apply_defaults()
+    positions = call.arguments.pop("positions")
     arguments = ModuleArguments(**call.arguments)
     if any(x.is_nested for x in arguments[:3]):
         padded, padding, _ = module._unpack_nested(*arguments[:4], arguments.attn_mask)
         arguments = arguments._replace(query=padded, key=padded, value=padded, key_padding_mask=padding)
-    N, is_batched, dropout_p = module._checked(arguments)
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
-        inputs = module._attention_inputs(arguments, N, is_batched, dropout_p)
+        if module.options is not None or positions is not None:
+            return explain_inputs(steps.with_options(module, arguments, positions)[0])._replace(
+                projections=_projections(module, arguments)
+            )
+        N, is_batched, dropout_p = module._checked(arguments)
+        projected = steps.project(module, arguments, is_batched)
+        inputs = steps.attention_inputs(module, arguments, N, projected, dropout_p)
     explanation = explain_inputs(inputs)
     kept = one_call.kept(module, arguments)
     if kept is not None and explanation.chosen is not None and one_call.keep(kept, module, inputs) is not None:
@@ -79,7 +85,10 @@ def explain(
 
 def _projections(module: MultiHeadAttention, arguments: ModuleArguments) -> str:
     """How `one_call` and `linear` decide, and why."""
-    reason = one_call.tensors_of(module, arguments)
+    if module.options is not None:
+        reason = f"one call serves no {module.options.described()}"
+    else:
+        reason = one_call.tensors_of(module, arguments)
     if not isinstance(reason, str):
         return "in one call with the attention"
     weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight
