@@ -132,10 +132,10 @@ def oracle(config, p, query, key, value, past=0, **call):
         hidden |= j > i + right
     if call["is_causal"]:
         hidden |= j > i
-    for name, mask in (("attn_mask", call["attn_mask"]), ("padding", call["key_padding_mask"])):
+    padding = call["key_padding_mask"]
+    for mask in (call["attn_mask"], None if padding is None else padding[:, None, None]):
         if mask is None:
             continue
-        mask = mask[:, None, None] if name == "padding" else mask
         if mask.dtype == torch.bool:
             hidden = hidden | mask
         else:
@@ -154,23 +154,22 @@ def oracle(config, p, query, key, value, past=0, **call):
     return output, weights.mean(1) if call["average_attn_weights"] else weights
 
 
-def with_gradients(function, parameters, inputs, learns=True):
+def with_gradients(function, parameters, inputs):
     """Output, weights and the gradients of parameters and of each different input, by name.
 
     ``function`` takes the parameters by name and query, key and value.
     """
-    parameters = {name: x.detach().clone().requires_grad_(learns) for name, x in parameters.items()}
-    leaves = {id(x): x.detach().clone().requires_grad_(learns) for x in inputs}
+    parameters = {name: x.detach().clone().requires_grad_() for name, x in parameters.items()}
+    leaves = {id(x): x.detach().clone().requires_grad_() for x in inputs}
     output, weights = function(parameters, *(leaves[id(x)] for x in inputs))
     found = {"output": output, "weights": weights}
     found = {name: x for name, x in found.items() if x is not None}
-    if learns:
-        generator = torch.Generator().manual_seed(5)
-        cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in found.values()]
-        wanted = {**parameters, **{f"input {i}": x for i, x in enumerate(leaves.values())}}
-        gradients = torch.autograd.grad([*found.values()], [*wanted.values()], cotangents, allow_unused=True)
-        for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
-            found[f"grad of {name}"] = torch.zeros_like(x) if gradient is None else gradient
+    generator = torch.Generator().manual_seed(5)
+    cotangents = [torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype) for x in found.values()]
+    wanted = {**parameters, **{f"input {i}": x for i, x in enumerate(leaves.values())}}
+    gradients = torch.autograd.grad([*found.values()], [*wanted.values()], cotangents, allow_unused=True)
+    for (name, x), gradient in zip(wanted.items(), gradients, strict=True):
+        found[f"grad of {name}"] = torch.zeros_like(x) if gradient is None else gradient
     return {name: x.detach() for name, x in found.items()}
 
 
@@ -183,25 +182,25 @@ def as_function(module, **call):
     return function
 
 
-def assert_matches(module, config, inputs, function=None, past=0, learns=True, **call):
+def assert_matches(module, config, inputs, need_weights=True, **call):
     """Compare a module's call with the oracle, outputs, weights and every gradient."""
     call = CALL | call
-    function = function or as_function(module, **call)
+    function = as_function(module, need_weights=need_weights, **call)
     parameters = dict(module.named_parameters())
-    ours = with_gradients(function, parameters, inputs, learns)
+    ours = with_gradients(function, parameters, inputs)
     dtype = ours["output"].dtype
 
     def by_oracle(parameters, *inputs):
-        return oracle(config, parameters, *inputs, past=past, **call)
+        output, weights = oracle(config, parameters, *inputs, **call)
+        return output, weights if need_weights else None
 
     def exact():
         wide = {id(x): x.double() for x in inputs}
-        found = with_gradients(by_oracle, in_fp64(parameters), [wide[id(x)] for x in inputs], learns)
-        return {name: found[name] for name in ours}
+        return with_gradients(by_oracle, in_fp64(parameters), [wide[id(x)] for x in inputs])
 
     coarse = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
     narrow = {id(x): x.to(coarse) for x in inputs}
     as_coarse = {name: x.to(coarse) for name, x in parameters.items()}
-    theirs = with_gradients(by_oracle, as_coarse, [narrow[id(x)] for x in inputs], learns)
+    theirs = with_gradients(by_oracle, as_coarse, [narrow[id(x)] for x in inputs])
     N, S = inputs[1].shape[:2]
     assert_close_to_oracle(ours, theirs, exact, N * S * S, dtype)

@@ -1,4 +1,4 @@
-"""Options of `MultiHeadAttention` against an oracle in plain torch operators: alone, in pairs, in random combination."""
+"""Options of `MultiHeadAttention` against an oracle in plain torch operators: alone, in pairs, in random calls."""
 
 import itertools
 
@@ -54,3 +54,62 @@ def test_an_option_in_half_types_is_that_of_the_oracle(config, dtype):
 def test_two_options_together_are_those_of_the_oracle(config):
     module = module_with(add_bias_kv=True, add_zero_attn=True, **config)
     assert_matches(module, config | {"add_zero_attn": True}, self_attention(), is_causal=True, key_padding_mask=PADDING)
+
+
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+def test_averaged_weights_are_the_mean_of_those_of_the_heads(config):
+    module, inputs = module_with(**config), self_attention()
+    assert_matches(module, config, inputs, is_causal=True, average_attn_weights=True)
+
+
+@pytest.mark.parametrize("config", OPTIONS.values(), ids=OPTIONS)
+def test_the_output_without_weights_is_that_of_the_oracle(config):
+    module, inputs = module_with(torch.float64, **config), self_attention(torch.float64)
+    assert_matches(module, config, inputs, need_weights=False, is_causal=True, key_padding_mask=PADDING)
+
+
+WITHOUT_ROPE = {name: config for name, config in OPTIONS.items() if "rope" not in config}
+SHARINGS = {
+    "keys and values": lambda: (draw(N, 5, E), *(draw(N, L, E, seed=2),) * 2),
+    "separate": lambda: (draw(N, 5, E), draw(N, L, E, seed=2), draw(N, L, E, seed=3)),
+    "other sizes": lambda: (draw(N, 5, E), draw(N, L, 5, seed=2), draw(N, L, 8, seed=3)),
+}
+
+
+@pytest.mark.parametrize("inputs", SHARINGS.values(), ids=SHARINGS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("config", WITHOUT_ROPE.values(), ids=WITHOUT_ROPE)
+def test_queries_and_keys_may_differ(config, bias, inputs):
+    query, key, value = inputs()
+    module = module_with(kdim=key.shape[2], vdim=value.shape[2], bias=bias, **config)
+    assert_matches(module, config, (query, key, value), key_padding_mask=PADDING)
+
+
+@pytest.mark.parametrize("value", ["value", "query"])
+def test_rope_takes_values_of_their_own(value):
+    config = OPTIONS["rotary half"]
+    x = draw(N, L, E)
+    assert_matches(module_with(**config), config, (x, x, draw(N, L, E, seed=2) if value == "value" else x))
+
+
+@pytest.mark.parametrize("shape", [(L,), (N, L)], ids=["of all", "of each"])
+@pytest.mark.parametrize("name", ["rotary half", "rotary interleaved"])
+def test_positions_may_be_given(name, shape):
+    positions = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(0))
+    assert_matches(module_with(**OPTIONS[name]), OPTIONS[name], self_attention(), positions=positions)
+
+
+@pytest.mark.parametrize("config", [*OPTIONS.values(), *PAIRS.values()], ids=[*OPTIONS, *PAIRS])
+def test_layouts_give_one_result(config):
+    module, x = module_with(**config, add_bias_kv=True), draw(N, L, E)
+    positions = {"positions": torch.arange(L) * 3} if "rope" in config else {}
+    expected = module(x, x, x, key_padding_mask=PADDING, **positions)
+    module.batch_first = False
+    turned = x.transpose(0, 1)
+    output, weights = module(turned, turned, turned, key_padding_mask=PADDING, **positions)
+    assert output.is_contiguous()
+    torch.testing.assert_close((output.transpose(0, 1), weights), expected)
+    for n in range(N):
+        row = x[n]
+        output, weights = module(row, row, row, key_padding_mask=PADDING[n], **positions)
+        torch.testing.assert_close((output, weights), (expected[0][n], expected[1][n]))

@@ -239,5 +239,7 @@ def _check_scaling(scaling: RotaryScaling) -> None:
         raise ValueError(f"scaling must have a factor of at least 1; got {scaling}")
     if any(value is not None and not value > 0 for name, value in scaling._asdict().items() if name != "truncate"):
         raise ValueError(f"scaling must have numbers greater than 0; got {scaling}")
+    if isinstance(scaling, YaRNScaling) and not scaling.beta_slow < scaling.beta_fast:
+        raise ValueError(f"scaling must have beta_slow < beta_fast; got {scaling}")
     if isinstance(scaling, Llama3Scaling) and not scaling.low_freq_factor < scaling.high_freq_factor:
         raise ValueError(f"scaling must have low_freq_factor < high_freq_factor; got {scaling}")
