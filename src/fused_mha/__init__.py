@@ -7,6 +7,7 @@ from fused_mha.core.attention import attention
 from fused_mha.core.dispatch import Explanation, backend
 from fused_mha.core.inputs import AttentionResult
 from fused_mha.integrations.sdpa import ServedCalls, scaled_dot_product_attention, serve_sdpa
+from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.explanation import explain
 from fused_mha.module.loading import pool_key_heads
 from fused_mha.module.multi_head_attention import MultiHeadAttention
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionResult",
     "ConversionReport",
     "Explanation",
+    "KeyValueCache",
     "LinearScaling",
     "Llama3Scaling",
     "MultiHeadAttention",

@@ -20,6 +20,7 @@ from fused_mha.core.inputs import ModuleArguments, Window, check_are_tensors, ch
 from fused_mha.core.modes import PLAIN_OR_NONE
 from fused_mha.module import loading, nested, one_call, projections, steps
 from fused_mha.module import options as module_options
+from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.heads import QKNorm
 from fused_mha.module.options import ModuleOptions
 from fused_mha.module.quantization import QConfig
@@ -295,6 +296,7 @@ class MultiHeadAttention(TorchAttention):
         is_causal: bool = False,
         *,
         positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``.
 
@@ -311,8 +313,11 @@ class MultiHeadAttention(TorchAttention):
             average_attn_weights: the weights' mean over the heads, not the weights of each.
             is_causal: hide the keys after each query's own position, counted from the first (top left). Applies
                 together with the masks and needs none.
-            positions: (L) or (N, L), of an integer dtype, which ``rope`` turns query and key by; counted from 0 if
-                None.
+            positions: (L) or (N, L), of an integer dtype, which ``rope`` turns query and key by; if None, counted from
+                0, or from the cache's length on.
+            cache: a `KeyValueCache` of this module, whose keys and values are attended to before those of the call,
+                which it then keeps too. Causality, window and ALiBi are aligned at the bottom right, ``attn_mask``
+                and the weights have columns for all tokens so far, ``key_padding_mask``, bool, for the new ones.
 
         Returns:
             The output, of query's layout and contiguous, and the weights after dropout or None: (N, L, S'), or
@@ -324,9 +329,10 @@ class MultiHeadAttention(TorchAttention):
             RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree; key and value
                 both have one wrong size beside a packed weight.
             ValueError: ``dropout`` is outside [0, 1] in training; ``key`` is not ``query`` in a module with ``rope``;
-                ``positions`` without ``rope`` or of a wrong shape.
+                ``positions`` without ``rope`` or of a wrong shape; a ``cache`` that is not of this module or call.
             AttributeError: ``query``, ``key`` or ``value`` is no tensor.
-            TypeError: a mask is no tensor, ``num_heads`` no int, or ``positions`` not of integers.
+            TypeError: a mask is no tensor, ``num_heads`` no int, ``positions`` not of integers, or
+                ``key_padding_mask`` not bool beside a cache.
 
         Source:
             `torch.nn.MultiheadAttention.forward`.
@@ -336,12 +342,13 @@ class MultiHeadAttention(TorchAttention):
             if any(isinstance(x, fx.Proxy) for x in given):
                 return self._traced_call(
                     *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal),
-                    **({} if positions is None else {"positions": positions}),
+                    **{name: x for name, x in (("positions", positions), ("cache", cache)) if x is not None},
                 )
             check_are_tensors(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
-            if positions is not None:
-                raise ValueError("positions of nested tensors are counted from 0: positions must be None")
+            if positions is not None or cache is not None:
+                name = "positions" if cache is None else "cache"
+                raise ValueError(f"{name} must be None with nested tensors, whose positions are counted from 0")
             padded, padding, repack = self._unpack_nested(query, key, value, key_padding_mask, attn_mask)
             output, weights = self.forward(
                 padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
@@ -353,9 +360,8 @@ class MultiHeadAttention(TorchAttention):
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-        if self.options is not None or positions is not None:
-            inputs, embedded, is_batched = steps.with_options(self, arguments, positions)
-            return steps.finish(self, inputs, embedded, is_batched)
+        if self.options is not None or positions is not None or cache is not None:
+            return steps.with_options(self, arguments, positions, cache)
         kept = one_call.kept(self, arguments)
         if kept is not None and kept.served is not None:
             return one_call.serve(kept, kept.served)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fused_mha.core import masks, plans
-from fused_mha.core.inputs import AttentionInputs, ModuleArguments, default_scale
+from fused_mha.core.inputs import AttentionInputs, ModuleArguments, _check_module_attn_mask, default_scale
 from fused_mha.module import options as module_options
 from fused_mha.module import projections
+from fused_mha.module.cache import Extended, KeyValueCache
 from fused_mha.module.heads import Rotation, transform_heads
 from fused_mha.module.linear import linear
 
@@ -105,12 +106,37 @@ def finish(
     return output, weights
 
 
+class Prepared(NamedTuple):
+    """A call up to the attention, by a module with options or with a cache."""
+
+    inputs: AttentionInputs
+    embedded: Tensor
+    is_batched: bool
+    extended: Extended | None
+
+
 def with_options(
-    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None
-) -> tuple[AttentionInputs, Tensor, bool]:
-    """What the core is given by a module with options, the query for the gate, and whether the input is batched."""
-    N, is_batched, dropout_p = module._checked(arguments)
+    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: KeyValueCache | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `MultiHeadAttention.forward` returns, of a module with options or for a call with a cache."""
+    prepared = prepare(module, arguments, positions, cache)
+    result = finish(module, prepared.inputs, prepared.embedded, prepared.is_batched)
+    if cache is not None and prepared.extended is not None:
+        cache.commit(module, prepared.extended)
+    return result
+
+
+def prepare(
+    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: KeyValueCache | None
+) -> Prepared:
+    """Check such a call, and compute what the core is given."""
     options = module.options
+    given_mask = arguments.attn_mask
+    if cache is not None:
+        if not isinstance(cache, KeyValueCache):
+            raise TypeError(f"cache must be a fused_mha.KeyValueCache; got {type(cache).__name__}")
+        arguments = arguments._replace(attn_mask=None)  # of which the cache's keys have columns
+    N, is_batched, dropout_p = module._checked(arguments)
     rope = None if options is None else options.rope
     if rope is None and positions is not None:
         raise ValueError("positions are for rope=RotaryEmbedding(...), which this module does not have; got positions")
@@ -121,27 +147,65 @@ def with_options(
         )
     projected = project(module, arguments, is_batched)
     if options is not None:
-        rotation = None
-        if rope is not None:
-            rotation = _rotation(options, projected.query, positions, is_batched)
+        rotation = _rotation(options, projected.query, positions, cache, is_batched)
         of_query, of_key = module_options.norms(module, options)
         projected = projected._replace(
             query=transform_heads(projected.query, of_query, rotation),
             key=transform_heads(projected.key, of_key, rotation),
         )
+    extended = None
+    if cache is not None:
+        projected, extended = _with_past(module, arguments, projected, cache)
+        arguments = arguments._replace(
+            attn_mask=_of_all_keys(given_mask, module.num_heads, projected, cache, extended, is_batched)
+        )
     inputs = attention_inputs(module, arguments, N, projected, dropout_p)
     if options is not None:
         inputs = inputs._replace(window=options.window)
-    return inputs, projected.embedded, is_batched
+    if cache is not None:
+        inputs = inputs._replace(causal_alignment="bottom_right")
+    return Prepared(inputs, projected.embedded, is_batched, extended)
 
 
-def _rotation(options: ModuleOptions, query: Tensor, positions: Tensor | None, is_batched: bool) -> Rotation | None:
+def _with_past(
+    module: MultiHeadAttention, arguments: ModuleArguments, projected: Projected, cache: KeyValueCache
+) -> tuple[Projected, Extended]:
+    padding = projected.key_padding_mask
+    if padding is not None and padding.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be bool beside a cache, which keeps it; got {padding.dtype}")
+    cache.check(module, projected.key, projected.value, arguments.need_weights)
+    extended = cache.extended(projected.key, projected.value, padding)
+    return projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden), extended
+
+
+def _of_all_keys(
+    attn_mask: Tensor | None,
+    num_heads: int,
+    projected: Projected,
+    cache: KeyValueCache,
+    extended: Extended,
+    is_batched: bool,
+) -> Tensor | None:
+    """Of a mask with columns for all tokens so far, those of the keys that are kept."""
+    if attn_mask is None:
+        return None
+    N, L = projected.query.shape[:2]
+    _check_module_attn_mask(attn_mask, N, num_heads, L, cache.length + extended.new, is_batched)
+    return attn_mask[..., attn_mask.shape[-1] - projected.key.shape[1] :]
+
+
+def _rotation(
+    options: ModuleOptions, query: Tensor, positions: Tensor | None, cache: KeyValueCache | None, is_batched: bool
+) -> Rotation | None:
     rope = options.rope
     if rope is None:
         return None
-    if positions is None:
-        return rope.counted(0, query)
     N, L = query.shape[:2]
+    if positions is None:
+        positions = None if cache is None else cache.positions(L)
+        if positions is None:
+            return rope.counted(0 if cache is None else cache.length, query)
+        return rope.at(positions, query)
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
         kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
         raise TypeError(f"positions must be a tensor of an integer dtype; got {kind}")
