@@ -22,9 +22,12 @@ DEFAULTS = {
     "window": None,
     "bias_k": None,
     "bias_v": None,
+    "sinks": None,
+    "alibi_slopes": None,
     "add_zero_attn": False,
     "dropout_p": 0.0,
     "scale": None,
+    "softcap": None,
     "need_weights": False,
     "average_attn_weights": True,
     "return_lse": False,
@@ -95,8 +98,16 @@ def naive_attention(keep=None, **arguments):
                     values.append(key.new_zeros(1, D_v))
                 keys, values = torch.cat(keys), torch.cat(values)
                 scores = keys @ query[n, i, h] * scale
+                if a["softcap"] is not None:
+                    scores = a["softcap"] * torch.tanh(scores / a["softcap"])
+                if a["alibi_slopes"] is not None:
+                    position = i + (S - L if a["causal_alignment"] == "bottom_right" else 0)
+                    distances = torch.tensor([abs(position - j) for j in visible], dtype=query.dtype)
+                    additive = additive - a["alibi_slopes"][h] * distances
                 scores = scores + F.pad(additive, (0, width - S))
-                p = torch.softmax(scores, dim=0)
+                if a["sinks"] is not None:
+                    scores = torch.cat([scores, a["sinks"][h].to(query.dtype)[None]])
+                p = torch.softmax(scores, dim=0)[: keys.shape[0]]
                 columns = torch.tensor([*visible, *range(S, width)], dtype=torch.long)
                 if keep is not None:
                     p = p * keep[n, h, i, columns] / (1.0 - a["dropout_p"])
@@ -141,13 +152,24 @@ def torch_attention(**arguments):
             bias = bias + mask.masked_fill(mask == float("-inf"), 0.0).to(query.dtype)
     bias = F.pad(bias, (0, key.shape[1] - S)).masked_fill(hidden, float("-inf"))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    if not (a["need_weights"] or a["return_lse"]):
+    slopes, softcap, sinks = a["alibi_slopes"], a["softcap"], a["sinks"]
+    if slopes is not None:
+        position = torch.arange(L)[:, None] + (S - L if a["causal_alignment"] == "bottom_right" else 0)
+        distances = F.pad((position - torch.arange(S)).abs(), (0, key.shape[1] - S))
+        bias = bias - slopes.to(query.dtype)[:, None, None] * distances
+    if not (a["need_weights"] or a["return_lse"] or softcap or sinks is not None):
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=a["scale"])
         return AttentionResult(output.transpose(1, 2), None, None)
     empty = hidden.all(dim=-1, keepdim=True)
-    scores = q @ k.transpose(-1, -2) * (D**-0.5 if a["scale"] is None else a["scale"]) + bias.masked_fill(empty, 0.0)
-    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], float("-inf"))
+    scores = q @ k.transpose(-1, -2) * (D**-0.5 if a["scale"] is None else a["scale"])
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    scores = scores + bias.masked_fill(empty, 0.0)
+    of_empty = torch.tensor(float("-inf"))
+    if sinks is not None:
+        of_empty = sinks.to(query.dtype)[:, None, None].expand(N, H, L, 1)
+        scores = torch.cat((scores, of_empty), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : key.shape[1]].masked_fill(empty, 0.0)
+    lse = torch.where(empty, of_empty, torch.logsumexp(scores, dim=-1, keepdim=True))[..., 0]
     return AttentionResult(
         (weights @ v).transpose(1, 2),
         (weights.mean(1) if a["average_attn_weights"] else weights) if a["need_weights"] else None,
@@ -169,11 +191,14 @@ def make_arguments(
     mask_shape="LS",
     padding_dtype=None,
     bias_kv=False,
+    of_heads=(),
     hidden=0.3,
     seed=0,
     **others,
 ):
-    """Random arguments of `attention`; `mask_shape` names the dimensions that are not 1, such as "NLS"."""
+    """Random arguments of `attention`; `mask_shape` names the dimensions that are not 1, such as "NLS", `of_heads` what
+    is drawn of "sinks" and "alibi_slopes".
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -197,6 +222,8 @@ def make_arguments(
         arguments["attn_mask"] = mask(shape, mask_dtype)
     if padding_dtype is not None:
         arguments["key_padding_mask"] = mask((N, S), padding_dtype)
+    for name in of_heads:
+        arguments[name] = draw(H) * (1.0 if name == "sinks" else 0.3)
     return arguments
 
 
@@ -247,8 +274,8 @@ def longest_sums(arguments, names):
     for name in names:
         found[name] = max(D, D_v, S + 2, L * H // H_kv)
         of = name.removeprefix("grad of ")
-        if of != name and ("mask" in of or "bias" in of):  # which sum over what they broadcast over
-            entries = arguments[of].numel() if "mask" in of else H_kv
+        if of != name and of not in ("query", "key", "value"):  # which sum over what they broadcast over
+            entries = H_kv if "bias" in of else arguments[of].numel()
             found[name] = max(found[name], N * H * L * S // max(entries, 1))
     return found
 

@@ -38,6 +38,10 @@ OPTIONS = {
     "layer": {"qk_norm": "layer"},
     "l2": {"qk_norm": "l2"},
     "gate": {"gate": True},
+    "softcap": {"softcap": 0.7},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi": True},
+    "slopes": {"alibi": [0.5, 0.0, -0.25, 1.5]},
 }
 
 

@@ -17,6 +17,7 @@ NAMES = [
     "AttentionResult",
     "ConversionReport",
     "Explanation",
+    "KeyValueCache",
     "LinearScaling",
     "Llama3Scaling",
     "MultiHeadAttention",
@@ -38,6 +39,7 @@ TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tole
 PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
 FUNCTIONS = [
     fused_mha.MultiHeadAttention,
+    fused_mha.KeyValueCache,
     fused_mha.RotaryEmbedding,
     fused_mha.LinearScaling,
     fused_mha.NTKScaling,

@@ -74,6 +74,7 @@ def test_positions_are_for_rope(options):
         MultiHeadAttention(E, H, batch_first=True, **options)(X, X, X, positions=torch.arange(L))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_positions_of_nested_tensors_are_counted():
     module = MultiHeadAttention(E, H, head_dim=4, rope=fused_mha.RotaryEmbedding(4), batch_first=True).eval()
     nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])

@@ -56,7 +56,8 @@ class TensorFields(ctypes.Structure):
             self.stride[d] = x.stride(d) if d < x.dim() else 0
 
 
-SHARED = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v", "seed", "stats", "workspace")
+SHARED = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v", "seed")
+SHARED += ("sinks", "alibi_slopes", "stats", "workspace")
 
 
 class Attention(ctypes.Structure):
@@ -64,10 +65,12 @@ class Attention(ctypes.Structure):
 
     _fields_ = (
         *((name, TensorFields) for name in SHARED),
-        *((name, ctypes.c_int64) for name in ("first_visible", "last_visible", "add_zero_attn", "average_weights")),
+        *((name, ctypes.c_int64) for name in ("first_visible", "last_visible", "bottom_right")),
+        *((name, ctypes.c_int64) for name in ("add_zero_attn", "average_weights")),
         ("threads", ctypes.c_int64),
         ("dropout_p", ctypes.c_double),
         ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     )
 
 
@@ -75,7 +78,7 @@ RESULTS = {
     "forward": ("output", "weights", "lse"),
     "backward": (
         *("output", "grad_output", "grad_weights", "grad_lse", "grad_query", "grad_key", "grad_value"),
-        *("grad_attn_mask", "grad_columns", "grad_bias_k", "grad_bias_v"),
+        *("grad_attn_mask", "grad_columns", "grad_bias_k", "grad_bias_v", "grad_sinks", "grad_distances"),
     ),
 }
 
@@ -124,6 +127,8 @@ class Call:
             **{name: a[name] for name in ("query", "key", "value", "attn_mask", "bias_k", "bias_v")},
             "key_padding_mask": torch.zeros(N, S, dtype=dtype),
             "seed": torch.tensor([1, 2]),
+            "sinks": torch.zeros(H, dtype=dtype),
+            "alibi_slopes": torch.zeros(H, dtype=dtype),
             "stats": torch.ones(2, N, H, L, dtype=accumulator),
             "output": torch.zeros(N, L, H, D_v, dtype=dtype),
         }
@@ -142,6 +147,8 @@ class Call:
                 "grad_columns": torch.zeros(N, H, S, dtype=accumulator),
                 "grad_bias_k": torch.zeros(N, H_kv, D, dtype=accumulator),
                 "grad_bias_v": torch.zeros(N, H_kv, D_v, dtype=accumulator),
+                "grad_sinks": torch.zeros(N, H, dtype=accumulator),
+                "grad_distances": torch.zeros(N, H, S, dtype=accumulator),
             }
         self.function = function
         self.arguments = Forward() if function == "forward" else Backward()

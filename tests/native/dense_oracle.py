@@ -76,22 +76,36 @@ def dense_attention(keep=None, **arguments):
     v = _with_virtual(a["value"], a["bias_v"], a["add_zero_attn"], group, hidden_keys)
     hidden, added = hidden_and_added(a, k.shape[2])
     scale = D**-0.5 if a["scale"] is None else a["scale"]
-    wants_more = a["need_weights"] or a["return_lse"] or keep is not None
+    slopes, softcap, sinks = a["alibi_slopes"], a["softcap"], a["sinks"]
+    if slopes is not None:
+        L, S = query.shape[1], key.shape[1]
+        position = torch.arange(L)[:, None] + (S - L if a["causal_alignment"] == "bottom_right" else 0)
+        distances = _padded((position - torch.arange(S)).abs(), k.shape[2])
+        added = added - slopes.to(torch.promote_types(dtype, torch.float32))[:, None, None] * distances
+    wants_more = softcap is not None or sinks is not None or a["need_weights"] or a["return_lse"] or keep is not None
     if not wants_more and dtype != torch.float64 and q.numel() and k.numel():  # fp64: the oracle, by formula
         bias = added.to(dtype).masked_fill(hidden, -INF)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
         return AttentionResult(output.transpose(1, 2), None, None)
     empty = hidden.all(dim=-1, keepdim=True)
-    scores = q @ k.transpose(-1, -2) * scale + added.to(dtype)
+    scores = q @ k.transpose(-1, -2) * scale
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    scores = scores + added.to(dtype)
     scores = scores.masked_fill(hidden & ~empty, -INF)
-    weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+    of_empty = torch.tensor(-INF)
+    if sinks is not None:
+        of_empty = sinks.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, of_empty), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[2]].masked_fill(empty, 0.0)
     if keep is not None:
         p = drawn_probability(a["dropout_p"])
         weights = weights * keep.to(dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
     returned = None
     if a["need_weights"]:
         returned = weights.mean(1) if a["average_attn_weights"] else weights
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -INF) if a["return_lse"] else None
+    lse = None
+    if a["return_lse"]:
+        lse = torch.where(empty, of_empty, torch.logsumexp(scores, dim=-1, keepdim=True))[..., 0]
     return AttentionResult((weights @ v).transpose(1, 2), returned, lse)
 
 

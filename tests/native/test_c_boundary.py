@@ -13,7 +13,8 @@ from fused_mha.backends.cpu import LIBRARY
 from native.c_abi import DTYPES, RESULTS, SHARED, C, Call, TensorFields, assert_refused
 
 OPTIONAL = {"attn_mask", "key_padding_mask", "weights", "lse", "grad_weights", "grad_lse", "grad_attn_mask"}
-OPTIONAL |= {"grad_columns", "grad_bias_k", "grad_bias_v"}  # absent where there is no pointer
+OPTIONAL |= {"grad_columns", "grad_bias_k", "grad_bias_v", "grad_sinks", "grad_distances"}
+OPTIONAL |= {"sinks", "alibi_slopes"}  # absent where there is no pointer
 DEPENDENT = ("key", "value", "output", "attn_mask", "key_padding_mask", "bias_k", "bias_v", "stats")
 EACH = [(function, name) for function in RESULTS for name in (*SHARED, *RESULTS[function])]
 
@@ -128,6 +129,9 @@ def test_a_storage_that_is_one_byte_too_small_is_refused(function, name):
 def test_a_missing_tensor_is_refused_or_left_out(function, name):
     call = Call(function)
     call.fields(name).data = None
+    if function == "backward" and name in ("sinks", "alibi_slopes"):
+        assert_refused(call, "grad_sinks and grad_distances")
+        return
     if name in OPTIONAL:  # without the weights a call works otherwise, and needs another workspace
         call.tensors["workspace"] = torch.empty(call.workspace(), dtype=torch.uint8)
         call.fields("workspace").fill(call.tensors["workspace"])

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fused_mha
 from attention_oracle import make_arguments, run_with_gradients
 from fused_mha import MultiHeadAttention
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import TENSORS, Arguments
 from native.call_space import DTYPES
 from native.dense_oracle import drawn_seed, native_attention
 
@@ -43,10 +43,11 @@ def operands(requires_grad=True, dtype=torch.float32, **case):
             None if mask is None else mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape),
         ),
         *(a.get("key_padding_mask"), a.get("bias_k"), a.get("bias_v"), torch.tensor([3, 4]) if p else None),
-        *(None if left is None else -left, right, bool(a.get("add_zero_attn")), p, 0.5),
+        *(a.get("sinks"), a.get("alibi_slopes"), None if left is None else -left, right, False),
+        *(bool(a.get("add_zero_attn")), p, 0.5, a.get("softcap")),
         *(a.get("need_weights", False), a.get("average_attn_weights", True)),
     )
-    for x in arguments[:7]:
+    for x in arguments[:TENSORS]:
         if x is not None and x.is_floating_point() and requires_grad:
             x.requires_grad_()
     return arguments

@@ -19,6 +19,7 @@ from fused_mha.core.modes import is_eager, is_recorded, may_skip_dispatcher
 from fused_mha.ops import autograd, gradients, module_autograd, schema
 from fused_mha.ops import module as module_operator
 from fused_mha.ops import product as product_operator
+from fused_mha.ops.schema import TENSORS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of inputs, and of masks that are not bool
 LIBRARY = native.load(sys.modules[__name__.partition(".")[0]].__path__)
@@ -53,9 +54,9 @@ _module_backward = _kernel(module_operator.multi_head_attention_backward)
 
 def _run(inputs: AttentionInputs) -> AttentionResult:
     arguments = arguments_of(inputs)
-    if not is_eager() or any(x is not None and (type(x) is not Tensor or x.is_neg()) for x in arguments[:7]):
+    if not is_eager() or any(x is not None and (type(x) is not Tensor or x.is_neg()) for x in arguments[:TENSORS]):
         output, weights, lse, _ = schema.attention(*arguments)
-    elif is_recorded(*arguments[:7]):
+    elif is_recorded(*arguments[:TENSORS]):
         output, weights, lse, _ = _Attention.apply(*arguments)
     else:
         output, weights, lse, _ = _forward(*arguments)
@@ -155,6 +156,7 @@ BACKEND = Backend(
         devices=("cpu",),
         dtypes=DTYPES,
         transforms=False,
+        score_options=False,
         onnx_export=False,
         reads_hidden_keys=False,
         is_installed=LIBRARY is not None,

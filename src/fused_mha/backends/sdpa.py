@@ -138,7 +138,13 @@ BACKEND = Backend(
     name="sdpa",
     summary="torch.nn.functional.scaled_dot_product_attention",
     capability=Capability(
-        weights=False, lse=False, transforms=False, empty_tensors=False, cpu_dropout=False, off_cpu_half_masks=False
+        weights=False,
+        lse=False,
+        score_options=False,
+        transforms=False,
+        empty_tensors=False,
+        cpu_dropout=False,
+        off_cpu_half_masks=False,
     ),
     run=_run,
     notes=_notes,

@@ -22,9 +22,12 @@ def attention(
     window: Window | None = None,
     bias_k: Tensor | None = None,
     bias_v: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     add_zero_attn: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    softcap: float | None = None,
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
@@ -55,10 +58,15 @@ def attention(
         window: (left, right), how many keys before and after its own position a query sees; None is no limit.
         bias_k: (H_kv, D), a virtual key after the S real ones, visible to every query.
         bias_v: (H_kv, D_v), its value.
+        sinks: (H), any floating dtype, a logit for each head that is in the sum of the softmax and gives no value: the
+            weights of a row sum to less than 1. It is in the log-sum-exp too, and is all of it in a hidden row.
+        alibi_slopes: (H), any floating dtype: -slope * |p - j| is added to the score of key j, where p is the query's
+            position, i or, with ``causal_alignment="bottom_right"``, i + S - L; nothing for virtual keys.
         add_zero_attn: append a virtual key and value of zeros, visible to every query.
         dropout_p: probability p of dropping a weight; the others are scaled by 1 / (1 - p). Always applied; the fused
             cores round p to a multiple of 2^-16 (below 1 if it is), and scale by what they round it to.
         scale: factor of the scores; 1 / sqrt(D) if None.
+        softcap: c: a scaled score s becomes c * tanh(s / c), before ALiBi and masks.
         need_weights: return the attention weights too, after dropout.
         average_attn_weights: the weights' mean over the heads, (N, L, S'), not per head, (N, H, L, S').
         return_lse: return the log-sum-exp of the scores too, (N, H, L), before dropout.
@@ -69,7 +77,8 @@ def attention(
 
     Raises:
         RuntimeError: ranks, shapes, dtypes or devices that disagree, or no back end can serve the call.
-        ValueError: ``dropout_p`` outside [0, 1], an unknown ``causal_alignment``, a negative ``window``.
+        ValueError: ``dropout_p`` outside [0, 1], an unknown ``causal_alignment``, a negative ``window``, a ``softcap``
+            that is not positive.
 
     Examples:
         >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
@@ -79,16 +88,18 @@ def attention(
 
     Source:
         Vaswani et al., "Attention Is All You Need" (arXiv 1706.03762), equation 1;
-        `torch.nn.functional.scaled_dot_product_attention`.
+        `torch.nn.functional.scaled_dot_product_attention`; for ``alibi_slopes`` Press et al. (arXiv 2108.12409), for
+        ``softcap`` Gemma 2 (arXiv 2408.00118), section 2, for ``sinks`` gpt-oss (arXiv 2508.10925), section 2.2.
     """
     device = query.device.type
     if autocast_is_on(device):
         query, key, value = (as_autocast_casts(x) for x in (query, key, value))
         bias_k, bias_v = (None if x is None else as_autocast_casts(x) for x in (bias_k, bias_v))
     kind = None
-    if device == plans.DEVICE and not torch.compiler.is_compiling():
+    may_be_kept = device == plans.DEVICE and sinks is None and alibi_slopes is None
+    if may_be_kept and not torch.compiler.is_compiling():
         tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
-        flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale)
+        flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale, softcap)
         kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse))
         if served is not None:
             if attn_mask is not None and attn_mask.dim() == 2:  # as the checks of a first call leave it
@@ -105,9 +116,12 @@ def attention(
         window=window,
         bias_k=bias_k,
         bias_v=bias_v,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
         add_zero_attn=add_zero_attn,
         dropout_p=dropout_p,
         scale=scale,
+        softcap=softcap,
         need_weights=need_weights,
         average_attn_weights=average_attn_weights,
         return_lse=return_lse,

@@ -36,12 +36,20 @@ class AttentionInputs(NamedTuple):
     window: Window | None
     bias_k: Tensor | None  # (H_kv, D)
     bias_v: Tensor | None  # (H_kv, D_v)
+    sinks: Tensor | None  # (H), any floating dtype
+    alibi_slopes: Tensor | None  # (H), any floating dtype
     add_zero_attn: bool
     dropout_p: float
     scale: float
+    softcap: float | None
     need_weights: bool
     average_attn_weights: bool
     return_lse: bool
+
+    def score_options(self) -> list[str]:
+        """The names of the options in use that change scores otherwise than a mask does."""
+        options = ("softcap", "sinks", "alibi_slopes")
+        return [name for name in options if getattr(self, name) is not None]
 
     def needs_mask_tensor(self) -> bool:
         """Whether a core that knows no mask but "causal, top-left" needs one tensor that says the rest."""
@@ -122,6 +130,12 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
 
 
+def check_softcap(softcap: object) -> None:
+    """Raise ValueError unless it is None or a positive, finite number."""
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0.0 < softcap < math.inf):
+        raise ValueError(f"softcap must be None or a positive, finite number; got {softcap!r}")
+
+
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -134,9 +148,12 @@ def check_attention(
     window: Window | None,
     bias_k: Tensor | None,
     bias_v: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     add_zero_attn: bool,
     dropout_p: float,
     scale: float | None,
+    softcap: float | None,
     need_weights: bool,
     average_attn_weights: bool,
     return_lse: bool,
@@ -175,6 +192,8 @@ def check_attention(
             ("key_padding_mask", key_padding_mask),
             ("bias_k", bias_k),
             ("bias_v", bias_v),
+            ("sinks", sinks),
+            ("alibi_slopes", alibi_slopes),
         ),
     )
     if attn_mask is not None:
@@ -202,6 +221,13 @@ def check_attention(
             raise RuntimeError(
                 f"{name} must have shape {shape} and dtype {query.dtype}; got {_shape(bias)} and {bias.dtype}"
             )
+    for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if of_heads is not None and (of_heads.shape != (H,) or not of_heads.is_floating_point()):
+            raise RuntimeError(
+                f"{name} must have shape (H,) = ({H},) and a floating dtype; got {_shape(of_heads)} and "
+                f"{of_heads.dtype}"
+            )
+    check_softcap(softcap)
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right'; got {causal_alignment!r}")
     if window is not None and not _is_window(window):
@@ -218,9 +244,12 @@ def check_attention(
         window,
         bias_k,
         bias_v,
+        sinks,
+        alibi_slopes,
         add_zero_attn,
         dropout_p,
         default_scale(D) if scale is None else scale,
+        softcap,
         need_weights,
         average_attn_weights,
         return_lse,

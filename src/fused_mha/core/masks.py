@@ -71,6 +71,17 @@ def outside_band(
     return too_late | too_early
 
 
+def alibi_bias(slopes: Tensor, L: int, S: int, alignment: CausalAlignment, virtual_keys: int) -> Tensor:
+    """Of slopes (H), -slope * |p - j| for the position p of query i, as in `outside_band`; (1, H, L, S + virtual_keys).
+
+    Virtual keys are near to every query. Press et al., "Train Short, Test Long" (arXiv 2108.12409), section 3.
+    """
+    diagonal = S - L if alignment == "bottom_right" else 0
+    positions = torch.arange(L, device=slopes.device).unsqueeze(1) + diagonal
+    distances = (positions - torch.arange(S, device=slopes.device)).abs().to(slopes.dtype)
+    return torch.nn.functional.pad(slopes.view(1, -1, 1, 1) * -distances, (0, virtual_keys))
+
+
 def attention_bias(
     L: int,
     S: int,

@@ -4,7 +4,7 @@
 call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`, `dispatch` and the kernels
 look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the flags, and which back end is
 forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other tensors than plain ones, and
-those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
+those with a mask (of `attention`, a bias too) that needs a gradient, sinks or slopes of ALiBi, have no kind.
 """
 
 from __future__ import annotations
@@ -115,16 +115,18 @@ def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Serve
     """What serves this call and the later ones of its kind: what the back end that was chosen for it has for such, or
     the back end itself.
     """
-    if kind is None or not all(map(is_constant, inputs[5:8] + inputs[10:])):
+    if kind is None or not all(map(is_constant, _flags_of(inputs))):
         return None
     return remember(kind, back_end.served(inputs) or _by(back_end, inputs))
 
 
 def _by(back_end: Backend, inputs: AttentionInputs) -> Served:
-    masking, others = inputs[5:8], inputs[10:]  # no tensors, which would be kept alive
+    masking, others = inputs[5:8], inputs[12:]  # no tensors, which would be kept alive
 
     def served(*tensors: Any) -> AttentionResult:
-        return dispatch.run(back_end, AttentionInputs._make((*tensors[:5], *masking, *tensors[5:], *others)))
+        return dispatch.run(
+            back_end, AttentionInputs._make((*tensors[:5], *masking, *tensors[5:], None, None, *others))
+        )
 
     return served
 
@@ -146,9 +148,10 @@ def forget() -> None:
 def run(inputs: AttentionInputs) -> AttentionResult:
     """Compute attention of inputs that were checked."""
     kind = None
-    if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
+    may_be_kept = inputs.query.device.type == DEVICE and inputs.sinks is None and inputs.alibi_slopes is None
+    if may_be_kept and not torch.compiler.is_compiling():
         tensors = tensors_of(inputs)
-        kind, served = find(tensors, inputs[5:8] + inputs[10:])
+        kind, served = find(tensors, _flags_of(inputs))
         if served is not None:
             return served(*tensors)
     back_end = dispatch.choose(inputs)
@@ -160,6 +163,10 @@ def tensors_of(inputs: AttentionInputs) -> Tensors:
     """The tensors of a call."""
     query, key, value, attn_mask, key_padding_mask = inputs[:5]
     return query, key, value, attn_mask, key_padding_mask, inputs.bias_k, inputs.bias_v
+
+
+def _flags_of(inputs: AttentionInputs) -> tuple[Any, ...]:
+    return inputs[5:8] + inputs[12:]
 
 
 def is_constant(flag: object) -> bool:

@@ -48,15 +48,18 @@ def attention(
     window: Window | None = None,
     bias_k: Tensor | None = None,
     bias_v: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     add_zero_attn: bool = False,
     dropout_p: float = 0.0,
     scale: float = 1.0,
+    softcap: float | None = None,
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """softmax(query @ key^T * scale + masks) @ value, dropout between, on checked arguments.
+    """softmax(cap(query @ key^T * scale) + ALiBi + masks) @ value, dropout between, on checked arguments.
 
     The arguments are those of `fused_mha.attention`, with 4-D ``attn_mask`` and a given ``scale``. ``dropout_mask``,
     bool (N, H, L, S'), True = keep, replaces the random draw; without it dropout draws what `F.dropout` does on an
@@ -91,13 +94,24 @@ def attention(
     q = heads_first(query, H) * scale  # [N * H, L, D]
     k = heads_first(key, H)  # [N * H, S', D]
     v = heads_first(value, H)  # [N * H, S', D_v]
-    if bias is None:
-        scores = torch.bmm(q, k.transpose(1, 2))  # [N * H, L, S']
+    if alibi_slopes is not None:
+        alibi = masks.alibi_bias(alibi_slopes.to(dtype), L, S, causal_alignment, virtual_keys)  # [1, H, L, S']
+        bias = alibi if bias is None else bias + alibi
+    if softcap is not None:
+        scores = torch.tanh(torch.bmm(q, k.transpose(1, 2)) / softcap) * softcap  # [N * H, L, S']
+        scores = scores if bias is None else scores + _batch_of_heads(bias, N, H)
+    elif bias is None:
+        scores = torch.bmm(q, k.transpose(1, 2))
     else:
         scores = torch.baddbmm(_batch_of_heads(bias, N, H), q, k.transpose(1, 2))
-    lse = _log_sum_exp(scores.unflatten(0, (N, H)), empty) if return_lse else None
+    if sinks is not None:  # a last column, whose weight counts for nothing
+        sinks = sinks.to(dtype).view(1, H, 1, 1)
+        scores = torch.cat((scores, sinks.expand(N, H, L, 1).flatten(0, 1)), dim=2)
+    lse = _log_sum_exp(scores.unflatten(0, (N, H)), empty, sinks) if return_lse else None
 
     weights = _softmax(scores)
+    if sinks is not None:
+        weights = weights[:, :, :-1]
     if dropout_mask is not None:
         kept = 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         weights = weights * (dropout_mask.flatten(0, 1).to(dtype) * kept)
@@ -139,7 +153,11 @@ def _softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores, dim=-1)
 
 
-def _log_sum_exp(scores: Tensor, empty: Tensor | None) -> Tensor:
-    """The log-sum-exp of (N, H, L, S') over S', -inf on empty rows."""
+def _log_sum_exp(scores: Tensor, empty: Tensor | None, sinks: Tensor | None) -> Tensor:
+    """The log-sum-exp of (N, H, L, S') over S'; on empty rows that of the sinks (1, H, 1, 1), -inf without."""
     lse = torch.logsumexp(scores, dim=-1)
-    return lse if empty is None else lse.masked_fill(empty[..., 0], masks.NEGATIVE_INFINITY)
+    if empty is None:
+        return lse
+    if sinks is not None:
+        return torch.where(empty[..., 0], sinks[..., 0], lse)
+    return lse.masked_fill(empty[..., 0], masks.NEGATIVE_INFINITY)

@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FUSED_MHA_ABI_VERSION 5
+#define FUSED_MHA_ABI_VERSION 6
 #define FUSED_MHA_EXPORT __attribute__((visibility("default")))
 
 enum fused_mha_dtype {
@@ -55,16 +55,20 @@ typedef struct {
     fused_mha_tensor bias_k;            // (H_kv, D)
     fused_mha_tensor bias_v;            // (H_kv, D_v)
     fused_mha_tensor seed;              // (2): int64, absent without dropout
+    fused_mha_tensor sinks;             // (H): floating, logits beside the keys' in each row; or absent
+    fused_mha_tensor alibi_slopes;      // (H): floating, or absent
     fused_mha_tensor stats;             // (2, N, H, L): row maxima and sums of the scores, in the accumulator type;
                                         // the forward may do without
     fused_mha_tensor workspace;         // bytes
     int64_t first_visible;              // query i sees the keys i + first_visible ... i + last_visible
     int64_t last_visible;
+    int64_t bottom_right;               // whether query i has position i + S - L for alibi_slopes, not i
     int64_t add_zero_attn;
     int64_t average_weights;            // whether weights and their gradient are means over the heads
     int64_t threads;
     double dropout_p;
     double scale;
+    double softcap;                     // of scaled scores; 0 for none
 } fused_mha_attention;
 
 typedef struct {
@@ -87,6 +91,9 @@ typedef struct {
     fused_mha_tensor grad_columns;     // (N, H, S), the scores' gradient summed over the queries, likewise, or absent
     fused_mha_tensor grad_bias_k;      // (N, H_kv, D) in the accumulator type, or absent
     fused_mha_tensor grad_bias_v;      // (N, H_kv, D_v) in the accumulator type, or absent
+    fused_mha_tensor grad_sinks;       // (N, H) in the accumulator type, or absent
+    fused_mha_tensor grad_distances;   // (N, H, S), the sum over the queries of what their distances to a key get, of which
+                                       // alibi_slopes has -1 times the sum; in the accumulator type, or absent
 } fused_mha_backward_arguments;
 
 // output = left right + bias, of whole matrices. The rows of a matrix may be those of sequences, (batch, length, columns).

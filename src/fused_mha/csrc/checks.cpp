@@ -1,6 +1,8 @@
 #include "checks.h"
 
+#include <cmath>
 #include <cstdio>
+#include <utility>
 
 namespace fused_mha {
 
@@ -54,6 +56,13 @@ void check_settings(Checker& checker, const fused_mha_attention& a) {
         checker.check("bias_k", a.bias_k, dtype, 2, {H_kv, D, 1, 1});
         checker.check("bias_v", a.bias_v, dtype, 2, {H_kv, D_v, 1, 1});
     }
+    for (const auto& [name, t] : {std::pair("sinks", &a.sinks), std::pair("alibi_slopes", &a.alibi_slopes)})
+        if (t->data) {
+            checker.check_floating(name, *t);
+            checker.check(name, *t, t->dtype, 1, {H, 1, 1, 1});
+        }
+    if (checker.ok && !(a.softcap >= 0 && a.softcap < INFINITY))
+        checker.fail_with("softcap must be positive, or 0 for none; got %g", a.softcap);
     if (checker.ok && !(a.dropout_p >= 0 && a.dropout_p <= 1))
         checker.fail_with("dropout_p must be between 0 and 1; got %g", a.dropout_p);
     if (a.dropout_p > 0) checker.check("seed", a.seed, FUSED_MHA_INT64, 1, {2, 1, 1, 1});
@@ -131,6 +140,10 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
     if (call.grad_columns.data) checker.check("grad_columns", call.grad_columns, accumulator, 3, {N, H, S, 1});
     if (call.grad_bias_k.data) checker.check("grad_bias_k", call.grad_bias_k, accumulator, 3, {N, H_kv, D, 1});
     if (call.grad_bias_v.data) checker.check("grad_bias_v", call.grad_bias_v, accumulator, 3, {N, H_kv, D_v, 1});
+    if (call.grad_sinks.data) checker.check("grad_sinks", call.grad_sinks, accumulator, 2, {N, H, 1, 1});
+    if (call.grad_distances.data) checker.check("grad_distances", call.grad_distances, accumulator, 3, {N, H, S, 1});
+    if (checker.ok && ((call.grad_sinks.data && !a.sinks.data) || (call.grad_distances.data && !a.alibi_slopes.data)))
+        checker.fail_with("grad_sinks and grad_distances are of sinks and alibi_slopes, which are absent");
 }
 
 void check_product(Checker& checker, const fused_mha_product_arguments& call) {

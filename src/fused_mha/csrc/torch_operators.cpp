@@ -23,19 +23,22 @@ void product(Value* stack, uint64_t, uint64_t) {
     give(stack, output);
 }
 
-// What the operators of the attention share: query to seed, and the numbers behind them.
+// What the operators of the attention share: their tensors, and the numbers behind them.
 struct AttentionCall {
-    Tensor tensors[8];
+    static constexpr int COUNT = 10;
+    Tensor tensors[COUNT];
     fused_mha_attention fields = {};
     bool needs_weights;
 
     explicit AttentionCall(Arguments& arguments) {
-        for (int i = 0; i < 8; ++i) tensors[i] = i < 3 ? arguments.tensor() : arguments.optional_tensor();
+        for (int i = 0; i < COUNT; ++i) tensors[i] = i < 3 ? arguments.tensor() : arguments.optional_tensor();
         fields.first_visible = arguments.optional_integer().value_or(-FAR);
         fields.last_visible = arguments.optional_integer().value_or(FAR);
+        fields.bottom_right = arguments.boolean();
         fields.add_zero_attn = arguments.boolean();
         fields.dropout_p = arguments.number();
         fields.scale = arguments.number();
+        fields.softcap = arguments.optional_number().value_or(0);
         needs_weights = arguments.boolean();
         fields.average_weights = arguments.boolean();
         fields.threads = thread_count();
@@ -43,19 +46,23 @@ struct AttentionCall {
 
     // Fails where a tensor cannot be what it stands for; the C ABI finds what else is wrong.
     void take_fields() {
-        constexpr const char* NAMES[] = {"query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v", "seed"};
-        fused_mha_tensor* const targets[] = {&fields.query,  &fields.key,    &fields.value,
-                                             &fields.attn_mask, &fields.key_padding_mask, &fields.bias_k,
-                                             &fields.bias_v, &fields.seed};
-        for (int i = 0; i < 8; ++i) {
+        constexpr const char* NAMES[COUNT] = {"query",  "key",    "value", "attn_mask", "key_padding_mask",
+                                              "bias_k", "bias_v", "seed",  "sinks",     "alibi_slopes"};
+        fused_mha_tensor* const targets[COUNT] = {&fields.query,  &fields.key,    &fields.value,
+                                                  &fields.attn_mask, &fields.key_padding_mask, &fields.bias_k,
+                                                  &fields.bias_v, &fields.seed,   &fields.sinks,
+                                                  &fields.alibi_slopes};
+        for (int i = 0; i < COUNT; ++i) {
             const int64_t count = tensors[i] ? tensors[i].sizes().count : 4;
             if (count > 4 || (count < 4 && i < 4))
                 fail("%s has a wrong number of dimensions, %d", NAMES[i], int(count));
-            if (i < 7) tensors[i] = std::move(tensors[i]).last_contiguous();
+            if (i != SEED) tensors[i] = std::move(tensors[i]).last_contiguous();
             *targets[i] = tensors[i].fields();
             if (targets[i]->dtype < 0) fail("%s is of an unsupported dtype", NAMES[i]);
         }
     }
+
+    static constexpr int SEED = 7;
 
     int64_t dtype() const { return fields.query.dtype; }
     int64_t accumulator() const { return accumulator_of(dtype()); }
@@ -108,6 +115,8 @@ void attention_gradients(Value* stack, uint64_t, uint64_t) {
     Tensor grad_mask = zeros(wants_mask, {a.attn_mask.size[0], a.attn_mask.size[1], a.query.size[1], a.key.size[1]});
     Tensor grad_columns = zeros(wants_columns, {N, a.query.size[2], a.key.size[1]});
     Tensor grad_bias_k = of_bias(given.tensors[5], a.bias_k), grad_bias_v = of_bias(given.tensors[6], a.bias_v);
+    Tensor grad_sinks = zeros(a.sinks.data, {N, a.query.size[2]});
+    Tensor grad_distances = zeros(a.alibi_slopes.data, {N, a.query.size[2], a.key.size[1]});
     given.fields.stats = stats.fields();
     const auto if_wanted = [](bool is_wanted, const Tensor& t) { return is_wanted ? t.fields() : fused_mha_tensor{}; };
     fused_mha_backward_arguments call = {given.fields,
@@ -121,9 +130,12 @@ void attention_gradients(Value* stack, uint64_t, uint64_t) {
                                          if_wanted(wants_mask, grad_mask),
                                          if_wanted(wants_columns, grad_columns),
                                          if_wanted(a.bias_k.data, grad_bias_k),
-                                         if_wanted(a.bias_v.data, grad_bias_v)};
+                                         if_wanted(a.bias_v.data, grad_bias_v),
+                                         if_wanted(a.sinks.data, grad_sinks),
+                                         if_wanted(a.alibi_slopes.data, grad_distances)};
     compute(call, call.attention.workspace, fused_mha_backward_workspace, fused_mha_backward);
-    give(stack, grad_query, grad_key, grad_value, grad_mask, grad_columns, grad_bias_k, grad_bias_v);
+    give(stack, grad_query, grad_key, grad_value, grad_mask, grad_columns, grad_bias_k, grad_bias_v, grad_sinks,
+         grad_distances);
 }
 
 void dropout_mask(Value* stack, uint64_t, uint64_t) {

@@ -197,12 +197,17 @@ Tensor Arguments::optional_tensor() {
     return Tensor(handle);
 }
 
-std::optional<int64_t> Arguments::optional_integer() {
+std::optional<int64_t> Arguments::optional_integer() { return optional<int64_t>(); }
+std::optional<double> Arguments::optional_number() { return optional<double>(); }
+
+template <class T>
+std::optional<T> Arguments::optional() {
     Value* const value = reinterpret_cast<Value*>(*next++);
     if (!value) return std::nullopt;
-    const int64_t integer = int64_t(*value);
+    T found;
+    memcpy(&found, value, sizeof found);
     delete value;
-    return integer;
+    return found;
 }
 
 Sizes Arguments::sizes() {

@@ -80,9 +80,12 @@ public:
     Sizes sizes();
     bool boolean() { return (*next++ & 0xff) != 0; }
     double number();
+    std::optional<double> optional_number();
 
 private:
     const Value* next;
+    template <class T>
+    std::optional<T> optional();
 };
 
 // Leaves results on the stack.

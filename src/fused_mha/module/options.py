@@ -5,7 +5,7 @@ The module's constructor calls `checked` and `register`; `steps` reads the optio
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from fused_mha.core.inputs import Window
+from fused_mha.core.inputs import Window, check_softcap
+from fused_mha.core.modes import is_eager
 from fused_mha.module.heads import QK_NORMS, HeadNorm, QKNorm
 from fused_mha.module.rotary import RotaryEmbedding
 
@@ -98,8 +99,7 @@ def checked(
     D_v = D if value_head_dim is None else value_head_dim
     if window is not None:
         window = _checked_window(window)
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ValueError(f"softcap must be a finite number greater than 0, or None; got {softcap!r}")
+    check_softcap(softcap)
     if rope is not None:
         if not isinstance(rope, RotaryEmbedding):
             raise TypeError(f"rope must be a fused_mha.RotaryEmbedding or None; got {type(rope).__name__}")
@@ -158,6 +158,20 @@ def alibi_slopes(num_heads: int) -> tuple[float, ...]:
     slopes = [2.0 ** (-8.0 * (h + 1) / lower) for h in range(lower)]
     slopes += [2.0 ** (-4.0 * (h + 1) / lower) for h in range(0, 2 * (num_heads - lower), 2)]
     return tuple(slopes)
+
+
+def slopes_for(slopes: tuple[float, ...], x: Tensor) -> Tensor:
+    """The slopes as a tensor beside ``x``, in fp32, or fp64 for fp64."""
+    of_slopes = _kept_tensor_of if is_eager() else _tensor_of  # compilers make their own constants
+    return of_slopes(slopes, torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)
+
+
+def _tensor_of(slopes: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # autograd could not save tensors of inference mode
+        return torch.tensor(slopes, dtype=dtype, device=device)
+
+
+_kept_tensor_of = functools.lru_cache(_tensor_of)
 
 
 def register(module: nn.Module, options: ModuleOptions, bias: bool, device: Any, dtype: torch.dtype | None) -> None:

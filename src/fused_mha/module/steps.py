@@ -83,9 +83,12 @@ def attention_inputs(
         window=None,
         bias_k=bias_k,
         bias_v=bias_v,
+        sinks=None,
+        alibi_slopes=None,
         add_zero_attn=module.add_zero_attn,
         dropout_p=dropout_p,
         scale=default_scale(query.shape[3]),
+        softcap=None,
         need_weights=arguments.need_weights,
         average_attn_weights=arguments.average_attn_weights,
         return_lse=False,
@@ -161,7 +164,11 @@ def prepare(
         )
     inputs = attention_inputs(module, arguments, N, projected, dropout_p)
     if options is not None:
-        inputs = inputs._replace(window=options.window)
+        slopes = options.alibi_slopes
+        slopes = None if slopes is None else module_options.slopes_for(slopes, projected.query)
+        inputs = inputs._replace(
+            window=options.window, softcap=options.softcap, sinks=module.sinks, alibi_slopes=slopes
+        )
     if cache is not None:
         inputs = inputs._replace(causal_alignment="bottom_right")
     return Prepared(inputs, projected.embedded, is_batched, extended)

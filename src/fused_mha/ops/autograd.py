@@ -13,12 +13,12 @@ from torch import Tensor
 
 from fused_mha.ops import schema
 from fused_mha.ops.fallback import reference_attention
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import TENSORS, Arguments
 
 _FIELDS = Arguments._fields
 _DIFFERENTIABLE = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v")
+_DIFFERENTIABLE += ("sinks", "alibi_slopes")
 _OF_VALUES = {"value", "bias_v"}  # of which the weights and the log-sum-exp are no functions
-_TENSORS = 8  # the first fields of Arguments
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -27,10 +27,10 @@ def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # no gradient of the weights or of the log-sum-exp: no work for it
     needed = {name for name, is_needed in zip(_FIELDS, ctx.needs_input_grad, strict=False) if is_needed}
     ctx.mark_non_differentiable(stats, *((weights, lse) if needed <= _OF_VALUES else ()))
-    query, key, value, attn_mask, key_padding_mask, *others = inputs[:_TENSORS]
+    query, key, value, attn_mask, key_padding_mask, *others = inputs[:TENSORS]
     masks = (schema.own_mask(mask, query) for mask in (attn_mask, key_padding_mask))
     ctx.save_for_backward(query, key, value, *masks, *others, result, stats)
-    ctx.numbers = inputs[_TENSORS:]
+    ctx.numbers = inputs[TENSORS:]
 
 
 def backward(
@@ -68,8 +68,8 @@ torch.library.register_autograd(schema.attention, backward, setup_context=setup)
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     cotangents, rest = inputs[:3], inputs[7:]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*cotangents, *rest[:_TENSORS])
-    ctx.numbers = rest[_TENSORS:]
+    ctx.save_for_backward(*cotangents, *rest[:TENSORS])
+    ctx.numbers = rest[TENSORS:]
 
 
 def _double_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,7 +102,7 @@ def _double_backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Tensor |
     )
     by_leaf = dict(zip(map(id, leaves), second, strict=True))
     found = [None if x is None else by_leaf.get(id(x)) for x in tensors]
-    return (*found[:3], None, None, None, None, *found[3:], *(None,) * (len(_FIELDS) - _TENSORS))
+    return (*found[:3], None, None, None, None, *found[3:], *(None,) * (len(_FIELDS) - TENSORS))
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ def attention_backward(
         arguments.key_padding_mask if padding_grad else None,
         arguments.bias_k,
         arguments.bias_v,
+        arguments.sinks,
+        arguments.alibi_slopes,
     ]
     return tuple(output.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in wanted)
 

@@ -28,9 +28,12 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
     dropout_mask = None
     if a.seed is not None:
         dropout_mask = schema.dropout_mask(a.seed, (N, H, L, a.columns), a.dropout_p)
-    window = None
+    window, diagonal = None, a.key.shape[1] - L if a.bottom_right else 0
     if a.first_visible is not None or a.last_visible is not None:
-        window = (None if a.first_visible is None else -a.first_visible, a.last_visible)
+        window = (
+            None if a.first_visible is None else diagonal - a.first_visible,
+            None if a.last_visible is None else a.last_visible - diagonal,
+        )
     device = a.query.device.type
     with torch.autocast(device, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():
         output, weights, lse = reference.attention(
@@ -39,12 +42,16 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
             value,
             a.attn_mask,
             a.key_padding_mask,
+            causal_alignment="bottom_right" if a.bottom_right else "top_left",
             window=window,
             bias_k=a.bias_k,
             bias_v=a.bias_v,
+            sinks=a.sinks,
+            alibi_slopes=a.alibi_slopes,
             add_zero_attn=a.add_zero_attn,
             dropout_p=schema.drawn_probability(a.dropout_p),
             scale=a.scale,
+            softcap=a.softcap,
             need_weights=a.need_weights,
             average_attn_weights=a.average_attn_weights,
             return_lse=True,

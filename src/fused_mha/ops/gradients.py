@@ -33,7 +33,7 @@ def attention_backward(
             raise RuntimeError(f"{name} must be floating for a gradient; got {mask_of_grad.dtype}")
     mask_grad, padding_grad = mask_grad and mask is not None, padding_grad and padding is not None
     has_rows = mask is not None and mask.shape[2] != 1
-    *grads, grad_mask, grad_columns, grad_bias_k, grad_bias_v = attention_gradients(
+    *grads, grad_mask, grad_columns, grad_bias_k, grad_bias_v, grad_sinks, grad_distances = attention_gradients(
         torch.zeros_like(output) if grad_output is None else grad_output,
         grad_weights,
         grad_lse,
@@ -57,7 +57,13 @@ def attention_backward(
         query.new_empty((0,)) if bias is None else _sum(grad, 0)[0].to(query.dtype)
         for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))
     ]
-    return *grads, grad_attn_mask, grad_padding, *grad_biases
+    sinks, slopes = arguments.sinks, arguments.alibi_slopes
+    of_heads = [query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (sinks, slopes)]
+    if sinks is not None:
+        of_heads[0].copy_(_sum(grad_sinks, 0)[0])
+    if slopes is not None:
+        of_heads[1].copy_(_sum(_sum(grad_distances, 0), 2).flatten().neg())
+    return *grads, grad_attn_mask, grad_padding, *grad_biases, *of_heads
 
 
 def _sum(x: Tensor, dim: int) -> Tensor:

@@ -3,7 +3,8 @@
 `attention` returns the output (N, L, H, D_v), the weights or an empty tensor, the log-sum-exp (N, H, L) and `stats`
 (2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. A gradient that is not asked for is an
 empty tensor. `attention_gradients` is what the library computes of it: the gradients of query, key and value, of the
-mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), and of the biases for each batch element.
+mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), of the biases and the sinks for each batch
+element, (N, H_kv, D) and (N, H), and of the distances that ALiBi goes by, summed over the queries, (N, H, S).
 """
 
 from __future__ import annotations
@@ -18,20 +19,22 @@ LIBRARY = torch.library.Library("fused_mha", "DEF")
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? bias_k, "
-    "Tensor? bias_v, Tensor? seed, SymInt? first_visible, SymInt? last_visible, bool add_zero_attn, float dropout_p, "
-    "float scale, bool need_weights, bool average_attn_weights"
+    "Tensor? bias_v, Tensor? seed, Tensor? sinks, Tensor? alibi_slopes, SymInt? first_visible, SymInt? last_visible, "
+    "bool bottom_right, bool add_zero_attn, float dropout_p, float scale, float? softcap, bool need_weights, "
+    "bool average_attn_weights"
 )
+_GRADIENTS = ", ".join(["Tensor"] * 9)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 LIBRARY.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=TAGS)
 LIBRARY.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_weights, Tensor? grad_lse, Tensor output, Tensor stats, "
-    f"bool mask_grad, bool padding_grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool mask_grad, bool padding_grad, {_INPUTS}) -> ({_GRADIENTS})",
     tags=TAGS,
 )
 LIBRARY.define(
     "attention_gradients(Tensor grad_output, Tensor? grad_weights, Tensor? grad_lse, Tensor output, Tensor stats, "
-    f"bool mask_grad, bool columns_grad, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool mask_grad, bool columns_grad, {_INPUTS}) -> ({_GRADIENTS})",
     tags=TAGS,
 )
 LIBRARY.define("dropout_mask(Tensor seed, SymInt[] shape, float dropout_p) -> Tensor", tags=TAGS)
@@ -63,10 +66,14 @@ def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask
 
 
+TENSORS = 10  # the first fields of `Arguments`
+
+
 class Arguments(NamedTuple):
     """What forward and backward share, in the order of the op's arguments.
 
-    Query i sees the keys i + first_visible to i + last_visible; None is no limit.
+    Query i sees the keys i + first_visible to i + last_visible; None is no limit. Its position, for `alibi_slopes`,
+    is i, or with `bottom_right` i + S - L.
     """
 
     query: Tensor  # (N, L, H, D)
@@ -77,11 +84,15 @@ class Arguments(NamedTuple):
     bias_k: Tensor | None  # (H_kv, D)
     bias_v: Tensor | None  # (H_kv, D_v)
     seed: Tensor | None  # (2), int64
+    sinks: Tensor | None  # (H)
+    alibi_slopes: Tensor | None  # (H)
     first_visible: int | None
     last_visible: int | None
+    bottom_right: bool
     add_zero_attn: bool
     dropout_p: float
     scale: float
+    softcap: float | None
     need_weights: bool
     average_attn_weights: bool
 

@@ -68,7 +68,8 @@ def attention_gradients(
         if x is not None and (found := (tuple(x.shape), x.dtype, x.device)) != wanted:  # a hook may give back any
             texts = ("{} of {} on {}".format(*of) for of in (wanted, found))
             raise RuntimeError("{} must be {}; got {}".format(name, *texts))
-    return plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
+    found = plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
+    return *found, None, None  # of sinks and ALiBi, which no call that comes here has
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)

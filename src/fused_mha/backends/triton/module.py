@@ -200,8 +200,10 @@ class Kept:
         plan = self._plans.get(masks)
         if plan is None:
             _, _, is_causal, add_zero_attn, dropout_p, scale, need_weights, average = self.numbers
-            numbers = (None, 0 if is_causal else None, add_zero_attn, dropout_p, scale, need_weights, average)
-            plan = self._plans[masks] = Plan(Arguments.of(attention, numbers), self._layout)
+            tensors = (*attention, None, None)  # without sinks and slopes of ALiBi
+            band = (None, 0 if is_causal else None, False)
+            numbers = (*band, add_zero_attn, dropout_p, scale, None, need_weights, average)
+            plan = self._plans[masks] = Plan(Arguments.of(tensors, numbers), self._layout)
         return plan
 
 
