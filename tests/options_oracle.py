@@ -43,6 +43,18 @@ OPTIONS = {
     "alibi": {"alibi": True},
     "slopes": {"alibi": [0.5, 0.0, -0.25, 1.5]},
 }
+EVERYTHING = {
+    "num_kv_heads": 2,
+    "head_dim": 6,
+    "value_head_dim": 5,
+    "window": (3, 1),
+    "softcap": 2.0,
+    "sinks": True,
+    "rope": fused_mha.RotaryEmbedding(4, layout="interleaved", scaling=fused_mha.YaRNScaling(2.0, 8)),
+    "qk_norm": "layer",
+    "alibi": True,
+    "gate": True,
+}
 
 
 def module_with(dtype=torch.float32, **arguments):

@@ -10,17 +10,8 @@ from torch import nn
 
 import fused_mha
 from fused_mha import MultiHeadAttention
-from options_oracle import OPTIONS, E, H, as_function, module_with
+from options_oracle import EVERYTHING, OPTIONS, E, H, as_function, module_with
 
-EVERYTHING = {
-    "num_kv_heads": 2,
-    "head_dim": 6,
-    "value_head_dim": 5,
-    "window": (2, 1),
-    "rope": fused_mha.RotaryEmbedding(4, layout="interleaved", scaling=fused_mha.YaRNScaling(2.0, 8)),
-    "qk_norm": "layer",
-    "gate": True,
-}
 CONFIGS = OPTIONS | {"everything": EVERYTHING}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

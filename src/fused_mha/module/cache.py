@@ -199,11 +199,8 @@ class KeyValueCache:
 
     def check(self, module: MultiHeadAttention, key: Tensor, value: Tensor, need_weights: bool) -> None:
         """Raise unless a call's new keys and values, (N, L, H_kv, D) and (N, L, H_kv, D_v), belong here."""
-        owner = None if self._module is None else self._module()
-        if owner is not None and owner is not module:
-            raise ValueError(
-                "cache must be one of this module, KeyValueCache(module, batch_size); got another module's"
-            )
+        if self._module is not None and self._module() is not module:
+            raise ValueError("cache must be one of this module, KeyValueCache(module, batch_size); got that of another")
         for name, x, kept in (("keys", key, self._keys), ("values", value, self._values)):
             if x.shape[2:] != kept.shape[2:]:
                 raise ValueError(
