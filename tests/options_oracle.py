@@ -136,7 +136,7 @@ def oracle(config, p, query, key, value, past=0, **call):
     if (softcap := config.get("softcap")) is not None:
         scores = softcap * torch.tanh(scores / softcap)
     i, j = torch.arange(L)[:, None] + past, torch.arange(S)
-    if (slopes := config.get("alibi")) is not None:
+    if slopes := config.get("alibi"):
         slopes = [2 ** (-8 * (h + 1) / H) for h in range(H)] if slopes is True else slopes
         distances = (i - j).abs() * torch.tensor(slopes, dtype=torch.float64)[:, None, None]
         scores = scores - F.pad(distances, (0, virtual)).to(scores.dtype)

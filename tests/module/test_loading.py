@@ -55,9 +55,12 @@ def test_a_checkpoint_of_other_options_does_not_fit(keeps_versions):
     without_options = MultiHeadAttention(E, H)
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"q_norm_weight", "k_norm_weight"'):
         without_options.load_state_dict(state_dict)
-    if keeps_versions:  # a module with options would have had its norm's
-        with pytest.raises(RuntimeError, match=r'Missing key.*"q_norm_weight", "k_norm_weight"'):
-            MultiHeadAttention(E, H, qk_norm="rms").load_state_dict(MultiHeadAttention(E, H, gate=True).state_dict())
+
+
+def test_a_module_with_options_would_have_had_its_norms_in_the_checkpoint():
+    without_names = MultiHeadAttention(E, H, rope=ROPE).state_dict()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"q_norm_weight", "k_norm_weight"'):
+        MultiHeadAttention(E, H, qk_norm="rms").load_state_dict(without_names)
 
 
 def test_a_gate_has_to_be_in_the_checkpoint():

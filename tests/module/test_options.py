@@ -4,8 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import fused_mha
 from options_oracle import OPTIONS, E, H, assert_matches, module_with
+
+from search import examples
 
 N, L = 2, 7
 
@@ -113,3 +118,48 @@ def test_layouts_give_one_result(config):
         row = x[n]
         output, weights = module(row, row, row, key_padding_mask=PADDING[n], **positions)
         torch.testing.assert_close((output, weights), (expected[0][n], expected[1][n]))
+
+
+@st.composite
+def configurations(draw):
+    """Any combination of options, with the arguments of torch's module and of a call."""
+    kv_heads = draw(st.sampled_from([None, 1, 2, 4]))
+    head_dim = draw(st.sampled_from([None, 2, 5, 8]))
+    D = head_dim or E // H
+    rotated = draw(st.sampled_from([None, *range(2, D + 1, 2)]))
+    rope = None
+    if rotated is not None:
+        layout = draw(st.sampled_from(["half", "interleaved"]))
+        scaling = draw(st.sampled_from([None, fused_mha.LinearScaling(3.0)]))
+        rope = fused_mha.RotaryEmbedding(rotated, base=30.0, layout=layout, scaling=scaling)
+    side = st.sampled_from([None, 0, 1, 3])
+    config = {
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "value_head_dim": draw(st.sampled_from([None, 1, 4])),
+        "window": draw(st.one_of(st.none(), st.tuples(side, side))),
+        "softcap": draw(st.sampled_from([None, 0.3, 5.0])),
+        "sinks": draw(st.booleans()),
+        "rope": rope,
+        "qk_norm": draw(st.sampled_from([None, "rms", "layer", "l2"])),
+        "alibi": draw(st.sampled_from([False, True, (0.1, 2.0, -0.5, 0.0)])),
+        "gate": draw(st.booleans()),
+        "add_bias_kv": draw(st.booleans()),
+        "add_zero_attn": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+    }
+    call = {"is_causal": draw(st.booleans()), "average_attn_weights": draw(st.booleans())}
+    if draw(st.booleans()):
+        call["key_padding_mask"] = PADDING
+    if draw(st.booleans()):
+        call["attn_mask"] = CALLS[draw(st.sampled_from(["float mask", "causal, padding, mask"]))]["attn_mask"]
+    if rope is not None and draw(st.booleans()):
+        call["positions"] = torch.arange(N * L).view(N, L) % 9
+    return config, call, draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+
+
+@settings(max_examples=examples(150))
+@given(configurations())
+def test_any_combination_is_that_of_the_oracle(case):
+    config, call, dtype = case
+    assert_matches(module_with(dtype, **config), config, self_attention(dtype), **call)

@@ -245,7 +245,7 @@ def test_the_explanation_says_why_no_one_call_serves():
     explanation = fused_mha.explain(module, x)
     assert explanation.chosen == "cpu"
     assert explanation.projections.endswith("apart from the attention: one call serves no num_kv_heads=2, gate=True")
-    module = module_with(**EVERYTHING)
+    module = module_with(rope=OPTIONS["rotary half"]["rope"])
     assert fused_mha.explain(module, x, positions=torch.arange(5)).chosen == "cpu"
     with pytest.raises(ValueError, match="positions must have shape"):
         fused_mha.explain(module, x, positions=torch.arange(4))
