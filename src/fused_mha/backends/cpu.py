@@ -156,7 +156,6 @@ BACKEND = Backend(
         devices=("cpu",),
         dtypes=DTYPES,
         transforms=False,
-        score_options=False,
         onnx_export=False,
         reads_hidden_keys=False,
         is_installed=LIBRARY is not None,

@@ -37,6 +37,24 @@ struct Arena {
     }
 };
 
+// While it lives, this thread takes numbers below the normal ones for zero: each instruction that meets one costs an Intel
+// processor over a hundred cycles, and the weights of keys that a bias makes less and less likely meet them in every row.
+class FlushesSubnormals {
+public:
+    FlushesSubnormals(const FlushesSubnormals&) = delete;
+#if defined(__SSE2__)
+    FlushesSubnormals() : before(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before | FLUSH_RESULTS | FLUSH_OPERANDS); }
+    ~FlushesSubnormals() { __builtin_ia32_ldmxcsr(before); }
+
+private:
+    static constexpr unsigned FLUSH_RESULTS = 0x8000, FLUSH_OPERANDS = 0x0040;
+    const unsigned before;
+#else
+    FlushesSubnormals() {}
+    ~FlushesSubnormals() {}
+#endif
+};
+
 // Null rows of no columns are fine, as they are not for memset.
 FMHA_INLINE void zero(void* at, int64_t bytes) {
     if (bytes > 0) memset(at, 0, size_t(bytes));

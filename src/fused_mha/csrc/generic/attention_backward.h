@@ -37,6 +37,7 @@ public:
         if (plan.needs_deltas) plan.delta.run(plan.deltas, base);
         plan.reset_tickets();
         auto task = [&](int64_t index, int64_t worker) {
+            const FlushesSubnormals flushes;
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             // Chunk by chunk: a task waits for the chunk before, which most often is done.
             Worker(plan, arena).run(index % plan.lanes, index / plan.lanes);
@@ -59,26 +60,34 @@ private:
               block(plan, arena),
               active(arena.take<int64_t>(plan.chunk_panels)),
               query_block(arena.take<T>(plan.block_size())),
-              column_sums(arena.take<T>(plan.call.grad_columns.data ? plan.chunk_rows() : 0)) {}
+              column_sums(arena.take<T>(plan.call.grad_columns.data ? plan.chunk_rows() : 0)),
+              distance_sums(arena.take<T>(plan.call.grad_distances.data ? plan.chunk_rows() : 0)) {}
 
         void run(int64_t lane, int64_t chunk_index) {
             const int64_t n = lane / attention.H_kv, head = lane % attention.H_kv;
             chunk.pack(n, head, chunk_index);
             for (int64_t h = head * attention.group; h < (head + 1) * attention.group; ++h) {
-                if (plan.call.grad_columns.data) memset(column_sums, 0, size_t(chunk.count * COLUMNS) * sizeof(T));
+                const int64_t bytes = chunk.count * COLUMNS * int64_t(sizeof(T));
+                if (plan.call.grad_columns.data) zero(column_sums, bytes);
+                if (plan.call.grad_distances.data) zero(distance_sums, bytes);
+                const bool sums_sink = plan.call.grad_sinks.data && chunk_index == 0;
+                T of_sink = 0;
                 for (int64_t index = 0; index < plan.blocks.parts; ++index) {
                     block.place(n, h, index);
                     active_count = 0;
                     const bool counts = sees_any();
-                    if (counts) block.pack();
+                    if (counts || sums_sink) block.pack();
                     int32_t* const ticket = plan.mask_ticket(n, h, chunk_index, index);
                     const int32_t rank = plan.mask_rank(n, h);
                     if (ticket) wait_for(ticket, rank);
                     if (counts) go_back();
+                    if (sums_sink) of_sink += block.grad_of_sink();
                     if (ticket) pass_on(ticket, rank + 1);
                     add_to_query();
                 }
-                if (plan.call.grad_columns.data) write_columns(h);
+                if (sums_sink) *element<T>(plan.call.grad_sinks, n, h) = of_sink;
+                if (plan.call.grad_columns.data) write_columns(column_sums, element<T>(plan.call.grad_columns, n, h));
+                if (plan.call.grad_distances.data) write_columns(distance_sums, element<T>(plan.call.grad_distances, n, h));
             }
             chunk.write_gradients();
         }
@@ -94,6 +103,7 @@ private:
         int64_t active_count;
         T* const query_block;  // dQ: [panel of D][row][COLUMNS]
         T* const column_sums;  // of dS: [panel][COLUMNS]
+        T* const distance_sums;  // of dS times the distance of query and key, likewise
 
         // Whether any key of the chunk counts for any row of the block.
         bool sees_any() const {
@@ -120,9 +130,11 @@ private:
         // Adds what a panel gives to dK, dV and the gradients of masks, and leaves its dS for `multiply_keys`.
         void add_panel(int64_t p) {
             block.differentiate(p);
+            const T* const d_scores = block.grad_scores_of(p);
+            if (plan.sums_mask) add_to_mask(chunk.panels[p], d_scores);
+            if (plan.call.grad_columns.data) add_to_columns(d_scores, column_sums + p * COLUMNS);
+            if (plan.call.grad_distances.data) add_to_distances(chunk.panels[p], d_scores, distance_sums + p * COLUMNS);
             block.add_to(chunk, p);
-            if (plan.sums_mask) add_to_mask(chunk.panels[p], block.grad_scores_of(p));
-            if (plan.call.grad_columns.data) add_to_columns(block.grad_scores_of(p), column_sums + p * COLUMNS);
         }
 
         // dQ of the block: dS K over the chunk.
@@ -188,13 +200,22 @@ private:
             }
         }
 
-        void write_columns(int64_t h) const {
+        void add_to_distances(const KeyPanel& panel, const T* d_scores, T* sums) const {
+            for (int64_t r = 0; r < block.rows; ++r) {
+                Vec<T> d[2];
+                masking.distances(block.first_row + r, panel.first, d);
+                for (int v = 0; v < 2; ++v)
+                    store(sums + v * W, load(d_scores + r * COLUMNS + v * W) * d[v] + load(sums + v * W));
+            }
+        }
+
+        // The chunk's sums in a row of all keys.
+        void write_columns(const T* sums, T* row) const {
             const int64_t first = chunk.index * plan.chunk_rows(), last = min(first + plan.chunk_rows(), masking.S);
-            T* row = element<T>(plan.call.grad_columns, chunk.n, h);
             for (int64_t j = first; j < last; ++j) row[j] = 0;
             for (int64_t p = 0; p < chunk.count; ++p) {
                 const int64_t panel = chunk.panels[p].first;
-                for (int64_t c = 0; c < COLUMNS && panel + c < masking.S; ++c) row[panel + c] = column_sums[p * COLUMNS + c];
+                for (int64_t c = 0; c < COLUMNS && panel + c < masking.S; ++c) row[panel + c] = sums[p * COLUMNS + c];
             }
         }
     };

@@ -35,6 +35,7 @@ public:
         grad_scores = P::KSTEP == 1 ? grad_strip : arena.take<T>(panels_at_once * BLOCK_ROWS * COLUMNS);
         weights_pairs = P::KSTEP == 1 ? nullptr : arena.take<T>(BLOCK_ROWS / 2 * COLUMNS);
         grad_pairs = P::KSTEP == 1 ? nullptr : arena.take<T>(BLOCK_ROWS / 2 * COLUMNS);
+        cap_slopes = arena.take<T>(masking.caps() ? panels_at_once * BLOCK_ROWS * COLUMNS : 0);
         hidden_tiles = arena.take<uint32_t>(plan.chunk_panels);
     }
 
@@ -116,7 +117,8 @@ public:
                               {grad_a + first * A_WIDTH, A_WIDTH, rows * A_WIDTH,
                                chunk.values_transposed + p * value_steps * COLUMNS, COLUMNS, dp, value_steps, false});
             if (mask.kind == mask.MASKED)
-                masking.apply(mask, n, h, first_row + first, size, panel, chunk.padding + p * COLUMNS, s);
+                masking.apply(mask, n, h, first_row + first, size, panel, chunk.padding + p * COLUMNS, s,
+                              masking.caps() ? cap_slopes_of(p) + first * COLUMNS : nullptr);
             if (attention.drops())
                 weigh<true>(first, size, panel, s, dp);
             else
@@ -130,18 +132,29 @@ public:
         for (int64_t r = 0; r < rows; ++r) delta[r] += reduce_add(delta_parts[r]);
     }
 
-    // Makes dS of a panel's dP, with what the products of `add_to` and of dQ take.
+    // Of a head's sink, whose dP is 0. `delta` is known then.
+    T grad_of_sink() const {
+        const Vec<T> sink = splat(masking.sink(h)), exponent_factor = splat(masking.exponent_factor);
+        T sum = 0;
+        for (int64_t r = 0; r < rows; ++r)
+            if (inverse_sum[r] != 0) sum -= exp2((sink - splat(row_max[r])) * exponent_factor)[0] * inverse_sum[r] * delta[r];
+        return sum;
+    }
+
+    // Makes dS of a panel's dP, that of scores as `Masking::apply` leaves them.
     void differentiate(int64_t p) {
         const Parts tiles = row_tiles();
         for (int64_t t = 0; t < tiles.parts; ++t)
             if (!(hidden_tiles[p] >> t & 1))
                 attention.drops() ? differentiate<true>(tiles.begin(t), tiles.size(t), weights_of(p), grad_scores_of(p))
                                   : differentiate<false>(tiles.begin(t), tiles.size(t), weights_of(p), grad_scores_of(p));
-        if constexpr (P::KSTEP == 2) round_to_pairs(weights_of(p), grad_scores_of(p), grad_strip + p * rows * A_WIDTH);
     }
 
-    // Adds what the block's rows give to dK and dV of a panel that was differentiated.
-    void add_to(KeyChunk<P>& chunk, int64_t p) const {
+    // Adds what the block's rows give to dK and dV of a panel that was differentiated; leaves dS as that of products of
+    // queries and keys, and what the product with the keys takes.
+    void add_to(KeyChunk<P>& chunk, int64_t p) {
+        if (masking.caps()) uncap(p);
+        if constexpr (P::KSTEP == 2) round_to_pairs(weights_of(p), grad_scores_of(p), grad_strip + p * rows * A_WIDTH);
         chunk.add(p, P::KSTEP == 1 ? weights_of(p) : weights_pairs, grad_b, P::KSTEP == 1 ? grad_scores_of(p) : grad_pairs,
                   query_b, rows);
     }
@@ -166,9 +179,20 @@ private:
     T *weights, *grad_scores;                // P, negative where dropped, and dP, then dS: [panel][row][COLUMNS]
     T *weights_pairs, *grad_pairs;           // of one panel as pairs along the rows, of bfloat16
     T* grad_strip;                           // dS of all panels: [panel][row][A_WIDTH]
+    T* cap_slopes;                           // the derivative of capped scores: [panel][row][COLUMNS]
     uint32_t* hidden_tiles;                  // of each panel: a bit for each tile of rows that sees none of it
 
     T* weights_of(int64_t p) const { return weights + (plan.sees_all_keys ? p * rows * COLUMNS : 0); }
+
+    T* cap_slopes_of(int64_t p) const { return cap_slopes + (plan.sees_all_keys ? p * rows * COLUMNS : 0); }
+
+    void uncap(int64_t p) {
+        const Parts tiles = row_tiles();
+        T *const ds = grad_scores_of(p), *const slopes = cap_slopes_of(p);
+        for (int64_t t = 0; t < tiles.parts; ++t)
+            for (int64_t i = tiles.begin(t) * COLUMNS; i < tiles.begin(t + 1) * COLUMNS; i += W)
+                if (!(hidden_tiles[p] >> t & 1)) store(ds + i, load(ds + i) * load(slopes + i));
+    }
 
     // Scores become P; dP is that of the weights after dropout, and becomes that before it.
     template <bool DROPS>

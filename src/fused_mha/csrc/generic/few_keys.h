@@ -39,6 +39,7 @@ public:
     void run() const {
         const uintptr_t base = aligned(call.attention.workspace.data);
         auto attend = [&](int64_t index, int64_t worker) {
+            const FlushesSubnormals flushes;
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             Worker of_task(*this, arena);
             if (takes_heads)
@@ -222,9 +223,11 @@ private:
             const Masking<T>& masking = attention.masking;
             uint32_t hidden[MOST], dropped[MOST];
             look(hidden, dropped);
+            T sinks[COLUMNS];
+            for (int64_t i = 0; i < COLUMNS; ++i) sinks[i] = masking.sink(lane[min(i, lanes - 1)].head);
             for (int64_t j = 0; j < keys; ++j) {
                 T added[COLUMNS] = {};
-                if (masking.adds_mask() && j < masking.S)
+                if ((masking.adds_mask() || masking.has_alibi()) && j < masking.S)
                     for (int64_t i = 0; i < lanes; ++i) added[i] = masking.added(n, lane[i].head, lane[i].row, j);
                 for (int64_t v = 0; v < vectors(); ++v) {
                     T* const at = scores + j * COLUMNS + v * W;
@@ -236,10 +239,12 @@ private:
             }
             for (int64_t v = 0; v < vectors(); ++v) {
                 T* const of_vector = scores + v * W;
-                Vec<T> most = splat(Masking<T>::NEGATIVE_INFINITY), sum = {};
+                const Vec<T> sink = load(sinks + v * W);
+                Vec<T> most = sink;
                 for (int64_t j = 0; j < keys; ++j) most = max(load(of_vector + j * COLUMNS), most);
                 // -inf - -inf = NaN where every key is hidden
                 const Vec<T> shift = most == splat(Masking<T>::NEGATIVE_INFINITY) ? Vec<T>{} : most;
+                Vec<T> sum = exp2((sink - shift) * splat(masking.exponent_factor));
                 for (int64_t j = 0; j < keys; ++j) {
                     T* const at = of_vector + j * COLUMNS;
                     const Vec<T> x = exp2((load(at) - shift) * splat(masking.exponent_factor));

@@ -2,11 +2,13 @@
 //
 // Scores come in tiles of some rows by one panel of keys. Before a tile is computed `look` tells whether anything in it is
 // visible; afterwards `apply` puts -inf in the place of hidden scores and adds the additive masks. With an additive
-// mask, or with a scale that is not positive, all scores of a call are scaled there ("natural"), else in the softmax.
+// mask, a cap, ALiBi, or with a scale that is not positive, all scores of a call are scaled there ("natural"), else in
+// the softmax.
 #pragma once
 
 #include <cmath>
 
+#include "generic/exp2.h"
 #include "generic/panels.h"
 
 namespace fused_mha::FMHA_ISA {
@@ -76,7 +78,8 @@ public:
           S(a.key.size[1]),
           keys(S + (a.bias_k.data != nullptr) + (a.add_zero_attn != 0)),
           natural((a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL) ||
-                  (a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL) || !(T(a.scale) > 0)),
+                  (a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL) || a.alibi_slopes.data ||
+                  a.softcap > 0 || !(T(a.scale) > 0)),
           score_factor(natural ? T(1) : T(a.scale)),
           exponent_factor(score_factor * LOG2_E),
           a(a) {}
@@ -98,13 +101,31 @@ public:
         load_mask<T>(mask, n * mask.stride[0] + first * mask.stride[1], mask.stride[1], real_columns(first), x);
         for (int v = 0; v < 2; ++v) store(values + v * LANES<T>, x[v]);
     }
-    // The additive attn_mask of query i and the real key j.
+    // What the additive attn_mask and ALiBi add to the score of query i and the real key j.
     T added(int64_t n, int64_t h, int64_t i, int64_t j) const {
-        return element_as<T>(a.attn_mask.dtype, a.attn_mask.data, mask_index(n, h, i, j));
+        const T of_mask = adds_mask() ? element_as<T>(a.attn_mask.dtype, a.attn_mask.data, mask_index(n, h, i, j)) : T(0);
+        return has_alibi() ? of_mask - unfused(splat(slope(h) * T(std::abs(position(i) - j))))[0] : of_mask;
     }
     // A score in natural units, in one expression, so that compilers round it alike in the forward and the backward.
-    Vec<T> scaled(Vec<T> score, Vec<T> mask, Vec<T> padding) const { return (score * splat(T(a.scale)) + mask) + padding; }
+    FMHA_INLINE Vec<T> scaled(Vec<T> score, Vec<T> mask, Vec<T> padding) const {
+        return caps() ? (capped(score) * splat(T(a.softcap)) + mask) + padding : (score * splat(T(a.scale)) + mask) + padding;
+    }
+    // tanh of a scaled score over the cap.
+    FMHA_INLINE Vec<T> capped(Vec<T> score) const { return tanh<T>(score * splat(T(a.scale / a.softcap))); }
+    bool caps() const { return a.softcap > 0; }
+    bool has_alibi() const { return a.alibi_slopes.data != nullptr; }
     bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
+    // How far the keys of a panel are from query i.
+    FMHA_INLINE void distances(int64_t i, int64_t first, Vec<T> (&d)[2]) const {
+        for (int v = 0; v < 2; ++v) {
+            const Vec<T> ahead = splat(T(first + v * LANES<T> - position(i))) + counted();
+            d[v] = max(ahead, -ahead);
+        }
+    }
+    // A head's logit beside those of its keys, in the units of scores as `apply` leaves them; -inf without.
+    T sink(int64_t h) const {
+        return a.sinks.data ? element_as<T>(a.sinks.dtype, a.sinks.data, h) / score_factor : NEGATIVE_INFINITY;
+    }
     bool adds_padding() const { return a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL; }
 
     // Whether causality and the window let any of the rows see any key of the panel.
@@ -146,16 +167,29 @@ public:
         return mask;
     }
 
-    // `scores` are rows of one panel, `padding` the panel's padding_values.
+    // `scores` are rows of one panel, `padding` the panel's padding_values. Where scores are capped, `cap_slopes` gets the
+    // derivative of that, if it is given.
     void apply(const TileMask<T>& mask, int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel,
-               const T* padding, T* scores) const {
+               const T* padding, T* scores, T* cap_slopes = nullptr) const {
         const int64_t real = real_columns(panel.first);
+        const Vec<T> slopes = splat(has_alibi() ? slope(h) : T(0));
         for (int64_t r = 0; r < rows; ++r, scores += COLUMNS) {
             Vec<T> x[2] = {load(scores), load(scores + LANES<T>)};
             if (natural) {
                 Vec<T> added[2] = {};
                 if (adds_mask() && real > 0)
                     load_mask<T>(a.attn_mask, mask_index(n, h, row + r, panel.first), 1, real, added);
+                if (has_alibi() && real > 0) {
+                    Vec<T> d[2];
+                    distances(row + r, panel.first, d);
+                    const uint32_t is_virtual = ~column_bits(0, real - 1, COLUMNS);
+                    for (int v = 0; v < 2; ++v)
+                        added[v] = select(is_virtual >> (v * LANES<T>), added[v] - unfused(slopes * d[v]), Vec<T>{});
+                }
+                for (int v = 0; caps() && cap_slopes && v < 2; ++v) {
+                    const Vec<T> t = capped(x[v]);
+                    store(cap_slopes + r * COLUMNS + v * LANES<T>, 1 - t * t);
+                }
                 for (int v = 0; v < 2; ++v)
                     x[v] = scaled(x[v], added[v], adds_padding() ? load(padding + v * LANES<T>) : Vec<T>{});
             }
@@ -174,6 +208,15 @@ public:
 private:
     static constexpr uint32_t ALL = uint32_t((uint64_t(1) << COLUMNS) - 1);
     const fused_mha_attention& a;
+
+    T slope(int64_t h) const { return element_as<T>(a.alibi_slopes.dtype, a.alibi_slopes.data, h); }
+    // Of query i among the keys.
+    int64_t position(int64_t i) const { return a.bottom_right ? i + S - L : i; }
+    static Vec<T> counted() {
+        Vec<T> lanes;
+        for (int i = 0; i < LANES<T>; ++i) lanes[i] = T(i);
+        return lanes;
+    }
 
     // Of the panel from key `first` on, as many as there are real keys; not positive where all are virtual.
     int64_t real_columns(int64_t first) const { return S - first < COLUMNS ? S - first : COLUMNS; }

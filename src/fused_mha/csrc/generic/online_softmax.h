@@ -61,11 +61,14 @@ public:
 
     void start(const RowTile<P>& tile) const {
         const void* rows[MR];
+        const T sink = masking.sink(tile.h);  // as if it had been a key before the others, of a value of zeros
         for (int64_t r = 0; r < tile.rows; ++r) {
             rows[r] = row_of(attention.a.query, tile.n, tile.first + r, tile.h);
-            tile.row_max[r] = Masking<T>::NEGATIVE_INFINITY;
-            tile.row_sum[r] = 0;
+            tile.row_max[r] = sink;
+            tile.row_sum[r] = sink == Masking<T>::NEGATIVE_INFINITY ? T(0) : T(1);
         }
+        if (attention.a.sinks.data)
+            zero(tile.output, tile.rows * COLUMNS * Panels<P>::panels(attention.D_v) * int64_t(sizeof(T)));
         if (attention.reads_in_place)
             SingleQuery<P>::unpack(attention.a.query.dtype, rows[0], attention.D, tile.query);
         else

@@ -54,6 +54,17 @@ FMHA_INLINE Vec<T> splat(T x) {
     return x - Vec<T>{};  // not {} + x: 0 + -0 = 0
 }
 
+// A number that no compiler fuses with what is computed of it.
+template <class V>
+FMHA_INLINE V unfused(V x) {
+#if defined(__AVX__)
+    asm("" : "+x"(x));
+#else
+    asm("" : "+m"(x));  // vectors may be wider than registers
+#endif
+    return x;
+}
+
 // Lane i of the result is lane i of `v`, or of `other` where bit i is set.
 template <class T>
 FMHA_INLINE Vec<T> portable_select(uint32_t bits, Vec<T> v, Vec<T> other) {
