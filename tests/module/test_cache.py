@@ -322,6 +322,13 @@ def test_a_compiled_module_is_not_compiled_at_each_length(config, arguments, pad
     assert counter.frame_count <= most
 
 
+def _of_other_lengths(module, batch_size):
+    cache, x = KeyValueCache(module, batch_size), draw(batch_size, 4, E)
+    decode(module, cache, x, 4)
+    cache.truncate([*range(batch_size)])
+    return cache
+
+
 MISTAKES = {
     "no cache": (lambda module: {"key": 0}, TypeError, "cache must be a fused_mha.KeyValueCache; got dict"),
     "another module": (
@@ -331,6 +338,11 @@ MISTAKES = {
     ),
     "another batch": (
         lambda module: KeyValueCache(module, 3),
+        ValueError,
+        "cache must have the call's batch size, 2; got 3",
+    ),
+    "another batch, of other lengths": (
+        lambda module: _of_other_lengths(module, 3),
         ValueError,
         "cache must have the call's batch size, 2; got 3",
     ),

@@ -197,7 +197,9 @@ class KeyValueCache:
                 )
         self._leave_out(lengths - kept)
 
-    def check(self, module: MultiHeadAttention, key: Tensor, value: Tensor, need_weights: bool) -> None:
+    def check(
+        self, module: MultiHeadAttention, key: Tensor, value: Tensor, padding: Tensor | None, need_weights: bool
+    ) -> None:
         """Raise unless a call's new keys and values, (N, L, H_kv, D) and (N, L, H_kv, D_v), belong here."""
         if self._module is not None and self._module() is not module:
             raise ValueError("cache must be one of this module, KeyValueCache(module, batch_size); got that of another")
@@ -219,6 +221,8 @@ class KeyValueCache:
                 f"cache has room for max_length = {self.max_length} tokens, and has {self.length}; got "
                 f"{key.shape[1]} more"
             )
+        if padding is not None and padding.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool beside a cache, which keeps it; got {padding.dtype}")
         before = self.length - self._kept_for(key.shape[1])
         if need_weights and before:
             raise ValueError(

@@ -149,6 +149,8 @@ def prepare(
             f"query; got another, of shape {tuple(arguments.key.shape)}"
         )
     projected = project(module, arguments, is_batched)
+    if cache is not None:
+        cache.check(module, projected.key, projected.value, projected.key_padding_mask, arguments.need_weights)
     if options is not None:
         rotation = _rotation(options, projected.query, positions, cache, is_batched)
         of_query, of_key = module_options.norms(module, options)
@@ -158,10 +160,10 @@ def prepare(
         )
     extended = None
     if cache is not None:
-        projected, extended = _with_past(module, arguments, projected, cache)
-        arguments = arguments._replace(
-            attn_mask=_of_all_keys(given_mask, module.num_heads, projected, cache, extended, is_batched)
-        )
+        extended = cache.extended(projected.key, projected.value, projected.key_padding_mask)
+        projected = projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden)
+        mask = _of_all_keys(given_mask, module.num_heads, projected, cache.length + extended.new, is_batched)
+        arguments = arguments._replace(attn_mask=mask)
     inputs = attention_inputs(module, arguments, N, projected, dropout_p)
     if options is not None:
         slopes = options.alibi_slopes
@@ -174,31 +176,15 @@ def prepare(
     return Prepared(inputs, projected.embedded, is_batched, extended)
 
 
-def _with_past(
-    module: MultiHeadAttention, arguments: ModuleArguments, projected: Projected, cache: KeyValueCache
-) -> tuple[Projected, Extended]:
-    padding = projected.key_padding_mask
-    if padding is not None and padding.dtype != torch.bool:
-        raise TypeError(f"key_padding_mask must be bool beside a cache, which keeps it; got {padding.dtype}")
-    cache.check(module, projected.key, projected.value, arguments.need_weights)
-    extended = cache.extended(projected.key, projected.value, padding)
-    return projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden), extended
-
-
 def _of_all_keys(
-    attn_mask: Tensor | None,
-    num_heads: int,
-    projected: Projected,
-    cache: KeyValueCache,
-    extended: Extended,
-    is_batched: bool,
+    attn_mask: Tensor | None, num_heads: int, projected: Projected, length: int, is_batched: bool
 ) -> Tensor | None:
     """Of a mask with columns for all tokens so far, those of the keys that are kept."""
     if attn_mask is None:
         return None
     N, L = projected.query.shape[:2]
-    _check_module_attn_mask(attn_mask, N, num_heads, L, cache.length + extended.new, is_batched)
-    return attn_mask[..., attn_mask.shape[-1] - projected.key.shape[1] :]
+    _check_module_attn_mask(attn_mask, N, num_heads, L, length, is_batched)
+    return attn_mask[..., length - projected.key.shape[1] :]
 
 
 def _rotation(
