@@ -1,24 +1,20 @@
-"""What `bench_attention` measures beside the ratios to torch: shares of a peak, costs, scaling, ONNX Runtime."""
+"""What `bench_attention` measures beside the ratios to torch: shares of a peak, costs, scaling."""
 
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fused_mha.benchmark.attention_cells import MAIN, QUICK, Cell, forward, merged_mask, ours, sdpa, tensors
-from fused_mha.benchmark.harness import Contender, GroupBar, Report, interleave, skipped
+from fused_mha.benchmark.harness import Contender, GroupBar, Report, interleave, median_ms, skipped
 from fused_mha.benchmark.yardsticks import fma_peak, share_of
-from peers import Make, in_turns, median_ms, onnx_runtime_call
 
 PEAK_SHARE = GroupBar(0.75, 0.85)
-ONNX_RUNTIME = GroupBar(1.05, 1.2)
 TOKEN_LENGTHS, QUICK_TOKEN_LENGTHS = (1024, 2048, 4096, 8192, 16384), (256, 512)
 
 
@@ -40,40 +36,6 @@ def fma_share(options: argparse.Namespace) -> Report:
     lines.append(f"mean {mean:.0%} (at least {PEAK_SHARE.at_least:.0%}, aim {PEAK_SHARE.aim:.0%})")
     values = {"cells": cells, "mean_share": mean, **PEAK_SHARE._asdict()}
     return Report(lines, values, mean >= PEAK_SHARE.at_least)
-
-
-def onnx_runtime(options: argparse.Namespace) -> Report:
-    """ONNX Runtime's own fused `MultiHeadAttention`, each runtime in a process of its own."""
-    try:
-        _, runtime = (importlib.import_module(name) for name in ("onnx", "onnxruntime"))
-    except ImportError as error:
-        return skipped(f"{error}; pip install onnx onnxruntime")
-    cells = QUICK if options.quick else MAIN
-    contenders: dict[str, Make] = {
-        "ours": functools.partial(_our_calls, cells),
-        "onnxruntime": functools.partial(_onnx_runtime_calls, cells, options),
-    }
-    report = in_turns(contenders, [str(cell) for cell in cells], ONNX_RUNTIME, options)
-    return report._replace(values={"onnxruntime": runtime.__version__, **report.values})
-
-
-def _our_calls(cells: Sequence[Cell]) -> list[Contender]:
-    return [forward(ours(), tensors(cell).inputs) for cell in cells]
-
-
-def _onnx_runtime_calls(cells: Sequence[Cell], options: argparse.Namespace) -> list[Contender]:
-    """Calls on bound buffers; raises AssertionError if a result is not ours."""
-    calls: list[Contender] = []
-    helper = importlib.import_module("onnx").helper
-    for cell in cells:
-        N, H, L, _, D = cell
-        given = tensors(cell).inputs
-        inputs = {name: x.flatten(2) for name, x in zip(("query", "key", "value"), given, strict=True)}
-        node = helper.make_node("MultiHeadAttention", list(inputs), ["output"], domain="com.microsoft", num_heads=H)
-        call = onnx_runtime_call([node], inputs, {}, (N, L, H * D), options, spinning=False)
-        torch.testing.assert_close(call().reshape(N, L, H, D), forward(ours(), given)()[0], rtol=1e-4, atol=1e-5)
-        calls.append(call)
-    return calls
 
 
 def call_overhead(options: argparse.Namespace) -> Report:
@@ -154,7 +116,6 @@ def mask_merging(options: argparse.Namespace) -> Report:
 
 REPORTS: dict[str, Callable[[argparse.Namespace], Report]] = {
     "share of the multiply-add peak, fp32 forward": fma_share,
-    "ONNX Runtime, fp32 forward": onnx_runtime,
     "call overhead": call_overhead,
     "scaling from one thread to all": thread_scaling,
     "cost of a token": token_cost,

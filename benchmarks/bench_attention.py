@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import attention_memory
 import attention_reports
+import peer_reports
 from fused_mha.benchmark.attention_cases import CALLS, attention_cases
 from fused_mha.benchmark.harness import BenchCase
 
 GROUPS = {call.group: call.bar for call in CALLS}
-REPORTS = {**attention_reports.REPORTS, **attention_memory.REPORTS}
+REPORTS = {**attention_reports.REPORTS, **peer_reports.OF_ATTENTION, **attention_memory.REPORTS}
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:

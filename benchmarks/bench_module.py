@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import busy_host
 import module_memory
-import module_peers
 import module_reports
+import peer_reports
 from fused_mha.benchmark.harness import BenchCase
 from fused_mha.benchmark.module_cases import CALLS, module_cases
 
 GROUPS = {call.group: call.bar for call in CALLS}
-REPORTS = {**module_reports.REPORTS, **busy_host.REPORTS, **module_peers.REPORTS, **module_memory.REPORTS}
+REPORTS = {**module_reports.REPORTS, **busy_host.REPORTS, **peer_reports.OF_MODULE, **module_memory.REPORTS}
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:

@@ -24,14 +24,14 @@ from random_calls import QUICK_WORK, WORK, RandomCall, draw, parse
 TITLE = "random calls"
 MEAN = GroupBar(1.8, 2.0)
 SLOWER, MUCH_SLOWER = 1.0, 0.9
-MOST_SLOWER = 0.01  # as a share; much slower may be none
+MOST_SLOWER = 0.01  # the share of calls that may be slower; none may be much slower
 SECONDS, SECONDS_REPEATED = 0.15, 1.0  # of a call, and of one that came out slower
 QUICK_CALLS = 5
 SHOWN = 12
 
 
 class Measured(NamedTuple):
-    """A call whose result is right; ``row`` is that of the repetition, where it came out slower ``at_first``."""
+    """A call whose result is right; ``row`` is of the second time, where the ratio ``at_first`` was below 1."""
 
     call: RandomCall
     at_first: float

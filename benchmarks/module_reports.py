@@ -20,11 +20,11 @@ from fused_mha.benchmark.module_cells import (
     SMALL,
     Cell,
     Mode,
+    ModuleCall,
     Run,
     assert_close,
     inference,
     modules,
-    training_step,
 )
 from fused_mha.benchmark.yardsticks import fma_peak, read_bandwidth, share_of
 
@@ -92,7 +92,7 @@ def _compile(module: nn.Module, backend: str) -> nn.Module:
 def _module_call(cell: Cell, is_ours: bool, training: bool, wrap: Callable[[nn.Module], nn.Module]) -> Run:
     mode = Mode(training=training)
     pair = modules(cell, mode)
-    return (training_step if training else inference)(wrap(pair.ours if is_ours else pair.theirs), cell, mode)
+    return ModuleCall(cell, mode).of(wrap(pair.ours if is_ours else pair.theirs))
 
 
 def _model_call(training: bool, wrap: Callable[[nn.Module], nn.Module]) -> Run:

@@ -20,6 +20,12 @@ WITH_WEIGHTS = {
     "averaged weights": {"need_weights": True},
     "averaged weights, virtual keys": {"need_weights": True, "bias_kv": True, "add_zero_attn": True},
     "everything, window": EVERYTHING | {"window": (2, 1), "causal_alignment": "bottom_right"},
+    "softcap, sinks and ALiBi": {
+        "softcap": 1.5,
+        "of_heads": ("sinks", "alibi_slopes"),
+        "is_causal": True,
+        "causal_alignment": "bottom_right",
+    },
     "everything, virtual keys": EVERYTHING | {"bias_kv": True, "add_zero_attn": True},
 }
 CALLS = pytest.mark.parametrize(
@@ -77,6 +83,8 @@ def test_exported_attention_takes_other_lengths(call):
         "key_padding_mask": {1: S},
         "bias_k": {},
         "bias_v": {},
+        "sinks": {},
+        "alibi_slopes": {},
     }
 
     def split(**sizes):

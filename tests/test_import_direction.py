@@ -34,15 +34,25 @@ ALLOWED = {
     "benchmark": set(),
     "benchmark.__main__": {"benchmark.command"},
     "benchmark.command": {
-        *(f"benchmark.{name}" for name in ("comparison", "harness", "memory", "module_cells")),
-        *(f"benchmark.{name}" for name in ("plot", "suites", "yardsticks")),
+        *(f"benchmark.{name}" for name in ("comparison", "harness", "memory", "module_cells", "outcome", "peers")),
+        *(f"benchmark.{name}" for name in ("plot", "processes", "suites", "yardsticks")),
     },
+    "benchmark.outcome": {*(f"benchmark.{name}" for name in ("comparison", "harness", "peers"))},
     "benchmark.comparison": {"benchmark.harness"},
     "benchmark.suites": {
         *(f"benchmark.{name}" for name in ("attention_cases", "attention_cells", "cuda_cases")),
         *(f"benchmark.{name}" for name in ("harness", "module_cases", "module_cells")),
     },
     "benchmark.plot": {"benchmark.harness"},
+    "benchmark.peers": {
+        *(f"benchmark.{name}" for name in ("attention_cases", "harness", "module_cells")),
+        *(f"benchmark.{name}" for name in ("onnx_runtime", "open_vino", "processes")),
+    },
+    "benchmark.onnx_runtime": {
+        *(f"benchmark.{name}" for name in ("attention_cases", "attention_cells", "module_cells"))
+    },
+    "benchmark.open_vino": {"benchmark.module_cells"},
+    "benchmark.processes": {"benchmark.harness"},
     "benchmark.cuda_cases": {*(f"benchmark.{name}" for name in ("harness", "module_cases", "module_cells"))},
     "benchmark.module_cases": {
         *(f"benchmark.{name}" for name in ("attention_cells", "harness", "module_cells")),

@@ -1,5 +1,7 @@
 """The public names, their signatures and docstrings, and what the package ships."""
 
+import copy
+import doctest
 import importlib
 import inspect
 import types
@@ -7,11 +9,14 @@ from importlib.metadata import version
 from importlib.resources import files
 
 import pytest
+import torch
+from hypothesis import given
 from torch import nn
 
 import fused_mha
 import fused_mha.testing
 from attention_oracle import DEFAULTS
+from fused_mha.testing import strategies
 
 NAMES = [
     "AttentionResult",
@@ -36,6 +41,7 @@ NAMES = [
     "warm_up",
 ]
 TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
+STRATEGIES = ["calls", "cases", "fast_path_cases", "inputs", "masks"]
 PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
 FUNCTIONS = [
     fused_mha.MultiHeadAttention,
@@ -55,7 +61,9 @@ FUNCTIONS = [
     fused_mha.serve_sdpa.report,
     fused_mha.warm_up,
     fused_mha.testing.assert_parity,
+    fused_mha.testing.compare,
     fused_mha.testing.grid,
+    fused_mha.testing.tolerance,
 ]
 
 
@@ -82,6 +90,27 @@ def test_docstring_says_what_it_is(package, name):
     assert docstring
     assert docstring.splitlines()[0].endswith((".", ":"))
     assert not docstring.startswith(f"{name}(")  # what a NamedTuple has without one
+
+
+WITH_EXAMPLES = [*PUBLIC, *((strategies, name) for name in STRATEGIES)]
+OF_THE_PROCESSOR = ("explain", "serve_sdpa")  # what their examples print
+SHOWN_BY_WHAT_RETURNS_THEM = ("AttentionResult", "Explanation")
+
+
+@pytest.mark.parametrize(("package", "name"), WITH_EXAMPLES, ids=[name for _, name in WITH_EXAMPLES])
+def test_the_example_runs_and_prints_what_it_says(package, name):
+    ours, theirs = (cls(16, 4) for cls in (fused_mha.MultiHeadAttention, nn.MultiheadAttention))
+    known = {"torch": torch, "nn": nn, "copy": copy, "fused_mha": fused_mha, "strategies": strategies, "given": given}
+    known |= {"ours": ours, "theirs": theirs, "module": ours, "x": torch.randn(5, 2, 16)}
+    docstring = inspect.getdoc(getattr(package, name))
+    example = doctest.DocTestParser().get_doctest(docstring, known, name, None, None)
+    assert example.examples or name in SHOWN_BY_WHAT_RETURNS_THEM
+    checker = doctest.OutputChecker()
+    if name in OF_THE_PROCESSOR:
+        checker.check_output = lambda *_: True
+    told = []
+    doctest.DocTestRunner(checker).run(example, out=told.append)
+    assert told == []
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)

@@ -170,3 +170,40 @@ def test_a_back_end_that_knows_no_option_says_which():
     assert not can_serve("sdpa", arguments)
     with pytest.raises(RuntimeError, match="it knows no softcap and no sinks"), fused_mha.backend("sdpa"):
         fused_mha.attention(**arguments)
+
+
+LEARNED = {"softcap": 1.5, "of_heads": ("sinks", "alibi_slopes")}
+
+
+def double(**case):
+    """Arguments in fp64, of which query, key, value, sinks and slopes learn."""
+    arguments = make_arguments(dtype=torch.float64, **LEARNED, **case)
+    for name in ("query", "key", "value", "sinks", "alibi_slopes"):
+        arguments[name].requires_grad_()
+    return arguments
+
+
+def test_second_derivatives():
+    arguments = double(N=1, L=2, S=3, D=2, D_v=2, is_causal=True, causal_alignment="bottom_right", return_lse=True)
+    names = [name for name, x in arguments.items() if isinstance(x, torch.Tensor)]
+
+    def call(*tensors):
+        result = fused_mha.attention(**arguments | dict(zip(names, tensors, strict=True)))
+        return result.output, result.lse
+
+    assert torch.autograd.gradgradcheck(call, tuple(arguments[name] for name in names))
+
+
+def test_autocast_and_transforms():
+    arguments = make_arguments(**LEARNED, D=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = fused_mha.attention(**arguments).output
+    assert result.dtype == torch.bfloat16
+    torch.testing.assert_close(result.float(), fused_mha.attention(**arguments).output, atol=0.05, rtol=0.05)
+
+    def loss(sinks):
+        return fused_mha.attention(**arguments | {"sinks": sinks}).output.square().sum()
+
+    sinks = arguments["sinks"].requires_grad_()
+    (expected,) = torch.autograd.grad(loss(sinks), sinks)
+    torch.testing.assert_close(torch.func.grad(loss)(sinks.detach()), expected)

@@ -25,6 +25,11 @@ class ConversionReport(NamedTuple):
 
     `changed` lists the names of the modules that were swapped, every name of a module that is tied; `skipped` holds
     the reason by name for those that were left alone. The root's name is the empty string.
+
+    Examples:
+        >>> print(fused_mha.convert(nn.ModuleList([nn.MultiheadAttention(16, 4)])))
+        changed 1, skipped 0
+          changed  0
     """
 
     changed: list[str]
@@ -98,6 +103,8 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
             express, or a module with options that it does not have; nothing was changed.
 
     Examples:
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), num_layers=2)
+        >>> report = fused_mha.convert(model)
         >>> fused_mha.revert(model).changed
         ['layers.0.self_attn', 'layers.1.self_attn']
     """

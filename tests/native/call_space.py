@@ -24,7 +24,7 @@ def lay_out(x, layout):
         wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), poison)
         wide[..., 3 : 3 + x.shape[-1]] = x
         return wide[..., 3 : 3 + x.shape[-1]]
-    if layout == "every second row":
+    if layout == "every second row" and x.dim() >= 2:
         tall = x.new_full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), poison)
         tall[:, ::2] = x
         return tall[:, ::2]
@@ -93,6 +93,8 @@ def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
         causal_alignment=pick("top_left", "bottom_right"),
         window=pick(None, None, (None, None), (0, 0), (2, None), (None, 3), (5, 20), (40, 1)),
         scale=pick(None, None, 0.3, 0.0, -0.4),
+        softcap=pick(None, None, None, 0.4, 20.0),
+        of_heads=pick((), (), ("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")),
         dropout_p=pick(*dropout),
         need_weights=draw(st.booleans()),
         average_attn_weights=draw(st.booleans()),

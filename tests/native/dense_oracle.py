@@ -120,10 +120,10 @@ def drawn_seed(*seed: int):
         yield
 
 
-def native_attention(**arguments):
+def native_attention(*tensors, **arguments):
     """`fused_mha.attention` on the CPU library, which nothing may replace."""
     with fused_mha.backend("cpu"):
-        return fused_mha.attention(**arguments)
+        return fused_mha.attention(*tensors, **arguments)
 
 
 def assert_matches_dense(arguments, keep=None, through=("output", "weights", "lse"), attention=native_attention):

@@ -207,7 +207,10 @@ def test_gradients_of_two_masks_of_keys_are_two_tensors():
 @pytest.mark.parametrize("mask", [torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize("padding", [None, torch.float32], ids=str)
 @pytest.mark.parametrize(("L", "S"), [(20, 4), (1, 4), (20, 40), (1, 40)])
-def test_a_query_that_sees_one_key_has_no_gradient(base_isa, L, S, padding, mask, dtype):
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 0.9}, {"alibi_slopes": torch.tensor([0.3, 0.1, 0.7])}], ids=["", "softcap", "ALiBi"]
+)
+def test_a_query_that_sees_one_key_has_no_gradient(base_isa, L, S, padding, mask, dtype, options):
     # Its weight is 1 in the backward too, as both compute the same bits of a score.
     given = make_arguments(N=2, L=L, S=S, H=3, H_kv=3, D=7, D_v=5, dtype=dtype, scale=0.3, padding_dtype=padding)
     seen = torch.arange(S) == S - 1
@@ -215,6 +218,7 @@ def test_a_query_that_sees_one_key_has_no_gradient(base_isa, L, S, padding, mask
     given["attn_mask"] = hidden if mask == torch.bool else torch.where(hidden, -torch.inf, 0.39).to(mask)
     if padding is not None:
         given["key_padding_mask"] = torch.full((2, S), 0.17, dtype=padding)
+    given |= options
     query = given["query"].requires_grad_()
     output = native_attention(**given).output
     (grad,) = torch.autograd.grad(output, query, torch.randn_like(output))

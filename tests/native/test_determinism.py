@@ -28,6 +28,8 @@ CASES = {
     "averaged weights": SHORT | {"need_weights": True, "bias_kv": True},
     "long averaged weights": LONG | {"need_weights": True},
     "weights per head and dropout": SHORT | PER_HEAD | {"dropout_p": 0.3},
+    "softcap, sinks and ALiBi": SHORT | {"softcap": 2.0, "of_heads": ("sinks", "alibi_slopes"), "return_lse": True},
+    "long softcap, sinks and ALiBi": LONG | {"softcap": 2.0, "of_heads": ("sinks", "alibi_slopes"), "N": 2},
     "one query": ONE_QUERY | {"need_weights": True, "dropout_p": 0.3, "mask_dtype": torch.float32, "mask_shape": "HLS"},
     "long and dropout": LONG | {"dropout_p": 0.3, "mask_dtype": torch.float32, "mask_shape": "LS"},
 }

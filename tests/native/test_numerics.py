@@ -221,3 +221,32 @@ def test_nan_in_a_query_reaches_the_weights_of_its_row_alone(isa, dtype):
     assert bool(weights[0, 7, :8].isnan().all())
     rows = torch.arange(20) != 7
     assert torch.equal(weights[0, rows], clean[0, rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_cap_is_within_few_units_in_the_last_place_of_tanh(base_isa, dtype, sign):
+    """The log-sum-exp of one key is its score."""
+    units = 4 if dtype == torch.float32 else 8  # the polynomial of fp64 begins 2.5 units from ln 2
+    scores = torch.cat([torch.logspace(-30, 3, 2001, dtype=torch.float64), torch.linspace(0, 12, 2001)])
+    scores = sign * scores.to(dtype)[:, None, None, None]
+    one = torch.ones_like(scores)
+    for softcap in (1.0, 30.0):
+        found = native_attention(
+            query=scores * softcap, key=one, value=one, softcap=softcap, scale=1.0, return_lse=True
+        )
+        exact = torch.tanh((scores * softcap).to(torch.float64) / softcap).flatten() * softcap
+        unit = torch.finfo(dtype).eps * exact.abs()
+        assert ((found.lse.flatten().double() - exact).abs() <= units * unit).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 2), (1, 3), (33, 700), (1, 700)], ids=str)
+def test_far_keys_of_alibi_have_no_weight_and_nothing_else_is_flushed(base_isa, shape):
+    """Numbers below the normal ones count in a call after one with ALiBi, which flushes them."""
+    arguments = make_arguments(N=1, L=shape[0], S=shape[1], H=2, H_kv=2)
+    slopes = torch.tensor([0.6, 3.0])
+    far = native_attention(**arguments, alibi_slopes=slopes, need_weights=True, average_attn_weights=False).weights
+    assert ((far == 0) | (far >= torch.finfo(torch.float32).tiny)).all()
+    assert (torch.full((64,), 1e-39) * 1.0 == 1e-39).all()
+    tiny = torch.full((1, 1, 1, 1), 1e-39)
+    assert native_attention(torch.ones_like(tiny), torch.ones_like(tiny), tiny).output.item() == tiny.item()

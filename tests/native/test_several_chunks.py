@@ -28,6 +28,9 @@ OPTIONS = {
     "bool mask and padding": {"mask_dtype": torch.bool, "mask_shape": "NHLS", "padding_dtype": torch.bool},
     "float mask and padding": {"mask_dtype": torch.float32, "mask_shape": "HLS", "padding_dtype": torch.float32},
     "padding that hides whole chunks": {"padding_dtype": torch.bool, "hidden": 0.95, "add_zero_attn": True},
+    "softcap, sinks and ALiBi": {"softcap": 1.5, "of_heads": ("sinks", "alibi_slopes"), "bias_kv": True},
+    "softcap and sinks, causal": {"softcap": 0.8, "of_heads": ("sinks",), "is_causal": True, "dropout_p": 0.3},
+    "ALiBi, padding": {"of_heads": ("sinks", "alibi_slopes"), "padding_dtype": torch.bool, "hidden": 0.95},
     "negative scale": {"scale": -0.3, "mask_dtype": torch.float32, "mask_shape": "NLS"},
 }
 SIZES = {

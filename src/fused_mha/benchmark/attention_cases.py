@@ -79,8 +79,7 @@ def attention_cases(calls: Iterable[Call] = CALLS, *, quick: bool = False) -> It
 
 def attention_case(call: Call, cell: Cell) -> BenchCase:
     """One call of the core at one size."""
-    padding = tensors(cell).key_padding_mask if call.causal_padding else None
-    mine = ours(weights=call.weights, dropout=call.dropout, is_causal=call.causal_padding, key_padding_mask=padding)
+    mine = _ours(call, cell)
     theirs: dict[str, Attention] = {}
     if not call.weights:
         mask = _merged_mask(cell, call.dtype) if call.causal_padding else None
@@ -96,8 +95,25 @@ def attention_case(call: Call, cell: Cell) -> BenchCase:
         BAR,
         lambda: _verify(call, cell, mine, next(iter(theirs.values()))),
         functools.partial(forced_isa, call.isa),
+        call=AttentionCall(call, cell),
         flops=cell.flops if is_plain else 0,
     )
+
+
+class AttentionCall(NamedTuple):
+    """A call of the core as data."""
+
+    call: Call
+    cell: Cell
+
+    def ours(self) -> Callable[[], tuple[Tensor, ...]]:
+        """The call of our core."""
+        return _contender(self.call, self.cell, _ours(self.call, self.cell))
+
+
+def _ours(call: Call, cell: Cell) -> Attention:
+    padding = tensors(cell).key_padding_mask if call.causal_padding else None
+    return ours(weights=call.weights, dropout=call.dropout, is_causal=call.causal_padding, key_padding_mask=padding)
 
 
 @functools.cache

@@ -5,21 +5,21 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import statistics
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from fused_mha.benchmark import comparison
-from fused_mha.benchmark.harness import BenchCase, Row, Wrong, environment, groups_of, save, verified
+from fused_mha.benchmark.harness import BenchCase, Wrong, environment, groups_of, save, verified
 from fused_mha.benchmark.memory import allocated, allocated_on_gpu
 from fused_mha.benchmark.module_cells import Cell, Mode
+from fused_mha.benchmark.outcome import Measured, Outcome
+from fused_mha.benchmark.peers import PEERS, Peer, absence, turns_with, version
 from fused_mha.benchmark.plot import plot
+from fused_mha.benchmark.processes import Processes
 from fused_mha.benchmark.suites import DTYPES, SUITES, own_cases
 from fused_mha.benchmark.yardsticks import Yardstick, fma_peak, share_of
 
@@ -39,25 +39,15 @@ over the turns, with the 20th and 80th percentiles. In inference torch's is the 
 path. Of plain fp32 calls the share of the peak of multiply-adds is measured too, where there is a C compiler.
 MiB are what a call allocates at most, its results included.
 
+--peers times other runtimes too: those that are named, or all of {peers} that are installed. Each runs in a
+process of its own, in turns of some 20 ms with ours in another, so that a case takes several times as long. A peer
+whose result is not ours prints WRONG and has no speed-up. What a peer is not given is listed last.
+
 --compare marks what is faster or slower beyond noise: where the medians differ by more than each run's spread from the
 20th to the 80th percentile.
 
 exit status: 0, 1 if a result is wrong, 2 if an argument is, 130 after Ctrl-C, which ends with what was measured.
 """
-
-
-class Measured(NamedTuple):
-    """A case that is right; ``fastest`` is the baseline that the ratio is to."""
-
-    row: Row
-    fastest: str
-    mib: dict[str, float]  # of ours and of the fastest
-    share_of_peak: float | None
-
-    @property
-    def as_json(self) -> dict[str, object]:
-        """The harness's row, and what else was measured."""
-        return {**self.row.as_json, "fastest": self.fastest, "mib": self.mib, "share_of_peak": self.share_of_peak}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fused_mha.benchmark",
         usage="%(prog)s [suite | --shape N,L,E,H ...] [options]",
         description=__doc__,
-        epilog=EPILOG.format(suites=suites),
+        epilog=EPILOG.format(suites=suites, peers=", ".join(PEERS)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suite", nargs="?", choices=list(SUITES), help="named cases (default: quick)")
@@ -92,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=_file, metavar="FILE", help="write the results")
     parser.add_argument("--plot", type=_plot_file, metavar="FILE", help="draw the ratios (needs matplotlib)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier --json, to be compared with")
+    parser.add_argument(
+        "--peers", type=_peer, nargs="*", metavar="NAME", help=f"time {', '.join(PEERS)} too; no name stands for all"
+    )
     own = parser.add_argument_group("your own shapes, of the module")
     own.add_argument(
         "--shape", type=_shape, action="append", metavar="N,L,E,H", help="or N,L,S,E,H with S keys; repeatable"
@@ -161,46 +154,56 @@ def _run(cases: Sequence[BenchCase], options: argparse.Namespace, earlier: compa
     print(f"{heading}; cases: {len(cases)}, some {options.seconds:g} s each", flush=True)
     if (load := _load()) > (cores := os.cpu_count() or 1):
         print(f"busy machine: a load of {load:.1f} on {cores} cores, where threads wait and ratios say little")
+    peers = _installed(options.peers)
+    head["peers"] = {name: version(peer) for name, peer in peers.items()}
     peak = None
     if any(case.flops for case in cases) and not on_gpu:
         try:
             peak = fma_peak(options.threads)
         except RuntimeError as error:
             print(f"no share of the peak: {error}")
-    measured: list[Measured] = []
-    wrong: list[Wrong] = []
+    outcome = Outcome()
+    done = 0
     is_stopped = False
     try:
-        for case in tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False):
-            one = _measured(case._replace(bar=1.0), options.seconds, peak, on_gpu=on_gpu)
-            if isinstance(one, Wrong):
-                wrong.append(one)
-            else:
-                measured.append(one)
-            if options.json is not None:  # now already: the run may be stopped
-                save(_result(head, measured, wrong), options.json)
+        with Processes(options.threads) as processes:
+            for case in tqdm(cases, unit="case", disable=not sys.stderr.isatty(), leave=False):
+                one = _measured(case._replace(bar=1.0), options.seconds, peak, on_gpu=on_gpu)
+                done += 1
+                if isinstance(one, Wrong):
+                    outcome.wrong.append(one)
+                else:
+                    outcome.beside_torch.append(one)
+                    outcome.add_turns(case, turns_with(peers, case, processes, options.seconds))
+                if options.json is not None:  # now already: the run may be killed
+                    save(outcome.as_json(head), options.json)
     except KeyboardInterrupt:
         is_stopped = True
-    print("\n".join(_table(measured, wrong, earlier)))
-    rows = [one.row for one in measured]
+        if options.json is not None:
+            save(outcome.as_json(head), options.json)
+    print("\n".join(outcome.table(earlier)))
+    rows = outcome.rows
     if earlier is not None:
         print("\n".join(comparison.summary(rows, earlier, head)))
     if options.plot is not None and rows:
-        plot(rows, groups_of(rows), options.plot, heading)
+        plot(rows, groups_of(rows), options.plot, heading, "torch's (or the named peer's)" if peers else "torch's")
     if is_stopped:
-        print(f"stopped after {len(measured) + len(wrong)} of {len(cases)} cases")
+        print(f"stopped after {done} of {len(cases)} cases")
         return INTERRUPTED
-    return 1 if wrong else 0
+    return 1 if outcome.wrong else 0
 
 
-def _result(head: Mapping[str, object], measured: Sequence[Measured], wrong: Sequence[Wrong]) -> dict[str, object]:
-    """What --json writes."""
-    return {
-        **head,
-        "rows": [one.as_json for one in measured],
-        "groups": [group._asdict() for group in groups_of([one.row for one in measured])],
-        "wrong": [f"{one.group}, {one.name}" for one in wrong],
-    }
+def _installed(names: Sequence[str] | None) -> dict[str, Peer]:
+    """The peers of these names, where they are empty all that are installed; the others are named."""
+    peers = {} if names is None else {name: PEERS[name] for name in names or PEERS}
+    for name, peer in list(peers.items()):
+        if reason := absence(peer):
+            print(f"no {name}: {reason}")
+            del peers[name]
+    if peers:
+        versions = ", ".join(f"{name} {version(peer)}" for name, peer in peers.items())
+        print(f"peers, each in a process of its own, and ours beside them: {versions}")
+    return peers
 
 
 def _measured(case: BenchCase, seconds: float, peak: Yardstick | None, *, on_gpu: bool) -> Measured | Wrong:
@@ -216,33 +219,13 @@ def _measured(case: BenchCase, seconds: float, peak: Yardstick | None, *, on_gpu
     return Measured(row, fastest, mib, share)
 
 
-def _table(measured: Sequence[Measured], wrong: Sequence[Wrong], earlier: comparison.Earlier | None) -> list[str]:
-    """The cases, then their groups and all of them in brief, and last what is wrong."""
-    cells = [["case", "speed-up", "ours, ms", "torch, ms", "of peak", "MiB", "torch's"]]
-    for one in measured:
-        timing, of_torch = (_milliseconds(one.row, name) for name in ("ours", one.fastest))
-        share = "-" if one.share_of_peak is None else f"{one.share_of_peak:.0%}"
-        mib = [f"{one.mib[name]:.1f}" for name in ("ours", one.fastest)]
-        cells.append([f"{one.row.group}, {one.row.name}", f"{one.row.ratio:.2f}x", timing, of_torch, share, *mib])
-    if earlier is not None:
-        of_rows = (comparison.beside(one.row, earlier) for one in measured)
-        for line, of in zip(cells, [f"to {earlier.path.name}", *of_rows], strict=True):
-            line.append(of)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells]
-    rows = [one.row for one in measured]
-    if len(rows) > 1:
-        groups = Counter(row.group for row in rows)
-        lines += [str(group) for group in groups_of(rows) if groups[group.name] > 1]
-        lowest = min(rows, key=lambda row: row.ratio)
-        mean = statistics.geometric_mean(row.ratio for row in rows)
-        lines.append(f"all: geometric mean {mean:.2f}x, lowest {lowest.ratio:.2f}x ({lowest.group}, {lowest.name})")
-    return [*lines, *map(str, wrong)]
-
-
-def _milliseconds(row: Row, name: str) -> str:
-    timing = row.timings[name]
-    return f"{timing.median:.3f} [{timing.percentile_20:.3f}-{timing.percentile_80:.3f}]"
+def _peer(text: str) -> str:
+    if text not in PEERS:
+        hint = " (a suite stands before --peers)" if text in SUITES else ""
+        raise argparse.ArgumentTypeError(f"expected names of {', '.join(PEERS)}; got {text!r}{hint}")
+    if reason := absence(PEERS[text]):
+        raise argparse.ArgumentTypeError(f"expected installed peers, {text} is not: {reason}")
+    return text
 
 
 def _shape(text: str) -> Cell:

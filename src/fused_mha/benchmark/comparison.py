@@ -68,7 +68,9 @@ def summary(rows: Sequence[Row], earlier: Earlier, head: Mapping[str, Any]) -> l
     counts = Counter(verdict(row.timings["ours"], earlier.ours[row.group, row.name]) for row in known)
     kinds = [f"{counts[kind]} {kind}" for kind in (FASTER, SLOWER, NOISE)]
     lines = [f"against {earlier.path}: {', '.join(kinds)}, {len(rows) - len(known)} not in it"]
-    for name in CONDITIONS:
-        if earlier.head.get(name) != head[name]:
-            lines.append(f"not the same conditions: {name} was {earlier.head.get(name)}, is {head[name]}")
+    before, now = ({**dict.fromkeys(CONDITIONS), **which, **which.get("peers", {})} for which in (earlier.head, head))
+    peers = (name for name in head.get("peers", {}) if name in before)
+    for name in (*CONDITIONS, *peers):
+        if before[name] != now[name]:
+            lines.append(f"not the same conditions: {name} was {before[name]}, is {now[name]}")
     return lines

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -29,6 +29,14 @@ Contender = Callable[[], object]
 Results = TypeVar("Results")
 
 
+class CallAsData(Protocol):
+    """What a case calls, so that another process can make it anew: it is pickled."""
+
+    def ours(self) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Our call."""
+        ...
+
+
 class BenchCase(NamedTuple):
     """One row: what is timed, and the bar that torch's time / ours has to reach."""
 
@@ -40,6 +48,7 @@ class BenchCase(NamedTuple):
     verify: Contender  # raises AssertionError if the results differ
     setup: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext  # around both
     beside: Mapping[str, Contender] = MappingProxyType({})  # timed in the same rounds; no part of the ratio
+    call: CallAsData | None = None  # for `peers`; None where none of them has such a call
     flops: int = 0  # of ours, where they are multiply-adds of fp32 on the CPU and all that counts
 
 
@@ -155,6 +164,11 @@ def interleave(
     return rounds
 
 
+def median_ms(call: Contender, seconds: float, min_rounds: int = MIN_ROUNDS) -> float:
+    """Milliseconds of a call."""
+    return statistics.median(turn["call"] for turn in interleave({"call": call}, seconds, min_rounds))
+
+
 def _repeats(call: Contender) -> int:
     """How many calls make a turn, which is at least 2 ms; the calls that find out warm up too."""
     shortest = math.inf
@@ -200,10 +214,15 @@ def measure(case: BenchCase, seconds: float) -> Row:
     contenders = {"ours": case.ours, **case.baselines, **case.beside}
     with case.setup():
         rounds = interleave(contenders, seconds)
-    timings = {name: _timing([turn[name] for turn in rounds]) for name in contenders}
-    fastest = min(case.baselines, key=lambda name: timings[name].median)
+    return row_of(case.group, case.name, case.bar, rounds, list(case.baselines))
+
+
+def row_of(group: str, name: str, bar: float, rounds: Sequence[Mapping[str, float]], baselines: Sequence[str]) -> Row:
+    """What the milliseconds of all contenders in every round come to."""
+    timings = {contender: _timing([turn[contender] for turn in rounds]) for contender in rounds[0]}
+    fastest = min(baselines, key=lambda baseline: timings[baseline].median)
     ratio = statistics.median(turn[fastest] / turn["ours"] for turn in rounds)
-    return Row(case.group, case.name, timings, ratio, case.bar)
+    return Row(group, name, timings, ratio, bar)
 
 
 def _timing(milliseconds: list[float]) -> Timing:

@@ -19,14 +19,13 @@ from fused_mha.benchmark.module_cells import (
     TOKENS,
     Cell,
     Mode,
+    ModuleCall,
     Run,
     arguments,
     autocast,
     general_path,
-    inference,
     inputs,
     modules,
-    training_step,
 )
 from fused_mha.testing import assert_parity
 
@@ -87,16 +86,15 @@ def module_cases(calls: Iterable[Call] = CALLS, *, quick: bool = False) -> Itera
 def module_case(group: str, name: str, cell: Cell, mode: Mode, bar: float) -> BenchCase:
     """A call of our module against the same of torch's, by the better of torch's two paths in inference."""
     ours, theirs = modules(cell, mode)
-    if mode.training:
-        mine = training_step(ours, cell, mode)
-        baselines: dict[str, Contender] = {"torch": training_step(theirs, cell, mode)}
-    else:
-        mine = inference(ours, cell, mode)
-        fast = inference(theirs, cell, mode)
-        baselines = {"torch": fast, "torch general": general_path(fast)}
+    call = ModuleCall(cell, mode)
+    mine, theirs_by_default = call.of(ours), call.of(theirs)
+    baselines: dict[str, Contender] = {"torch": theirs_by_default}
+    if not mode.training:
+        baselines["torch general"] = general_path(theirs_by_default)
     verify = functools.partial(_verify, mine, cell, mode)
+    setup = functools.partial(forced_isa, mode.isa)
     flops = cell.flops if mode == Mode() else 0
-    return BenchCase(group, name, mine, baselines, bar, verify, functools.partial(forced_isa, mode.isa), flops=flops)
+    return BenchCase(group, name, mine, baselines, bar, verify, setup, call=call, flops=flops)
 
 
 def _verify(run: Run, cell: Cell, mode: Mode) -> None:

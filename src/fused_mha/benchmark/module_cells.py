@@ -192,6 +192,21 @@ def training_step(module: nn.Module, cell: Cell, mode: Mode) -> Run:
     return call
 
 
+class ModuleCall(NamedTuple):
+    """A call of the module as data."""
+
+    cell: Cell
+    mode: Mode
+
+    def of(self, module: nn.Module) -> Run:
+        """The call, of ours or torch's."""
+        return (training_step if self.mode.training else inference)(module, self.cell, self.mode)
+
+    def ours(self) -> Run:
+        """The call of a module of ours."""
+        return self.of(modules(self.cell, self.mode).ours)
+
+
 def assert_close(results: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     """Raise AssertionError where two runs differ by more than rounding: two that compute in different orders."""
     for result, other in zip(results, expected, strict=True):

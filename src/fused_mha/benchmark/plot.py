@@ -9,8 +9,8 @@ from pathlib import Path
 from fused_mha.benchmark.harness import Group, Row
 
 
-def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str) -> None:
-    """Draw torch's time over ours; without matplotlib, say so."""
+def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str, whose: str = "torch's") -> None:
+    """Draw ``whose`` time over ours; without matplotlib, say so."""
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed (pip install matplotlib)")
         return
@@ -23,7 +23,7 @@ def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str) -
     rows = rows[::-1]
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.24 * len(rows)), layout="constrained")
     colours = ["#2a7f62" if row.passes else "#b8442f" for row in rows]
-    # From 1 on and by logarithms: a bar to the right is faster, and one of 100 leaves the others their length.
+    # Bars start at 1, so that one to the right is faster. On a linear axis a ratio of 100 would flatten all others.
     lengths = [row.ratio - 1.0 for row in rows]
     axes.barh([f"{row.group}, {row.name}" for row in rows], lengths, left=1.0, color=colours)
     axes.set_xscale("log")
@@ -41,7 +41,7 @@ def plot(rows: Sequence[Row], groups: Sequence[Group], path: Path, title: str) -
     if bars:
         axes.vlines(bars, first, last, color="#3b5b92", linestyle="--", label="bar of the group's geometric mean")
     axes.axvline(1.0, color="grey", linewidth=0.8)
-    axes.set_xlabel("torch's time / ours (longer is better)")
+    axes.set_xlabel(f"{whose} time / ours (longer is better)")
     axes.set_title(title)
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)

@@ -11,7 +11,7 @@ import torch
 from fused_mha.backends.cpu import LIBRARY
 
 CPUINFO = Path("/proc/cpuinfo")
-# Trade marks, the clock, and words that every name has; of a GPU the kind and size of its memory.
+# What a folder's name leaves out: trade marks, the clock, words that every name has, the memory of a GPU.
 NO_NAME = re.compile(r"\((r|tm)\)|@.*|\b(cpu|processor|\d+[- ]core|\d+gb|hbm\d\w*)\b")
 
 

@@ -18,7 +18,7 @@ import torch
 from fused_mha.benchmark.harness import Contender, interleave
 
 HERE = Path(__file__).resolve().parent
-# OpenMP's idle threads spin for about a millisecond after torch's turn: little of a call that is this long.
+# After torch's turn OpenMP's idle threads spin for about 1 ms, which has to be little beside a call of the yardstick.
 SECONDS = 0.04
 
 

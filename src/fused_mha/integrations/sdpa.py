@@ -178,8 +178,8 @@ def left_to_torch(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-# Multiply-adds of one of the two products up to which a call ends sooner in torch, whose own overhead is 5 us and ours
-# 25, and queries of a half type: on an Intel Xeon with AMX, by benchmarks/run.py sdpa.
+# Torch's own overhead is 5 us and ours 25. So torch ends sooner with at most so many multiply-adds in one of the two
+# products, and in a half type with fewer queries than this: on an Intel Xeon with AMX, by benchmarks/run.py sdpa.
 _SMALL, _FEW = 2**23, 8
 
 
@@ -204,7 +204,13 @@ def _all_of_torchs_kernels_are_enabled() -> bool:
 
 
 class ServedCalls(NamedTuple):
-    """What `serve_sdpa` has done with calls so far; `print` it. `left` counts torch's by the reason."""
+    """What `serve_sdpa` has done with calls so far; `print` it. `left` counts torch's by the reason.
+
+    Examples:
+        >>> print(fused_mha.ServedCalls(served=12, left={"a small call": 3}))
+        served 12, left to torch 3
+                 3  a small call
+    """
 
     served: int
     left: dict[str, int]
@@ -226,10 +232,11 @@ class serve_sdpa(ContextDecorator):  # noqa: N801  (as torch.no_grad)
     the context there too, or `on`.
 
     Examples:
-        >>> with fused_mha.serve_sdpa():
-        ...     logits = model(tokens)
+        >>> query = torch.randn(2, 8, 256, 64)
+        >>> with fused_mha.serve_sdpa():  # around the forward of a model
+        ...     output = torch.nn.functional.scaled_dot_product_attention(query, query, query)
         >>> print(fused_mha.serve_sdpa.report())
-        served 12, left to torch 0
+        served 1, left to torch 0
     """
 
     _lock = threading.RLock()

@@ -23,7 +23,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 class Case(NamedTuple):
-    """One configuration of the module and of a call; `build` makes the modules and the arguments of it."""
+    """One configuration of the module and of a call; `build` makes the modules and the arguments of it.
+
+    Examples:
+        >>> ours, theirs, inputs, arguments = fused_mha.testing.Case(L=3, attn_mask="bool").build()
+        >>> arguments["attn_mask"].shape
+        torch.Size([3, 3])
+    """
 
     group: str = "plain"
     N: int = 2
@@ -173,6 +179,10 @@ def grid(*, full: bool = False) -> Iterator[Case]:
 
     Yields:
         `Case`s; ``case._replace(dtype=...)`` for other dtypes.
+
+    Examples:
+        >>> for case in fused_mha.testing.grid():
+        ...     ours, theirs, inputs, arguments = case._replace(dtype=torch.float64).build()
     """
     for training in (True, False):
         for need_weights, average in ((True, True), (True, False), (False, True)):

@@ -25,7 +25,12 @@ _ROLES = ("query", "key", "value")  # what a module's first inputs are called, b
 
 
 class Comparison(NamedTuple):
-    """One quantity of two modules: `error` and `torch_error` are the largest distances from the fp64 oracle."""
+    """One quantity of two modules: `error` and `torch_error` are the largest distances from the fp64 oracle.
+
+    Examples:
+        >>> print(fused_mha.testing.Comparison("output", 1e-6, 2e-6, 5e-6, (0, 3)))
+        output: largest error 1.000e-06 at [0, 3], tolerance 5.000e-06 (torch's own error 2.000e-06)
+    """
 
     quantity: str
     error: float
@@ -82,7 +87,7 @@ def assert_parity(
     Examples:
         >>> theirs = torch.nn.MultiheadAttention(16, 4)
         >>> ours = copy.deepcopy(theirs)
-        >>> fused_mha.convert(ours)
+        >>> report = fused_mha.convert(ours)
         >>> x = torch.randn(5, 2, 16)
         >>> comparisons = fused_mha.testing.assert_parity(ours, theirs, x, x, x, need_weights=False)
     """
@@ -98,7 +103,24 @@ def assert_parity(
 def compare(
     ours: nn.Module, theirs: nn.Module, *inputs: Tensor, seed: int = 0, **forward_arguments: Any
 ) -> list[Comparison]:
-    """Like `assert_parity`, but returns what differs too instead of raising."""
+    """Like `assert_parity`, but returns what differs too instead of raising.
+
+    Args:
+        ours: the module under test.
+        theirs: the module to agree with.
+        *inputs: positional arguments of both modules.
+        seed: of cotangents and dropout.
+        **forward_arguments: keyword arguments of both modules.
+
+    Returns:
+        Every comparison, those that do not agree among them.
+
+    Examples:
+        >>> ours, theirs = fused_mha.MultiHeadAttention(16, 4), torch.nn.MultiheadAttention(16, 4)
+        >>> x = torch.randn(5, 2, 16)
+        >>> [c.quantity for c in fused_mha.testing.compare(ours, theirs, x, x, x) if not c.agrees][:2]
+        ['state_dict', 'output']
+    """
     comparisons = [_compare_state_dicts(ours, theirs)]
     if ours.training != theirs.training:
         problem = f"ours.training is {ours.training}, theirs.training is {theirs.training}"

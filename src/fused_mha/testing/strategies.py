@@ -117,7 +117,21 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, allow_empty
 
 @st.composite
 def fast_path_cases(draw: st.DrawFn) -> Case:
-    """Calls that torch's module serves on its inference fast path, under `torch.no_grad`."""
+    """Calls that torch's module serves on its inference fast path, under `torch.no_grad`.
+
+    Args:
+        draw: Hypothesis' own.
+
+    Returns:
+        A case of self-attention in evaluation.
+
+    Examples:
+        >>> @given(case=strategies.fast_path_cases())
+        ... def test_layer(case):
+        ...     ours, theirs, inputs, arguments = case.build()
+        ...     with torch.no_grad():
+        ...         assert_parity(ours, theirs, *inputs, **arguments)
+    """
     attn_mask = draw(st.sampled_from((None, "bool", "bool per head", "causal bool")))
     num_heads = draw(st.sampled_from((2, 4, 6)))
     return draw(
@@ -159,6 +173,11 @@ def inputs(
 
     Returns:
         A strategy of (query, key, value) on the CPU, with N, L and S from 1 to 33.
+
+    Examples:
+        >>> @given(inputs=strategies.inputs(16))
+        ... def test_layer(inputs):
+        ...     assert_parity(ours, theirs, *inputs)
     """
     chosen = cases(dtypes, False, embed_dim=embed_dim, num_heads=1, kdim=kdim, vdim=vdim, batch_first=batch_first)
     return st.builds(lambda case, seed: case.inputs(_generator(seed)), chosen, seeds)
@@ -177,6 +196,11 @@ def masks(N: int, L: int, S: int, num_heads: int, *, dtype: torch.dtype = torch.
     Returns:
         A strategy of ``{"attn_mask": ..., "key_padding_mask": ...}``: each None, bool or float, of (L, S) or
         (N * H, L, S) and of (N, S).
+
+    Examples:
+        >>> @given(masks=strategies.masks(N=2, L=5, S=5, num_heads=4))
+        ... def test_layer(masks):
+        ...     assert_parity(ours, theirs, x, x, x, **masks)
     """
     chosen = cases(N=N, L=L, S=S, embed_dim=num_heads, num_heads=num_heads, sharing="cross", batched=True, dtype=dtype)
     return st.builds(lambda case, seed: case.masks(_generator(seed)), chosen, seeds)

@@ -41,6 +41,10 @@ def tolerance(
 
     Returns:
         An absolute bound.
+
+    Examples:
+        >>> f"{fused_mha.testing.tolerance(torch.float32, torch_error=1e-7, oracle_magnitude=1.0):.1e}"
+        '6.8e-07'
     """
     growth = math.sqrt(terms) if dtype in (torch.float32, torch.float64) else 1.0
     return FACTOR * torch_error + growth * max(FLOOR[dtype] * oracle_magnitude, rounding_error)

@@ -37,7 +37,7 @@ public:
         if (plan.needs_deltas) plan.delta.run(plan.deltas, base);
         plan.reset_tickets();
         auto task = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes;
+            const FlushesSubnormals flushes(plan.attention.a);
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             // Chunk by chunk: a task waits for the chunk before, which most often is done.
             Worker(plan, arena).run(index % plan.lanes, index / plan.lanes);

@@ -30,7 +30,7 @@ public:
         const int64_t bytes = worker_bytes(), chunks = ceil_div(attention.row_tiles, TILES_OF_TASK);
         const Parts parts{attention.row_tiles, max(chunks, 1)};
         auto task = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes;
+            const FlushesSubnormals flushes(call.attention);
             Arena arena{workspace + uintptr_t(worker * bytes)};
             const int64_t nh = index % (attention.N * attention.H), part = index / (attention.N * attention.H);
             Worker(*this, arena).run(nh / attention.H, nh % attention.H, parts.begin(part), parts.begin(part + 1),

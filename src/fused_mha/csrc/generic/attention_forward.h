@@ -77,7 +77,7 @@ public:
         if (packs_first) fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
         // The last rows first: causal attention gives them the most work.
         auto attend = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes;
+            const FlushesSubnormals flushes(call.attention);
             worker_of(worker).run(index % lanes, chunks.parts - 1 - index / lanes);
             release_tiles();
         };

@@ -39,15 +39,16 @@ FMHA_INLINE V exp2(V x) {
     return scale(exp2_quotient(f) * f + 1, n);
 }
 
-// (e^2x - 1) / (e^2x + 1), whose numerator is computed as such, so that small numbers keep their digits. NaN gives NaN.
+// tanh(x ln 2 / 2) = (2^x - 1) / (2^x + 1), whose numerator is computed as such: small numbers keep their digits. NaN
+// gives NaN.
+constexpr double OF_TANH_BY_EXP2 = 2.88539008177792681472;  // 2 / ln 2
 template <class T>
-FMHA_INLINE Vec<T> tanh(Vec<T> x) {
-    constexpr T ONE_FROM = sizeof(T) == 4 ? T(9.5) : T(19.5);  // 1 to the last bit
-    x = -max(splat(-ONE_FROM), -max(splat(-ONE_FROM), x));
-    x = x * splat(T(2.88539008177792681472));  // 2 / ln 2
+FMHA_INLINE Vec<T> tanh_by_exp2(Vec<T> x) {
+    constexpr T ONE_FROM = sizeof(T) == 4 ? T(28) : T(57);  // 1 to the last bit
+    x = min(splat(ONE_FROM), max(splat(-ONE_FROM), x));
     const Vec<T> n = round(x), f = x - n, power = scale(splat(T(1)), n);
     const Vec<T> less_one = power * (exp2_quotient(f) * f) + (power - 1);
-    return less_one / (less_one + 2);
+    return quotient(less_one, less_one + 2);
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ public:
     void run() const {
         const uintptr_t base = aligned(call.attention.workspace.data);
         auto attend = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes;
+            const FlushesSubnormals flushes(call.attention);
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             Worker of_task(*this, arena);
             if (takes_heads)
@@ -231,7 +231,8 @@ private:
                     for (int64_t i = 0; i < lanes; ++i) added[i] = masking.added(n, lane[i].head, lane[i].row, j);
                 for (int64_t v = 0; v < vectors(); ++v) {
                     T* const at = scores + j * COLUMNS + v * W;
-                    Vec<T> x = load(at);
+                    Vec<T> x = load(at), derivative;
+                    if (masking.caps()) x = masking.capped(x, derivative);
                     if (masking.natural)
                         x = masking.scaled(x, load(added + v * W), masking.adds_padding() ? splat(padding[j]) : Vec<T>{});
                     store(at, select(hidden[j] >> (v * W), x, splat(Masking<T>::NEGATIVE_INFINITY)));

@@ -58,6 +58,7 @@ FMHA_INLINE void load_mask(const fused_mha_tensor& mask, int64_t index, int64_t 
 template <class T>
 struct TileMask {
     enum { HIDDEN, PLAIN, MASKED } kind;
+    bool hides;           // whether any of `hidden` is set
     uint32_t hidden[MR];  // of each row
 };
 
@@ -72,6 +73,7 @@ public:
     const bool natural;
     const T score_factor;  // of the scores as `apply` leaves them, to natural units
     const T exponent_factor;  // to exponents of 2
+    const T cap;              // of scaled scores; 0 for none
 
     explicit Masking(const fused_mha_attention& a)
         : L(a.query.size[1]),
@@ -82,7 +84,10 @@ public:
                   a.softcap > 0 || !(T(a.scale) > 0)),
           score_factor(natural ? T(1) : T(a.scale)),
           exponent_factor(score_factor * LOG2_E),
-          a(a) {}
+          cap(T(a.softcap)),
+          a(a),
+          to_cap(a.softcap > 0 ? T(a.scale / a.softcap * OF_TANH_BY_EXP2) : T(0)),
+          scale(a.softcap > 0 ? T(1) : T(a.scale)) {}
 
     // Writes those of the panels from..to that some query of batch element n may see, in order; returns how many.
     int64_t visible_panels(int64_t n, KeyPanel* panels, int64_t from, int64_t to) const {
@@ -107,19 +112,22 @@ public:
         return has_alibi() ? of_mask - unfused(splat(slope(h) * T(std::abs(position(i) - j))))[0] : of_mask;
     }
     // A score in natural units, in one expression, so that compilers round it alike in the forward and the backward.
-    FMHA_INLINE Vec<T> scaled(Vec<T> score, Vec<T> mask, Vec<T> padding) const {
-        return caps() ? (capped(score) * splat(T(a.softcap)) + mask) + padding : (score * splat(T(a.scale)) + mask) + padding;
+    // Where there is a cap, `score` is what `capped` gives.
+    FMHA_INLINE Vec<T> scaled(Vec<T> score, Vec<T> mask, Vec<T> padding) const { return (score * splat(scale) + mask) + padding; }
+    // A score that is scaled and capped, and the derivative of that but for the scale.
+    FMHA_INLINE Vec<T> capped(Vec<T> score, Vec<T>& derivative) const {
+        const Vec<T> t = tanh_by_exp2<T>(score * splat(to_cap));
+        derivative = 1 - t * t;
+        return unfused(t * splat(cap));
     }
-    // tanh of a scaled score over the cap.
-    FMHA_INLINE Vec<T> capped(Vec<T> score) const { return tanh<T>(score * splat(T(a.scale / a.softcap))); }
-    bool caps() const { return a.softcap > 0; }
+    bool caps() const { return cap > 0; }
     bool has_alibi() const { return a.alibi_slopes.data != nullptr; }
     bool adds_mask() const { return a.attn_mask.data && a.attn_mask.dtype != FUSED_MHA_BOOL; }
     // How far the keys of a panel are from query i.
     FMHA_INLINE void distances(int64_t i, int64_t first, Vec<T> (&d)[2]) const {
         for (int v = 0; v < 2; ++v) {
             const Vec<T> ahead = splat(T(first + v * LANES<T> - position(i))) + counted();
-            d[v] = max(ahead, -ahead);
+            d[v] = absolute(ahead);
         }
     }
     // A head's logit beside those of its keys, in the units of scores as `apply` leaves them; -inf without.
@@ -160,6 +168,7 @@ public:
             some |= hidden;
             all &= hidden;
         }
+        mask.hides = some != 0;
         mask.kind = all == ALL ? mask.HIDDEN : some ? mask.MASKED : mask.PLAIN;
         if (adds_mask() && mask.kind != mask.HIDDEN && !is_virtual && additive_hides_all(n, h, row, rows, panel.first, real))
             mask.kind = mask.HIDDEN;
@@ -171,6 +180,8 @@ public:
     // derivative of that, if it is given.
     void apply(const TileMask<T>& mask, int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel,
                const T* padding, T* scores, T* cap_slopes = nullptr) const {
+        if (caps()) cap_scores(rows * COLUMNS, scores, cap_slopes);
+        if (!mask.hides && !adds_mask() && !adds_padding() && !has_alibi() && scale == 1) return;
         const int64_t real = real_columns(panel.first);
         const Vec<T> slopes = splat(has_alibi() ? slope(h) : T(0));
         for (int64_t r = 0; r < rows; ++r, scores += COLUMNS) {
@@ -182,13 +193,9 @@ public:
                 if (has_alibi() && real > 0) {
                     Vec<T> d[2];
                     distances(row + r, panel.first, d);
+                    for (int v = 0; v < 2; ++v) added[v] = added[v] - unfused(slopes * d[v]);
                     const uint32_t is_virtual = ~column_bits(0, real - 1, COLUMNS);
-                    for (int v = 0; v < 2; ++v)
-                        added[v] = select(is_virtual >> (v * LANES<T>), added[v] - unfused(slopes * d[v]), Vec<T>{});
-                }
-                for (int v = 0; caps() && cap_slopes && v < 2; ++v) {
-                    const Vec<T> t = capped(x[v]);
-                    store(cap_slopes + r * COLUMNS + v * LANES<T>, 1 - t * t);
+                    for (int v = 0; real < COLUMNS && v < 2; ++v) added[v] = select(is_virtual >> (v * LANES<T>), added[v], Vec<T>{});
                 }
                 for (int v = 0; v < 2; ++v)
                     x[v] = scaled(x[v], added[v], adds_padding() ? load(padding + v * LANES<T>) : Vec<T>{});
@@ -208,6 +215,16 @@ public:
 private:
     static constexpr uint32_t ALL = uint32_t((uint64_t(1) << COLUMNS) - 1);
     const fused_mha_attention& a;
+    const T to_cap, scale;  // of scores to what the cap takes, and of what it gives
+
+    void cap_scores(int64_t count, T* scores, T* slopes) const {
+        Vec<T> slope;
+        for (int64_t i = 0; !slopes && i < count; i += LANES<T>) store(scores + i, capped(load(scores + i), slope));
+        for (int64_t i = 0; slopes && i < count; i += LANES<T>) {
+            store(scores + i, capped(load(scores + i), slope));
+            store(slopes + i, slope);
+        }
+    }
 
     T slope(int64_t h) const { return element_as<T>(a.alibi_slopes.dtype, a.alibi_slopes.data, h); }
     // Of query i among the keys.

@@ -10,6 +10,12 @@ namespace {
 
 FMHA_INLINE vfloat max(vfloat a, vfloat b) { return _mm256_max_ps(a, b); }
 FMHA_INLINE vdouble max(vdouble a, vdouble b) { return _mm256_max_pd(a, b); }
+FMHA_INLINE vfloat min(vfloat a, vfloat b) { return _mm256_min_ps(a, b); }
+FMHA_INLINE vdouble min(vdouble a, vdouble b) { return _mm256_min_pd(a, b); }
+FMHA_INLINE vfloat absolute(vfloat x) { return _mm256_andnot_ps(splat(-0.0f), x); }
+FMHA_INLINE vdouble absolute(vdouble x) { return _mm256_andnot_pd(splat(-0.0), x); }
+FMHA_INLINE vfloat quotient(vfloat a, vfloat b) { return a / b; }
+FMHA_INLINE vdouble quotient(vdouble a, vdouble b) { return a / b; }
 FMHA_INLINE void copy_some_bytes(void* to, const void* from, int64_t bytes) { memcpy(to, from, size_t(bytes)); }
 
 FMHA_INLINE vfloat select(uint32_t bits, vfloat v, vfloat other) { return portable_select<float>(bits, v, other); }

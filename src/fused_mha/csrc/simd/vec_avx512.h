@@ -10,6 +10,16 @@ namespace {
 
 FMHA_INLINE vfloat max(vfloat a, vfloat b) { return _mm512_max_ps(a, b); }
 FMHA_INLINE vdouble max(vdouble a, vdouble b) { return _mm512_max_pd(a, b); }
+FMHA_INLINE vfloat min(vfloat a, vfloat b) { return _mm512_min_ps(a, b); }
+FMHA_INLINE vdouble min(vdouble a, vdouble b) { return _mm512_min_pd(a, b); }
+FMHA_INLINE vfloat absolute(vfloat x) { return _mm512_abs_ps(x); }
+FMHA_INLINE vdouble absolute(vdouble x) { return _mm512_abs_pd(x); }
+// a / b for a b from 1 to 2^30, to two units in the last place, without the divider: 16 cycles of an Intel processor.
+FMHA_INLINE vfloat quotient(vfloat a, vfloat b) {
+    const vfloat estimate = _mm512_rcp14_ps(b);
+    return a * (estimate * (2 - b * estimate));
+}
+FMHA_INLINE vdouble quotient(vdouble a, vdouble b) { return a / b; }
 
 // Fewer bytes than a vector has; nothing behind them is read or written.
 FMHA_INLINE void copy_some_bytes(void* to, const void* from, int64_t bytes) {

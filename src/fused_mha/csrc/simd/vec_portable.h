@@ -8,6 +8,12 @@ namespace {
 
 FMHA_INLINE vfloat max(vfloat a, vfloat b) { return a > b ? a : b; }
 FMHA_INLINE vdouble max(vdouble a, vdouble b) { return a > b ? a : b; }
+FMHA_INLINE vfloat min(vfloat a, vfloat b) { return a < b ? a : b; }
+FMHA_INLINE vdouble min(vdouble a, vdouble b) { return a < b ? a : b; }
+FMHA_INLINE vfloat absolute(vfloat x) { return max(x, -x); }
+FMHA_INLINE vdouble absolute(vdouble x) { return max(x, -x); }
+FMHA_INLINE vfloat quotient(vfloat a, vfloat b) { return a / b; }
+FMHA_INLINE vdouble quotient(vdouble a, vdouble b) { return a / b; }
 FMHA_INLINE void copy_some_bytes(void* to, const void* from, int64_t bytes) { memcpy(to, from, size_t(bytes)); }
 
 FMHA_INLINE vfloat select(uint32_t bits, vfloat v, vfloat other) { return portable_select<float>(bits, v, other); }

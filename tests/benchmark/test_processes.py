@@ -1,0 +1,62 @@
+"""A contender in a process of its own: its threads, its errors, its end."""
+
+import os
+
+import pytest
+import torch
+
+from benchmark.fakes import nothing
+from fused_mha.benchmark import processes
+from fused_mha.benchmark.processes import LEAST_TURNS, Processes
+
+
+class RuntimesOwnError(Exception):
+    """An error that another process cannot unpickle."""
+
+    def __init__(self, what, code):
+        super().__init__(f"{what}, code {code}")
+
+
+def of_one_thread():
+    assert torch.get_num_threads() == 1, "it has the wrong threads"
+    return nothing
+
+
+def wrong():
+    raise AssertionError("it is off")
+
+
+def failing():
+    raise RuntimesOwnError("no such node", 7)
+
+
+def dying():
+    os._exit(1)
+
+
+def test_a_contender_fails_and_dies_alone_and_is_timed_in_turns(monkeypatch):
+    monkeypatch.setattr(processes, "PAUSE", 0.0)
+    with Processes(1) as contenders:
+        with pytest.raises(AssertionError, match=r"^it is off$"):
+            contenders.make("a", wrong)
+        with pytest.raises(RuntimeError, match=r"^RuntimesOwnError: no such node, code 7$"):
+            contenders.make("a", failing)
+        with pytest.raises(RuntimeError, match=r"^its process ended$"):
+            contenders.make("a", dying)
+        contenders.make("a", of_one_thread)
+        turns = contenders.turns(["a"], 0.0)
+    assert len(turns) == LEAST_TURNS
+    assert all(turn["a"] > 0.0 for turn in turns)
+
+
+def test_the_order_of_the_contenders_changes_from_turn_to_turn_and_not_from_run_to_run(monkeypatch):
+    monkeypatch.setattr(processes, "PAUSE", 0.0)
+    orders = []
+    for _ in range(2):
+        asked = []
+        contenders = Processes(1)
+        monkeypatch.setattr(contenders, "_result", lambda name, function, asked=asked: asked.append(name) or 1.0)
+        assert contenders.turns(["a", "b", "c"], 0.5) == [{"a": 1.0, "b": 1.0, "c": 1.0}] * 10
+        orders.append([tuple(asked[place : place + 3]) for place in range(0, 30, 3)])
+    assert orders[0] == orders[1]
+    assert len(set(orders[0])) > 2
