@@ -22,6 +22,9 @@ class LinearScaling(NamedTuple):
     Args:
         factor: how many times longer the texts are than those of training; at least 1.
 
+    Examples:
+        >>> rope = fused_mha.RotaryEmbedding(64, scaling=fused_mha.LinearScaling(4.0))
+
     Source:
         Chen et al., "Extending Context Window of Large Language Models via Positional Interpolation"
         (arXiv 2306.15595).
@@ -41,6 +44,9 @@ class NTKScaling(NamedTuple):
 
     Args:
         factor: how many times longer the texts are than those of training; at least 1.
+
+    Examples:
+        >>> rope = fused_mha.RotaryEmbedding(64, scaling=fused_mha.NTKScaling(4.0))
 
     Source:
         Peng et al., "YaRN" (arXiv 2309.00071), section 3.1, "NTK-aware" interpolation.
@@ -67,6 +73,9 @@ class YaRNScaling(NamedTuple):
         attention_factor: what cos and sin are multiplied by, and so both the rotated query and key;
             ``0.1 * ln(factor) + 1`` if None.
         truncate: whether the ends of the ramp are rounded to whole pairs.
+
+    Examples:
+        >>> rope = fused_mha.RotaryEmbedding(64, scaling=fused_mha.YaRNScaling(4.0, original_max_positions=4096))
 
     Source:
         Peng et al., "YaRN: Efficient Context Window Extension of Large Language Models" (arXiv 2309.00071), sections
@@ -108,6 +117,9 @@ class Llama3Scaling(NamedTuple):
         original_max_positions: the longest text of training.
         low_freq_factor: the upper bound is ``original_max_positions / low_freq_factor``.
         high_freq_factor: the lower bound is ``original_max_positions / high_freq_factor``.
+
+    Examples:
+        >>> rope = fused_mha.RotaryEmbedding(64, scaling=fused_mha.Llama3Scaling(8.0, original_max_positions=8192))
 
     Source:
         Dubey et al., "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.4.2, and its published code,
