@@ -170,6 +170,24 @@ def test_a_ring_keeps_what_the_window_reaches_back_to(config, chunks):
     assert cache.capacity == 2 * config["window"][0] + 1
 
 
+@pytest.mark.parametrize("config", WINDOWS.values(), ids=WINDOWS)
+def test_a_ring_of_elements_of_other_lengths(config):
+    module, x = module_with(torch.float64, **config), draw(N, 40, E)
+    expected, _ = module(x, x, x, is_causal=True)
+    cache = KeyValueCache(module, N, ring=True)
+    lengths = [0, 0]
+    for size, counts in ((9, (9, 2)), (1, (1, 1)), (8, (3, 8)), (2, (0, 2)), (9, (9, 9)), (1, (1, 0)), (3, (3, 3))):
+        chunk = torch.stack([x[n, lengths[n] : lengths[n] + size] for n in range(N)])
+        padding = torch.arange(size) >= torch.tensor(counts)[:, None]
+        call = {"need_weights": False, "is_causal": True, "cache": cache}
+        with torch.no_grad():
+            output, _ = module(chunk, chunk, chunk, key_padding_mask=padding if bool(padding.any()) else None, **call)
+        for n, count in enumerate(counts):
+            assert_same(output[n, :count], expected[n, lengths[n] : lengths[n] + count])
+            lengths[n] += count
+        assert cache.lengths.tolist() == lengths
+
+
 def test_a_ring_takes_the_last_columns_of_a_mask():
     module, x = module_with(torch.float64, **EVERYTHING), draw(N, 30, E)
     mask = draw(30, 30)
@@ -257,6 +275,24 @@ def test_under_autocast_a_cache_has_autocasts_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = decode(module, cache, x, [4, 1, 6])
     assert_same(output.float(), expected, torch.bfloat16)
+
+
+def test_an_unpickled_cache_is_of_the_module_that_it_is_first_given_to():
+    module, x = module_with(torch.float64), draw(N, 1, E)
+    cache = pickle.loads(pickle.dumps(KeyValueCache(module, N)))
+    module(x, x, x, cache=cache)
+    other = copy.deepcopy(module)
+    with pytest.raises(ValueError, match="cache must be one of this module"):
+        other(x, x, x, cache=cache)
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_of_it():
+    module, x = module_with(torch.float64), draw(N, 1, E)
+    with torch.inference_mode():
+        cache = KeyValueCache(module, N, max_length=4)
+    with torch.no_grad():
+        module(x, x, x, cache=cache)
+    assert cache.length == 1
 
 
 @pytest.mark.parametrize("max_length", [None, 40])

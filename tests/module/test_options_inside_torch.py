@@ -190,6 +190,15 @@ def test_a_hidden_key_reaches_no_output_and_no_gradient(config):
     assert bool(x.grad[~padding].isfinite().all())
 
 
+def test_slopes_first_seen_in_inference_mode_serve_training():
+    module, x = module_with(alibi=[0.123, 0.0, 1.0, 0.5]), draw(2, 5, E)
+    with torch.inference_mode():
+        module(x, x, x)
+    for need_weights in (True, False):
+        module(x, x, x, need_weights=need_weights)[0].sum().backward()
+    assert bool(module.in_proj_weight.grad.any())
+
+
 @every_config
 def test_dropout_drops_weights(config):
     module = module_with(**config, dropout=1.0)
