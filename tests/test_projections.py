@@ -35,12 +35,16 @@ def inputs_of(sharing):
     return query, key, key if sharing == "key is value" else draw(2, 4, E, seed=2)
 
 
+def project_visible(inputs, hidden, weight, bias):
+    return projections.packed_in_projection(*projections.without_hidden_keys(*inputs, hidden), weight, bias)
+
+
 @pytest.mark.parametrize("bias", [draw(3 * E, seed=4), None], ids=["bias", "no bias"])
 @pytest.mark.parametrize("sharing", SHARINGS)
 def test_packed_rows_are_query_key_value(sharing, bias):
     weight = draw(3 * E, E, seed=3)
     inputs = inputs_of(sharing)
-    results = projections.packed_in_projection(*inputs, weight, bias, None)
+    results = projections.packed_in_projection(*inputs, weight, bias)
     for i, (x, result) in enumerate(zip(inputs, results, strict=True)):
         rows = slice(i * E, (i + 1) * E)
         assert_close(result, F.linear(x, weight[rows], None if bias is None else bias[rows]))
@@ -61,10 +65,12 @@ def test_hidden_keys_that_are_nan_give_finite_keys_and_values(sharing):
     hidden = torch.zeros(*inputs[1].shape[:2], 1, dtype=torch.bool)
     hidden[0, 1:] = True
     weight, bias = draw(3 * E, E, seed=3), draw(3 * E, seed=4)
-    clean = projections.packed_in_projection(*inputs, weight, bias, hidden)
+    clean = project_visible(inputs, hidden, weight, bias)
     for x in dict.fromkeys(inputs[1:]):
         x[0, 1:] = NAN
-    query, key, value = projections.packed_in_projection(*inputs, weight, bias, hidden)
+    query, key, value = projections.packed_in_projection(
+        *projections.without_hidden_keys(*inputs, hidden), weight, bias
+    )
     for x, expected in ((key, clean[1]), (value, clean[2])):
         assert torch.equal(x[~hidden[..., 0]], expected[~hidden[..., 0]])
     assert all(bool(x.isfinite().all()) for x in (query, key, value))  # also where the hidden row is a query
@@ -78,7 +84,7 @@ def test_hidden_keys_reach_no_gradient_of_the_weight(sharing):
     weight = draw(3 * E, E, seed=3).requires_grad_()
     for x in dict.fromkeys(inputs[1:]):
         x[0, 1:] = NAN
-    sum(x.sum() for x in projections.packed_in_projection(*inputs, weight, None, hidden)).backward()
+    sum(x.sum() for x in project_visible(inputs, hidden, weight, None)).backward()
     assert bool(weight.grad.isfinite().all())
     assert bool((weight.grad != 0).all())
 

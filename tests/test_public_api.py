@@ -22,12 +22,19 @@ NAMES = [
     "AttentionResult",
     "ConversionReport",
     "Explanation",
+    "KeyValueCache",
+    "LinearScaling",
+    "Llama3Scaling",
     "MultiHeadAttention",
+    "NTKScaling",
+    "RotaryEmbedding",
     "ServedCalls",
+    "YaRNScaling",
     "attention",
     "backend",
     "convert",
     "explain",
+    "pool_key_heads",
     "revert",
     "scaled_dot_product_attention",
     "serve_sdpa",
@@ -38,6 +45,13 @@ STRATEGIES = ["calls", "cases", "fast_path_cases", "inputs", "masks"]
 PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
 FUNCTIONS = [
     fused_mha.MultiHeadAttention,
+    fused_mha.KeyValueCache,
+    fused_mha.RotaryEmbedding,
+    fused_mha.LinearScaling,
+    fused_mha.NTKScaling,
+    fused_mha.YaRNScaling,
+    fused_mha.Llama3Scaling,
+    fused_mha.pool_key_heads,
     fused_mha.attention,
     fused_mha.backend,
     fused_mha.convert,
@@ -117,9 +131,12 @@ def test_methods_of_the_module_have_docstrings_of_their_own():
 
 
 @pytest.mark.parametrize("method", ["__init__", "forward", "merge_masks"])
-def test_signatures_are_torchs(method):
-    ours, theirs = (getattr(cls, method) for cls in (fused_mha.MultiHeadAttention, nn.MultiheadAttention))
-    assert described(ours) == described(theirs)
+def test_signatures_are_torchs_and_what_is_more_is_off(method):
+    ours, theirs = (described(getattr(cls, method)) for cls in (fused_mha.MultiHeadAttention, nn.MultiheadAttention))
+    assert ours[: len(theirs)] == theirs
+    for name, kind, default in ours[len(theirs) :]:
+        assert kind is inspect.Parameter.KEYWORD_ONLY, name
+        assert default in (None, False), name
 
 
 def test_signature_of_attention():

@@ -7,8 +7,11 @@ from fused_mha.core.attention import attention
 from fused_mha.core.dispatch import Explanation, backend
 from fused_mha.core.inputs import AttentionResult
 from fused_mha.integrations.sdpa import ServedCalls, scaled_dot_product_attention, serve_sdpa
+from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.explanation import explain
+from fused_mha.module.loading import pool_key_heads
 from fused_mha.module.multi_head_attention import MultiHeadAttention
+from fused_mha.module.rotary import LinearScaling, Llama3Scaling, NTKScaling, RotaryEmbedding, YaRNScaling
 from fused_mha.warm_up import warm_up
 
 __version__ = _version("fused-mha")
@@ -17,12 +20,19 @@ __all__ = [
     "AttentionResult",
     "ConversionReport",
     "Explanation",
+    "KeyValueCache",
+    "LinearScaling",
+    "Llama3Scaling",
     "MultiHeadAttention",
+    "NTKScaling",
+    "RotaryEmbedding",
     "ServedCalls",
+    "YaRNScaling",
     "attention",
     "backend",
     "convert",
     "explain",
+    "pool_key_heads",
     "revert",
     "scaled_dot_product_attention",
     "serve_sdpa",

@@ -100,7 +100,7 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
     Raises:
         TypeError: ``model`` is not an `nn.Module`.
         ValueError: a subclass of `MultiHeadAttention` (also one that parametrization made), which torch's class can't
-            express; nothing was changed.
+            express, or a module with options that it does not have; nothing was changed.
 
     Examples:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), num_layers=2)
@@ -118,6 +118,11 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
             raise ValueError(
                 f"{names[0] or '(root)'} is a {type(module).__name__}, a subclass that torch.nn.MultiheadAttention "
                 "can't express (remove parametrizations first); nothing was changed"
+            )
+        if module.options is not None:
+            raise ValueError(
+                f"{names[0] or '(root)'} has options that torch.nn.MultiheadAttention can't express, "
+                f"{module.options.described()}; nothing was changed"
             )
         if "forward" in vars(module):
             skipped.update(dict.fromkeys(names, FORWARD_REPLACED))

@@ -147,7 +147,7 @@ int64_t fused_mha_heads(const fused_mha_heads_arguments* call) {
     Checker checker;
     check_heads(checker, *call);
     if (!checker.ok) return -1;
-    if (call->x.size[0] * call->x.size[1] * call->x.size[2]) kernels_of(accumulator_dtype(call->x.dtype)).heads(*call);
+    if (call->x.size[0] > 0 && call->x.size[1] > 0 && call->x.size[2] > 0) kernels_of(accumulator_dtype(call->x.dtype)).heads(*call);
     return 0;
 }
 

@@ -13,7 +13,8 @@ from fused_mha.backends import delegation
 from fused_mha.core.dispatch import Explanation, explain_inputs
 from fused_mha.core.inputs import ModuleArguments
 from fused_mha.integrations import sdpa
-from fused_mha.module import linear, one_call
+from fused_mha.module import linear, one_call, steps
+from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 
@@ -61,25 +62,35 @@ def explain(
         )
     call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
     call.apply_defaults()
+    positions, cache = call.arguments.pop("positions"), call.arguments.pop("cache")
     arguments = ModuleArguments(**call.arguments)
     if any(x.is_nested for x in arguments[:3]):
         padded, padding, _ = module._unpack_nested(*arguments[:4], arguments.attn_mask)
         arguments = arguments._replace(query=padded, key=padded, value=padded, key_padding_mask=padding)
-    N, is_batched, dropout_p = module._checked(arguments)
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
-        inputs = module._attention_inputs(arguments, N, is_batched, dropout_p)
+        if module.options is not None or positions is not None or cache is not None:
+            prepared = steps.prepare(module, arguments, positions, cache)
+            return explain_inputs(prepared.inputs)._replace(projections=_projections(module, arguments, cache))
+        N, is_batched, dropout_p = module._checked(arguments)
+        projected = steps.project(module, arguments, is_batched)
+        inputs = steps.attention_inputs(module, arguments, N, projected, dropout_p)
     explanation = explain_inputs(inputs)
     kept = one_call.kept(module, arguments)
     if kept is not None and explanation.chosen is not None and one_call.keep(kept, module, inputs) is not None:
         rule = delegation.MODULE_RULE
         by = str(rule) if explanation.chosen == rule.serves else "torch's products"
         return explanation._replace(projections=f"in one step with the attention, by {by}")
-    return explanation._replace(projections=_projections(module, arguments))
+    return explanation._replace(projections=_projections(module, arguments, None))
 
 
-def _projections(module: MultiHeadAttention, arguments: ModuleArguments) -> str:
+def _projections(module: MultiHeadAttention, arguments: ModuleArguments, cache: KeyValueCache | None) -> str:
     """How `one_call` and `linear` decide, and why."""
-    reason = one_call.tensors_of(module, arguments)
+    if cache is not None:
+        reason = "one call serves no cache"
+    elif module.options is not None:
+        reason = f"one call serves no {module.options.described()}"
+    else:
+        reason = one_call.tensors_of(module, arguments)
     if not isinstance(reason, str):
         return "in one call with the attention"
     weight = module.q_proj_weight if module.in_proj_weight is None else module.in_proj_weight

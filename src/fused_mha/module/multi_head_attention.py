@@ -6,7 +6,7 @@ Users build it, `convert` turns torch's modules into it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,17 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import Parameter
 
-from fused_mha.core import masks, plans
-from fused_mha.core.inputs import (
-    AttentionInputs,
-    ModuleArguments,
-    check_are_tensors,
-    check_dropout,
-    check_module_inputs,
-    default_scale,
-)
+from fused_mha.core.heads import QKNorm
+from fused_mha.core.inputs import ModuleArguments, Window, check_are_tensors, check_dropout, check_module_inputs
 from fused_mha.core.modes import PLAIN_OR_NONE
-from fused_mha.module import nested, one_call, projections
+from fused_mha.module import loading, nested, one_call, projections, steps
+from fused_mha.module import options as module_options
+from fused_mha.module.cache import KeyValueCache
+from fused_mha.module.options import ModuleOptions
 from fused_mha.module.quantization import QConfig
+from fused_mha.module.rotary import RotaryEmbedding
 
 
 def keep_forward_called(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -56,9 +53,12 @@ class MultiHeadAttention(TorchAttention):
     mask; hooks and replaced projections take effect in every mode; masks of any floating dtype and broadcastable 4-D
     masks are taken. The drop-in table of the documentation lists everything.
 
+    What stands after ``dtype`` torch's module does not have. With all of it off the module is torch's, checkpoints and
+    initial values included; "Options and cache" in the documentation has each with its parameters.
+
     Args:
-        embed_dim: E, size of the query, the output and all heads together.
-        num_heads: H; divides ``embed_dim``.
+        embed_dim: E, size of the query, the output and, without ``head_dim``, all heads together.
+        num_heads: H; divides ``embed_dim``, unless ``head_dim`` is given.
         dropout: probability of dropping an attention weight in training.
         bias: whether the projections have biases.
         add_bias_kv: append a learned key and value to every sequence.
@@ -68,10 +68,21 @@ class MultiHeadAttention(TorchAttention):
         batch_first: 3-D inputs and outputs are (N, L, E), not (L, N, E).
         device: where the parameters are made.
         dtype: of the parameters.
+        num_kv_heads: H_kv, heads of key and value, each read by H / H_kv heads of the query; H if None.
+        head_dim: D, components of a head of query and key; E / H if None.
+        value_head_dim: D_v, components of a head of the value; D if None.
+        window: (left, right), how many keys before and after its own position a query sees; None is no limit.
+        softcap: bound c of the scores: c * tanh(score / c), before the masks.
+        sinks: a learned logit for each head, ``sinks``, that takes probability and gives no value.
+        rope: a `RotaryEmbedding` that turns queries and keys by their positions; for self-attention.
+        qk_norm: norm of each head of queries and keys, with learned scales: ``"rms"``, ``"layer"`` or ``"l2"``.
+        alibi: take slope * distance from the scores: True for the usual slopes of each head, or (H) slopes.
+        gate: multiply the heads by sigmoid(query W^T + b) before ``out_proj``.
 
     Raises:
-        ValueError: ``embed_dim`` or ``num_heads`` is not positive.
+        ValueError: ``embed_dim`` or ``num_heads`` is not positive, or an option is out of its range.
         AssertionError: ``num_heads`` does not divide ``embed_dim``.
+        TypeError: an option is of a wrong type.
 
     Examples:
         >>> attention = fused_mha.MultiHeadAttention(embed_dim=16, num_heads=4, batch_first=True)
@@ -85,6 +96,14 @@ class MultiHeadAttention(TorchAttention):
     """
 
     qconfig = QConfig()
+    options: ModuleOptions | None = None  # of an instance that has some
+    q_norm_weight: Parameter | None
+    q_norm_bias: Parameter | None
+    k_norm_weight: Parameter | None
+    k_norm_bias: Parameter | None
+    sinks: Parameter | None
+    gate_proj_weight: Parameter | None
+    gate_proj_bias: Parameter | None
 
     def __init__(
         self,
@@ -99,16 +118,41 @@ class MultiHeadAttention(TorchAttention):
         batch_first: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        rope: RotaryEmbedding | None = None,
+        qk_norm: QKNorm | None = None,
+        alibi: bool | Tensor | Sequence[float] = False,
+        gate: bool = False,
     ) -> None:
         if embed_dim <= 0 or num_heads <= 0:
             raise ValueError(
                 f"embed_dim and num_heads must be greater than 0, got embed_dim={embed_dim} and num_heads={num_heads} "
                 "instead"
             )
-        if embed_dim % num_heads != 0:
+        if head_dim is None and embed_dim % num_heads != 0:
             raise AssertionError(
                 f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
             )
+        options = module_options.checked(
+            embed_dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_head_dim=value_head_dim,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            rope=rope,
+            qk_norm=qk_norm,
+            alibi=alibi,
+            gate=gate,
+        )
         nn.Module.__init__(self)  # torch's own constructor would draw the initial values a first time
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -117,33 +161,38 @@ class MultiHeadAttention(TorchAttention):
         self.num_heads = num_heads
         self.dropout = dropout
         self.batch_first = batch_first
-        self.head_dim = embed_dim // num_heads
+        self.head_dim = embed_dim // num_heads if options is None else options.head_dim
+        of_query, of_key, of_value = rows = (embed_dim,) * 3 if options is None else options.rows
+        merged = embed_dim if options is None else num_heads * options.value_head_dim
 
         def parameter(*shape: int) -> Parameter:
             return Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         # `state_dict` lists the parameters in the order in which they are registered here.
         if self._qkv_same_embed_dim:
-            self.in_proj_weight = parameter(3 * embed_dim, embed_dim)
+            self.in_proj_weight = parameter(sum(rows), embed_dim)
             self.register_parameter("q_proj_weight", None)
             self.register_parameter("k_proj_weight", None)
             self.register_parameter("v_proj_weight", None)
         else:
-            self.q_proj_weight = parameter(embed_dim, embed_dim)
-            self.k_proj_weight = parameter(embed_dim, self.kdim)
-            self.v_proj_weight = parameter(embed_dim, self.vdim)
+            self.q_proj_weight = parameter(of_query, embed_dim)
+            self.k_proj_weight = parameter(of_key, self.kdim)
+            self.v_proj_weight = parameter(of_value, self.vdim)
             self.register_parameter("in_proj_weight", None)
         if bias:
-            self.in_proj_bias = parameter(3 * embed_dim)
+            self.in_proj_bias = parameter(sum(rows))
         else:
             self.register_parameter("in_proj_bias", None)
-        self.out_proj = NonDynamicallyQuantizableLinear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = NonDynamicallyQuantizableLinear(merged, embed_dim, bias=bias, device=device, dtype=dtype)
         if add_bias_kv:
-            self.bias_k = parameter(1, 1, embed_dim)
-            self.bias_v = parameter(1, 1, embed_dim)
+            self.bias_k = parameter(1, 1, of_key)
+            self.bias_v = parameter(1, 1, of_value)
         else:
             self.bias_k = self.bias_v = None
         self.add_zero_attn = add_zero_attn
+        if options is not None:
+            self.options, self._version = options, loading.VERSION
+            module_options.register(self, options, bias, device, dtype)
 
         self._reset_parameters()
         ensure_forward_hook(self)
@@ -171,13 +220,24 @@ class MultiHeadAttention(TorchAttention):
             nn.init.xavier_normal_(self.bias_k)
         if self.bias_v is not None:
             nn.init.xavier_normal_(self.bias_v)
+        if self.options is not None:
+            module_options.reset(self, self.options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         ensure_forward_hook(self)
 
+    def extra_repr(self) -> str:
+        """The options that are on."""
+        return "" if self.options is None else self.options.described()
+
     def __prepare_scriptable__(self) -> TorchAttention:
         """What `torch.jit.script` compiles: torch's module on the same parameters."""
+        if self.options is not None:
+            raise ValueError(
+                "torch.jit.script compiles torch.nn.MultiheadAttention in the place of fused_mha.MultiHeadAttention, "
+                f"which has no {self.options.described()}: use torch.compile or torch.export"
+            )
         warnings.warn(
             "torch.jit.script puts torch.nn.MultiheadAttention in the place of fused_mha.MultiHeadAttention, in the "
             "script and in the model that it was given. Script a copy.deepcopy of the model, or call "
@@ -204,20 +264,25 @@ class MultiHeadAttention(TorchAttention):
         Raises:
             RuntimeError: names (if ``strict``) or shapes do not fit; the text says which.
         """
-        holders: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (held, dict(held)) for module in self.modules() for held in (module._parameters, module._buffers)
-        ]
-        tensors = [tensor for _, before in holders for tensor in before.values() if tensor is not None]
-        values = [(tensor, tensor.detach().clone()) for tensor in tensors if not is_lazy(tensor)]
-        try:
+        with loading.all_or_nothing(self):  # torch reports what does not fit after it has loaded the rest
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except Exception:  # torch reports what does not fit after it has loaded the rest
-            for held, before in holders:
-                held.update(before)
-            with torch.no_grad():
-                for tensor, value in values:
-                    tensor.copy_(value)
-            raise
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.options is not None:
+            lacking = loading.may_lack(state_dict, prefix, local_metadata.get("version"))
+            missing_keys[:] = [key for key in missing_keys if key not in lacking]
 
     def forward(
         self,
@@ -229,6 +294,9 @@ class MultiHeadAttention(TorchAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``.
 
@@ -245,6 +313,11 @@ class MultiHeadAttention(TorchAttention):
             average_attn_weights: the weights' mean over the heads, not the weights of each.
             is_causal: hide the keys after each query's own position, counted from the first (top left). Applies
                 together with the masks and needs none.
+            positions: (L) or (N, L), of an integer dtype, which ``rope`` turns query and key by; if None, counted from
+                0, or from the cache's length on.
+            cache: a `KeyValueCache` of this module, whose keys and values are attended to before those of the call,
+                which it then keeps too. Causality, window and ALiBi are aligned at the bottom right, ``attn_mask``
+                and the weights have columns for all tokens so far, ``key_padding_mask``, bool, for the new ones.
 
         Returns:
             The output, of query's layout and contiguous, and the weights after dropout or None: (N, L, S'), or
@@ -255,9 +328,11 @@ class MultiHeadAttention(TorchAttention):
             AssertionError: ranks, embedding sizes, mask types or ``key_padding_mask``'s shape do not fit.
             RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree; key and value
                 both have one wrong size beside a packed weight.
-            ValueError: ``dropout`` is outside [0, 1] in training.
+            ValueError: ``dropout`` is outside [0, 1] in training; ``key`` is not ``query`` in a module with ``rope``;
+                ``positions`` without ``rope`` or of a wrong shape; a ``cache`` that is not of this module or call.
             AttributeError: ``query``, ``key`` or ``value`` is no tensor.
-            TypeError: a mask is no tensor, or ``num_heads`` no int.
+            TypeError: a mask is no tensor, ``num_heads`` no int, ``positions`` not of integers, or
+                ``key_padding_mask`` not bool beside a cache.
 
         Source:
             `torch.nn.MultiheadAttention.forward`.
@@ -266,10 +341,14 @@ class MultiHeadAttention(TorchAttention):
         if not PLAIN_OR_NONE.issuperset(map(type, given)) or query is None or key is None or value is None:
             if any(isinstance(x, fx.Proxy) for x in given):
                 return self._traced_call(
-                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                    *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal),
+                    **{name: x for name, x in (("positions", positions), ("cache", cache)) if x is not None},
                 )
             check_are_tensors(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
+            if positions is not None or cache is not None:
+                name = "positions" if cache is None else "cache"
+                raise ValueError(f"{name} must be None with nested tensors, whose positions are counted from 0")
             padded, padding, repack = self._unpack_nested(query, key, value, key_padding_mask, attn_mask)
             output, weights = self.forward(
                 padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
@@ -281,6 +360,8 @@ class MultiHeadAttention(TorchAttention):
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
+        if self.options is not None or positions is not None or cache is not None:
+            return steps.with_options(self, arguments, positions, cache)
         kept = one_call.kept(self, arguments)
         if kept is not None and kept.served is not None:
             return one_call.serve(kept, kept.served)
@@ -290,15 +371,14 @@ class MultiHeadAttention(TorchAttention):
             return result
         if kept is not None:
             with torch.no_grad():  # what is saved here, no backward would take
-                inputs = self._attention_inputs(arguments, N, is_batched, dropout_p)
+                projected = steps.project(self, arguments, is_batched)
+                inputs = steps.attention_inputs(self, arguments, N, projected, dropout_p)
             served = one_call.keep(kept, self, inputs)
             if served is not None:
                 return one_call.serve(kept, served)
-        heads, weights, _ = plans.run(self._attention_inputs(arguments, N, is_batched, dropout_p))
-        output = projections.out_projection(projections.merge_heads(heads, is_batched, self.batch_first), self.out_proj)
-        if weights is not None and not is_batched:
-            weights = weights.squeeze(0)
-        return output, weights
+        projected = steps.project(self, arguments, is_batched)
+        inputs = steps.attention_inputs(self, arguments, N, projected, dropout_p)
+        return steps.finish(self, inputs, projected.embedded, is_batched)
 
     def _unpack_nested(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
@@ -322,60 +402,7 @@ class MultiHeadAttention(TorchAttention):
         check_dropout(dropout_p)
         return N, is_batched, dropout_p
 
-    def _attention_inputs(
-        self, arguments: ModuleArguments, N: int, is_batched: bool, dropout_p: float
-    ) -> AttentionInputs:
-        """Project and split into heads what has been checked."""
-        query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal = arguments
-        packed_weight = self.in_proj_weight
-        # Not the attribute: torch too follows a num_heads that is changed later.
-        head_dim = self.embed_dim // self.num_heads
-        hidden = None
-        if key_padding_mask is not None:
-            hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
-            if not is_batched:
-                key_padding_mask = key_padding_mask.unsqueeze(0)
-            elif not self.batch_first:
-                hidden = hidden.transpose(0, 1)
-        if packed_weight is not None:
-            q, k, v = projections.packed_in_projection(query, key, value, packed_weight, self.in_proj_bias, hidden)
-        else:
-            if hidden is not None:
-                query, key, value = projections.without_hidden_keys(query, key, value, hidden)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = projections.separate_in_projection(query, key, value, *weights, self.in_proj_bias)
-        q, k, v = (projections.split_heads(x, head_dim, self.batch_first) for x in (q, k, v))
-
-        if attn_mask is not None:
-            attn_mask = masks.per_head(attn_mask, N, self.num_heads)
-        bias_k, bias_v = self.bias_k, self.bias_v
-        if bias_k is not None and bias_v is not None:
-            bias_k, bias_v = (bias.to(k.dtype).view(-1, head_dim) for bias in (bias_k, bias_v))
-        elif bias_k is not None or bias_v is not None:
-            raise AssertionError("bias_k and bias_v must both be tensors or both None; got one of them alone")
-        return AttentionInputs(
-            query=q,
-            key=k,
-            value=v,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            is_causal=is_causal,
-            causal_alignment="top_left",
-            window=None,
-            bias_k=bias_k,
-            bias_v=bias_v,
-            sinks=None,
-            alibi_slopes=None,
-            add_zero_attn=self.add_zero_attn,
-            dropout_p=dropout_p,
-            scale=default_scale(head_dim),
-            softcap=None,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-            return_lse=False,
-        )
-
-    def _traced_call(self, *args: Any) -> Any:
+    def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
         """Stand as one leaf in a `torch.fx` graph, as torch's module does."""
         hooks = [*self._forward_hooks.values(), *self._forward_pre_hooks.values()]
         if any(hook is not keep_forward_called for hook in hooks):
@@ -383,10 +410,10 @@ class MultiHeadAttention(TorchAttention):
                 f"{type(self).__name__} has forward hooks, which a torch.fx graph would run twice: remove them, trace, "
                 "and register them on the traced module"
             )
-        tracer: Any = next(argument.tracer for argument in args if isinstance(argument, fx.Proxy))
+        tracer: Any = next(argument.tracer for argument in (*args, *kwargs.values()) if isinstance(argument, fx.Proxy))
         if self is getattr(tracer, "root", None):
             raise TraceError(
                 f"{type(self).__name__} is a leaf of torch.fx graphs, so it can't be the root of one: trace the model "
                 "that holds it"
             )
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, {})
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)

@@ -14,9 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fused_mha.core import masks
 from fused_mha.module.linear import linear
 
+Rows = tuple[int, int, int]
+
 
 def packed_in_projection(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project by one packed weight, with as few matrix products as the identities of the inputs allow.
 
@@ -26,23 +28,22 @@ def packed_in_projection(
         value: (..., E).
         weight: (3E, E), the rows of query, key and value in this order.
         bias: (3E), or None.
-        hidden: (..., 1), bool, True = never read, or None; of key's and value's shape.
+        rows: how many rows of the weight each of the three has; E if None.
 
     Returns:
-        The three projections, each (..., E), as views of one tensor where one product made them.
+        The three projections, as views of one tensor where one product made them.
     """
     E = weight.shape[1]
-    if hidden is not None:
-        query, key, value = without_hidden_keys(query, key, value, hidden)
+    of_query, of_key, of_value = rows or (E, E, E)
     if query is key and key is value:
-        q, k, v = _project(query, weight, bias).chunk(3, dim=-1)
+        q, k, v = _project(query, weight, bias).split([of_query, of_key, of_value], dim=-1)
         return q, k, v
     if key is value:
-        w_q, w_kv = weight.split([E, 2 * E])
-        b_q, b_kv = bias.split([E, 2 * E]) if bias is not None else (None, None)
-        k, v = _project(key, w_kv, b_kv).chunk(2, dim=-1)
+        w_q, w_kv = weight.split([of_query, of_key + of_value])
+        b_q, b_kv = bias.split([of_query, of_key + of_value]) if bias is not None else (None, None)
+        k, v = _project(key, w_kv, b_kv).split([of_key, of_value], dim=-1)
         return _project(query, w_q, b_q), k, v
-    w_q, w_k, w_v = weight.chunk(3)
+    w_q, w_k, w_v = weight.split([of_query, of_key, of_value])
     return separate_in_projection(query, key, value, w_q, w_k, w_v, bias)
 
 
@@ -61,15 +62,17 @@ def separate_in_projection(
         query: (..., E).
         key: (..., kdim).
         value: (..., vdim).
-        w_q: (E, E).
+        w_q: (E, E), or of other rows, as the other two.
         w_k: (E, kdim).
         w_v: (E, vdim).
         bias: (3E), packed in the order query, key, value, or None.
 
     Returns:
-        The three projections, each (..., E).
+        The three projections, each of as many features as its weight has rows.
     """
-    b_q, b_k, b_v = bias.chunk(3) if bias is not None else (None, None, None)
+    b_q = b_k = b_v = None
+    if bias is not None:
+        b_q, b_k, b_v = bias.split([w_q.shape[0], w_k.shape[0], w_v.shape[0]])
     return _project(query, w_q, b_q), _project(key, w_k, b_k), _project(value, w_v, b_v)
 
 

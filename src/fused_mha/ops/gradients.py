@@ -48,25 +48,25 @@ def attention_backward(
         if not has_rows:
             grad_mask = grad_columns.unsqueeze(2)  # [N, H, 1, S]
             for dim in (0, 1):
-                grad_mask = _sum(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
+                grad_mask = summed(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
         grad_attn_mask = grad_mask.to(mask.dtype)
     if padding_grad and padding is not None:
         # Of one head the sum is what it sums, of which the gradient of a mask of keys may be a view too.
-        grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype, copy=True)
+        grad_padding = summed(grad_columns, 1).squeeze(1).to(padding.dtype, copy=True)
     grad_biases = [
-        query.new_empty((0,)) if bias is None else _sum(grad, 0)[0].to(query.dtype)
+        query.new_empty((0,)) if bias is None else summed(grad, 0)[0].to(query.dtype)
         for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))
     ]
     sinks, slopes = arguments.sinks, arguments.alibi_slopes
     of_heads = [query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (sinks, slopes)]
     if sinks is not None:
-        of_heads[0].copy_(_sum(grad_sinks, 0)[0])
+        of_heads[0].copy_(summed(grad_sinks, 0)[0])
     if slopes is not None:
-        of_heads[1].copy_(_sum(_sum(grad_distances, 0), 2).flatten().neg())
+        of_heads[1].copy_(summed(summed(grad_distances, 0), 2).flatten().neg())
     return *grads, grad_attn_mask, grad_padding, *grad_biases, *of_heads
 
 
-def _sum(x: Tensor, dim: int) -> Tensor:
+def summed(x: Tensor, dim: int) -> Tensor:
     """The sum over one dimension, which stays with size 1, by pairs: torch's own order depends on the threads."""
     while (size := x.shape[dim]) > 1:
         half = (size + 1) // 2

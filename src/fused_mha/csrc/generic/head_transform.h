@@ -1,4 +1,4 @@
-// Q/K norm and rotation of heads, forward and backward, in one pass over them: what `module/heads.py` says in PyTorch.
+// Q/K norm and rotation of heads, forward and backward, in one pass over them: what `core/heads.py` says in PyTorch.
 // instantiate.h calls it.
 #pragma once
 
