@@ -68,6 +68,11 @@ ALLOWED = {
         "backends.sdpa",
         *(f"core.{name}" for name in ("attention", "dispatch", "inputs", "modes")),
     },
+    "integrations.transformers": {
+        *("core.attention", "integrations.lazy_mask", "integrations.transformers_masks"),
+    },
+    "integrations.transformers_masks": {"core.inputs", "core.masks", "integrations.lazy_mask"},
+    "integrations.lazy_mask": {"core.inputs", "core.masks"},
     "module": set(),
     "module.explanation": {
         "backends.delegation",
@@ -210,6 +215,7 @@ THIRD_PARTY = {  # of every other file torch alone
     "testing.strategies": {"torch", "hypothesis"},
     "benchmark.command": {"torch", "tqdm"},
     "benchmark.plot": {"matplotlib"},
+    **{f"integrations.{name}": {"torch", "transformers"} for name in ("transformers", "transformers_masks")},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
@@ -217,8 +223,8 @@ THIRD_PARTY = {  # of every other file torch alone
     },
 }
 ON_TOP = {
-    *("", "info", "convert", "integrations", "integrations.sdpa", "module.explanation", "warm_up"),
-    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "parity", "testing")),
+    *("", "info", "convert", "module.explanation", "warm_up"),
+    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "integrations", "parity", "testing")),
 }
 
 

@@ -6,13 +6,14 @@ in each layer. It is imported when `register` is called.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fused_mha.core.attention import attention
-from fused_mha.integrations.band_mask import BandMask
+from fused_mha.integrations.lazy_mask import Band, LazyMask
 from fused_mha.integrations.transformers_masks import attention_mask, masking_utils
 
 OLDEST = "4.48"
@@ -115,49 +116,49 @@ def attention_forward(
     Raises:
         ValueError: a keyword that the core can't compute.
     """
-    _check_keywords(module, scaling, attention_mask, others)
     _, H, L, _ = query.shape
+    _check_keywords(module, L, scaling, attention_mask, others)
     S = key.shape[2]
-    band: dict[str, Any] = {}
-    dense = attention_mask
-    visible = S
-    if type(attention_mask) is BandMask:
-        if attention_mask.is_band and attention_mask.shape[2:] == (L, S):
-            dense, visible = None, attention_mask.visible
-            left, right = attention_mask.band
-            band = {
-                "key_padding_mask": attention_mask.padding,
-                "is_causal": right == 0,
-                "causal_alignment": "bottom_right",
-                "window": None if left is None and right in (None, 0) else (left, right),
-            }
-        else:
-            dense = attention_mask.entries()
+    is_lazy = type(attention_mask) is LazyMask
+    hides = attention_mask.hides if is_lazy and attention_mask.shape[2:] == (L, S) else None
+    masks: dict[str, Any] = {}
+    if isinstance(hides, Band):
+        left, right = hides.limits
+        masks = {
+            "key_padding_mask": hides.padding,
+            "is_causal": right == 0,
+            "causal_alignment": "bottom_right",
+            "window": None if left is None and right in (None, 0) else hides.limits,
+        }
+        if hides.visible < S:
+            key, value = key[:, :, : hides.visible], value[:, :, : hides.visible]
+        attention_mask = None
+    elif is_lazy:
+        attention_mask = attention_mask.entries() if hides is None else hides
     elif attention_mask is None:
-        if is_causal and L > 1:
-            band = {"is_causal": True, "window": None if sliding_window is None else (sliding_window - 1, 0)}
-        elif sliding_window is not None and S > sliding_window and L > 1:
-            raise ValueError(
-                f"sliding_window={sliding_window} without a mask must be of a causal layer; got {S} keys and is_causal="
-                f"{is_causal}: which keys it hides is said by no argument"
-            )
-    if visible < S:
-        key, value = key[:, :, :visible], value[:, :, :visible]
+        masks = _without_a_mask(L, S, is_causal, sliding_window)
+    elif attention_mask.dtype == torch.bool:
+        attention_mask = attention_mask.logical_not()
+    visible = key.shape[2]
     result = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=_added(dense, position_bias, visible),
+        attn_mask=_added(attention_mask, position_bias, visible),
         sinks=s_aux,
         dropout_p=dropout if module.training else 0.0,
         scale=scaling,
         softcap=softcap,
-        need_weights=bool(output_attentions),
+        need_weights=bool(output_attentions) or _weights_are_captured(),
         average_attn_weights=False,
-        **band,
+        **masks,
     )
     output, weights = result.output, result.weights
     if head_mask is not None:
+        if head_mask.numel() != H:
+            raise ValueError(
+                f"head_mask must have one number for each of {H} heads; got shape {tuple(head_mask.shape)}"
+            )
         factors = head_mask.reshape(H).to(output.dtype)
         output = output * factors.unsqueeze(-1)
         weights = None if weights is None else weights * factors.view(H, 1, 1)
@@ -166,32 +167,60 @@ def attention_forward(
     return output, weights
 
 
+def _weights_are_captured() -> bool:
+    """Whether a model takes the weights from its layers' results, as it may without a keyword; from 5.2 on."""
+    capturing: Any = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or torch.compiler.is_compiling():  # Dynamo reads no context variable
+        return False
+    captured = capturing._active_collector.get()
+    return captured is not None and any("attentions" in name for name in captured)
+
+
 def _check_keywords(
-    module: nn.Module, scaling: float | None, attention_mask: Tensor | None, others: dict[str, Any]
+    module: nn.Module, L: int, scaling: float | None, attention_mask: Tensor | None, others: dict[str, Any]
 ) -> None:
     """Raise ValueError for what would change the result and can't be computed."""
     for name, x in others.items():
         if name in NOT_OF_ATTENTION or x is None or x is False:
             continue
         if name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-            if x.numel() == 2 or not (attention_mask is None or type(attention_mask) is BandMask):
-                continue  # one sequence, or a mask that says which key is of which
+            is_band = type(attention_mask) is LazyMask and isinstance(attention_mask.hides, Band)
+            if x.numel() == 2 or not (attention_mask is None or is_band):
+                continue  # one sequence, or a mask that tells them apart
             raise ValueError(
                 f"{name} gives {x.numel() - 1} sequences, and the mask does not keep them apart: pass position_ids "
                 "that start again with each sequence, and neither attention_mask nor a cache"
             )
         raise ValueError(f"{name} is a keyword of attention that fused_mha does not know; got {type(x).__name__}")
+    is_causal = getattr(module, "is_causal", False) and not getattr(module, "is_cross_attention", False)
+    if is_causal and attention_mask is not None and attention_mask.shape[-2] == 1 < L:
+        # GPT-2's own eager, before transformers 4.53, hides the future besides.
+        raise ValueError(
+            f"attention_mask must have a row for each of the {L} queries of a causal layer; got shape "
+            f"{tuple(attention_mask.shape)}"
+        )
     if scaling is None:  # GPT-2 before transformers 5
         for name, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
             if getattr(module, name, usual) is not usual:
                 raise ValueError(f"{name}={not usual} changes the scores, and this transformers gives no scaling")
 
 
+def _without_a_mask(L: int, S: int, is_causal: bool | None, sliding_window: int | None) -> dict[str, Any]:
+    """What a layer that gets no mask says of what it hides."""
+    if is_causal and L > 1:
+        return {"is_causal": True, "window": None if sliding_window is None else (sliding_window - 1, None)}
+    if sliding_window is not None and L > 1 and sliding_window < S:
+        raise ValueError(
+            f"sliding_window={sliding_window} has no meaning without a mask for {L} queries and {S} keys of a layer "
+            "that is not causal"
+        )
+    return {}
+
+
 def _added(mask: Tensor | None, bias: Tensor | None, S: int) -> Tensor | None:
-    """A mask (True = attend) and a bias, each of any rank up to 4, as the attn_mask of `attention` over S keys."""
+    """A mask (True = ignore) and a bias, each of any rank up to 4, as the attn_mask of `attention` over S keys."""
     if mask is not None:
         mask = _of_keys(mask, S)
-        mask = mask.logical_not() if mask.dtype == torch.bool else mask
     if bias is None:
         return mask
     bias = _of_keys(bias, S)
@@ -201,6 +230,8 @@ def _added(mask: Tensor | None, bias: Tensor | None, S: int) -> Tensor | None:
 
 
 def _of_keys(mask: Tensor, S: int) -> Tensor:
-    """The mask as (N|1, H|1, L|1, S): of a cache, models make it longer."""
+    """The mask as (N|1, H|1, L|1, S): models make it longer than their cache."""
     mask = mask[(None,) * (4 - mask.dim())]
-    return mask[..., :S] if mask.shape[-1] > S else mask.expand(*mask.shape[:-1], S)
+    if mask.shape[-1] == 1:
+        return mask.expand(*mask.shape[:-1], S)
+    return mask[..., :S] if mask.shape[-1] > S else mask
