@@ -111,7 +111,7 @@ def _case(group: str, kind: Kind, N: int, length: int) -> BenchCase:
 
 def models(sizes: dict[str, int]) -> dict[str, nn.Module]:
     """The same Llama on each attention."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
     register()
     config = LlamaConfig(vocab_size=1000, num_hidden_layers=LAYERS, max_position_embeddings=2048, **sizes)

@@ -14,27 +14,27 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
-from fused_mha.integrations.transformers import register
+from fused_mha.integrations import transformers as integration
 from fused_mha.testing import tolerance
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
 
 
-def load(implementation: str) -> torch.nn.Module:
+def load(implementation: str) -> Any:
     """As `from_pretrained(path, attn_implementation=...)`, of random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
-
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, **HEADS, initializer_range=0.1, eos_token_id=None)
     return LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
 
 
-def timed(model: torch.nn.Module, prompt: Tensor, written: int) -> tuple[Tensor, Tensor, float, float]:
+def timed(model: Any, prompt: Tensor, written: int) -> tuple[Tensor, Tensor, float, float]:
     """Logits of the prompt, the tokens that follow, and how many tokens a second were read and written."""
     with torch.inference_mode():
         model(prompt)  # warm up
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", type=int, default=64, metavar="TOKENS", help="to write (default: 64)")
     options = parser.parse_args(arguments)
 
-    register()  # once in a process
+    integration.register()  # once in a process
     prompt = torch.randint(1, 1000, (1, options.prompt), generator=torch.Generator().manual_seed(0))
     results = {name: timed(load(name), prompt, options.write) for name in ("sdpa", "fused_mha")}
     for name, (_, _, reading, writing) in results.items():
@@ -63,11 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     largest = float(theirs.abs().max())
     allowed = tolerance(torch.float32, 0.0, largest, terms=SIZES["intermediate_size"])
     print(f"largest difference of the logits {difference:.1e}, of {largest:.1f} ({allowed:.1e} is rounding)")
-    print(
-        "both write the same tokens"
-        if torch.equal(ours, theirs) or torch.equal(our_tokens, their_tokens)
-        else "they write other tokens from some step on"
-    )
+    is_same = torch.equal(our_tokens, their_tokens)
+    print("both write the same tokens" if is_same else "they write other tokens from some step on")
     return 0 if difference <= allowed else 1
 
 

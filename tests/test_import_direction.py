@@ -215,7 +215,6 @@ THIRD_PARTY = {  # of every other file torch alone
     "testing.strategies": {"torch", "hypothesis"},
     "benchmark.command": {"torch", "tqdm"},
     "benchmark.plot": {"matplotlib"},
-    **{f"integrations.{name}": {"torch", "transformers"} for name in ("transformers", "transformers_masks")},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}

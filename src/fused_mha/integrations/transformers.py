@@ -6,6 +6,8 @@ in each layer. It is imported when `register` is called.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
 from typing import Any
 
@@ -51,7 +53,7 @@ def register(name: str = "fused_mha") -> None:
         https://huggingface.co/docs/transformers/attention_interface
     """
     try:
-        from transformers import __version__, modeling_utils  # noqa: PLC0415
+        package: Any = importlib.import_module("transformers")
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
@@ -59,9 +61,12 @@ def register(name: str = "fused_mha") -> None:
             "fused_mha.integrations.transformers needs transformers, which is not installed: "
             "pip install 'fused-mha[transformers]'"
         ) from error
+    modeling_utils = importlib.import_module("transformers.modeling_utils")
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("transformers.masking_utils")
     functions: Any = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
     if functions is None:
-        raise ImportError(f"transformers must be {OLDEST} or later; got {__version__}")
+        raise ImportError(f"transformers must be {OLDEST} or later; got {package.__version__}")
     taken = name in functions and functions[name] is not attention_forward
     if taken or name == "eager" or any(own in name for own in ("flash", "flex", "sdpa", "paged", "|")):
         raise ValueError(f"name must be one that transformers has no meaning for, as 'fused_mha'; got {name!r}")
@@ -221,11 +226,10 @@ def _added(mask: Tensor | None, bias: Tensor | None, S: int) -> Tensor | None:
     """A mask (True = ignore) and a bias, each of any rank up to 4, as the attn_mask of `attention` over S keys."""
     if mask is not None:
         mask = _of_keys(mask, S)
-    if bias is None:
-        return mask
-    bias = _of_keys(bias, S)
-    if mask is None:
-        return bias
+    if bias is not None:
+        bias = _of_keys(bias, S)
+    if bias is None or mask is None:
+        return mask if bias is None else bias
     return bias.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
 
 

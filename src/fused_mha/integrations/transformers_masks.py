@@ -7,6 +7,7 @@ adds. A function whose parts are all known is a band; any other is made dense by
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from types import CodeType, FunctionType
 from typing import Any
@@ -23,11 +24,7 @@ MaskFunction = Callable[..., Tensor]
 
 def masking_utils() -> Any:
     """The mask functions of transformers, or None before 4.53, whose models make dense masks."""
-    try:
-        from transformers import masking_utils  # noqa: PLC0415
-    except ImportError:
-        return None
-    return masking_utils
+    return sys.modules.get("transformers.masking_utils")  # loaded with its models; Dynamo traces no import
 
 
 def attention_mask(
@@ -101,7 +98,6 @@ def _band(
         kv_offset: the position of the first key.
         q_offset: the position of the first query; a tensor () where a static cache counts.
         cache_position: (L,), the positions of the queries, before transformers 5.4.
-        **_: what `sdpa_mask` takes besides.
 
     Returns:
         It, without limits that hide nothing.
