@@ -71,6 +71,22 @@ def test_logits_and_gradients_are_those_of_eager(name, padding, calls):
     assert_close_to_oracle(ours, theirs, oracle, TERMS)
 
 
+@pytest.mark.parametrize("name", [name for name in ("Llama", "Gemma 2", "GPT-OSS") if is_served(name)])
+def test_logits_of_half_types_are_those_of_eager(name, calls):
+    inputs = inputs_of(name, "left")
+    ours, theirs = (
+        {"logits": results_of(build(name, implementation, torch.bfloat16), inputs)["logits"]}
+        for implementation in ("fused_mha", "eager")
+    )
+    exact = build(name, "eager", torch.bfloat16).double()  # of the same rounded weights
+
+    def oracle():
+        with InDouble():
+            return {"logits": results_of(exact, inputs)["logits"]}
+
+    assert_close_to_oracle(ours, theirs, oracle, TERMS)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", [None, "left"], ids=["whole", "left"])
 @each_model(DECODERS)

@@ -9,6 +9,7 @@ pytest.importorskip("transformers", reason="transformers is not installed; the e
 masking = pytest.importorskip("transformers.masking_utils", reason="transformers before 4.53 makes masks in each model")
 
 from fused_mha.integrations.lazy_mask import Band, LazyMask  # noqa: E402
+from fused_mha.integrations.transformers import attention_forward  # noqa: E402
 from fused_mha.integrations.transformers_masks import attention_mask  # noqa: E402
 
 HAS_POSITIONS = "cache_position" in inspect.signature(masking.eager_mask).parameters  # before 5.4
@@ -80,6 +81,20 @@ def test_a_band_is_one_with_or_without_padding_and_caches(name):
     assert mask.hides.limits == limits
     assert (mask.hides.padding is None) == (padded is None or bool(padded.all()))
     assert_has_the_entries_of_eager(mask, **arguments)
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_attention_by_a_band_is_attention_by_its_entries(name):
+    function, sizes, padded, _ = BANDS[name]
+    mask = attention_mask(mask_function=function, attention_mask=padded, **sizes)
+    L, S = mask.shape[2:]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, n, 8, generator=generator) for n in (L, S, S))
+    by_band, by_entries = (
+        attention_forward(torch.nn.Module().eval(), query, key, value, given, output_attentions=True)
+        for given in (mask, mask.entries() == 0.0)
+    )
+    torch.testing.assert_close(by_band, by_entries)
 
 
 PACKED = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])

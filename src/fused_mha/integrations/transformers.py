@@ -46,7 +46,8 @@ def register(name: str = "fused_mha") -> None:
         ValueError: the name is taken, or has "flash" or "sdpa" in it, by which transformers knows its own.
 
     Examples:
-        >>> fused_mha.integrations.transformers.register()
+        >>> from fused_mha.integrations.transformers import register
+        >>> register()
         >>> model = LlamaForCausalLM.from_pretrained(path, attn_implementation="fused_mha")
 
     Source:
@@ -178,7 +179,7 @@ def _weights_are_captured() -> bool:
     if capturing is None or torch.compiler.is_compiling():  # Dynamo reads no context variable
         return False
     captured = capturing._active_collector.get()
-    return captured is not None and any("attentions" in name for name in captured)
+    return any("attentions" in name for name in captured or ())
 
 
 def _check_keywords(
