@@ -96,6 +96,7 @@ CUDA_GROUPS = (
         ("AMD EPYC: the module", "amd_epyc_avx512_bf16/module.json", None),
         ("AMD EPYC: the attention core", "amd_epyc_avx512_bf16/attention.json", None),
         ("Intel Xeon, 2 cores: scaled_dot_product_attention", "intel_xeon_avx512_amx/sdpa.json", None),
+        ("Intel Xeon, 2 cores: models of transformers", "intel_xeon_avx512_amx/transformers.json", None),
         ("NVIDIA H100", "nvidia_h100/cuda.json", CUDA_GROUPS),
     ],
 )

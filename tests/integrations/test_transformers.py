@@ -138,6 +138,18 @@ def test_weights_are_those_of_eager_and_come_from_the_core(name, calls):
     assert_close_to_oracle(ours, theirs, oracle, TERMS)
 
 
+@pytest.mark.skipif(VERSION < (5, 2), reason="this transformers does not say what it captures")
+def test_weights_are_returned_to_a_model_that_asks_no_layer_for_them(calls):
+    config = transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)
+    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation="fused_mha").eval()
+    tokens = inputs_of("Llama")["input_ids"]
+    captured = model(tokens, output_attentions=True).attentions
+    assert [x.shape for x in captured] == [(2, 4, 9, 9)] * 2
+    torch.testing.assert_close(captured[1].sum(-1), torch.ones(2, 4, 9))
+    model(tokens)
+    assert [call["need_weights"] for call in calls] == [True, True, False, False]
+
+
 @needs_masks
 @pytest.mark.parametrize("padding", [None, "left"], ids=["whole", "left"])
 @each_model(["Llama", "Mistral", "Gemma 2", "GPT-OSS"])
