@@ -81,6 +81,11 @@ ALLOWED = {
         "backends.sdpa",
         *(f"core.{name}" for name in ("attention", "dispatch", "inputs", "modes")),
     },
+    "integrations.transformers": {
+        *("core.attention", "integrations.lazy_mask", "integrations.transformers_masks"),
+    },
+    "integrations.transformers_masks": {"core.inputs", "core.masks", "integrations.lazy_mask"},
+    "integrations.lazy_mask": {"core.inputs", "core.masks"},
     "module": set(),
     "module.explanation": {
         "backends.delegation",
@@ -247,8 +252,8 @@ THIRD_PARTY = {  # of every other file torch alone
     },
 }
 ON_TOP = {
-    *("", "info", "convert", "integrations", "integrations.sdpa", "module.explanation", "warm_up"),
-    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "parity", "testing")),
+    *("", "info", "convert", "module.explanation", "warm_up"),
+    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "integrations", "parity", "testing")),
 }
 
 
