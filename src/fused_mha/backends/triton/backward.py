@@ -11,6 +11,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fused_mha.backends.triton.scores import (
+    as_score,
+    distances,
+    grad_of_products,
+    load_sink,
+    load_stats,
+    scores_of,
+    softmax,
+    softmax_tile,
+)
 from fused_mha.backends.triton.tiles import (
     EDGE,
     MOST_ROWS,
@@ -21,12 +31,10 @@ from fused_mha.backends.triton.tiles import (
     load_keys,
     load_of_rows,
     load_rows,
-    load_stats,
     load_values,
     multiple,
     program_of,
     rows_of_output,
-    softmax_tile,
     store_rows,
     tile_of_matrices,
     zeros,
@@ -126,7 +134,8 @@ def _weights_and_gradients(
     KIND: tl.constexpr,
     BY_KEYS: tl.constexpr,
 ):
-    """Of a tile: the softmax, what dropout keeps of it, and the gradients of the softmax, (rows, BLOCK_N).
+    """Of a tile: the softmax, what dropout keeps of it, the gradients of the softmax, and the scores before ALiBi and
+    masks, (rows, BLOCK_N).
 
     They are (BLOCK_N, rows) if BY_KEYS. Without a value, only what comes through the weights is in the gradients.
     """
@@ -139,13 +148,14 @@ def _weights_and_gradients(
         i, j = queries.rows[:, None], columns[None, :]
         shift, factor = queries.shift[:, None], queries.factor[:, None]
         products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
-    softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, KIND)
-    weights = softmax
+    scores = scores_of(call, products, TILE)
+    probabilities = softmax_tile(call, head, shift, factor, scores, i, j, TILE, KIND)
+    weights = probabilities
     if call.seed is not None:
         kept = is_kept(call, head, queries.rows, start, TILE)
         if BY_KEYS:
             kept = tl.trans(kept)
-        weights = tl.where(kept, softmax, 0.0)
+        weights = tl.where(kept, probabilities, 0.0)
     if value is None:
         grad = _grad_weights(call, given, head, weights, i, j, TILE)
     else:
@@ -157,7 +167,7 @@ def _weights_and_gradients(
             grad += _grad_weights(call, given, head, weights, i, j, TILE)
     if call.seed is not None:
         grad = tl.where(kept, grad, 0.0) * call.kept_factor
-    return softmax, weights, grad
+    return probabilities, weights, grad, scores
 
 
 @triton.jit
@@ -175,8 +185,8 @@ def _add_to_delta(
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = None if BY_OUTPUT else load_values(call, head, columns, TILE, KIND)
-    softmax, _, grad = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
-    return total + tl.sum(softmax * grad, 1)
+    weights, _, grad, _ = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
+    return total + tl.sum(weights * grad, 1)
 
 
 @triton.jit
@@ -188,20 +198,43 @@ def _add_grad_query(
     delta,
     start,
     total,
+    of_slope,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
+    SLOPES: tl.constexpr,
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = load_values(call, head, columns, TILE, KIND)
-    softmax, _, grad = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
-    grad = softmax * (grad - delta[:, None])
-    return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION)
+    weights, _, grad, scores = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
+    grad = weights * (grad - delta[:, None])
+    if SLOPES:
+        of_slope += tl.sum(grad * distances(call, queries.rows[:, None], columns[None, :], TILE, KIND), 1)
+    grad = grad_of_products(call, grad, scores)
+    return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION), of_slope
 
 
 @triton.jit
-def grad_query(call, given, result, TILE: tl.constexpr):
+def _grad_sink(call, given, head, rows, shift, factor, delta, TILE: tl.constexpr):
+    """What each row adds to the gradient of the sink, which is the log-sum-exp where a row sees nothing else."""
+    of_hidden = 0.0 if given.grad_lse is None else load_of_rows(given.grad_lse, call, head, rows)
+    probabilities = softmax(as_score(load_sink(call, head), call, TILE), shift, factor, call, TILE)
+    return tl.where(factor == 0.0, of_hidden, -probabilities * delta)
+
+
+@triton.jit
+def _store_of_block(result, call, head, first_row, rows, values, TILE: tl.constexpr):
+    """The sum of a block's rows, in (N, H, blocks)."""
+    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+    at = result + (head.n * call.H + head.h) * blocks + first_row // TILE.BLOCK_M
+    tl.store(at, tl.sum(tl.where(rows < call.L, values, 0.0), 0))
+
+
+@triton.jit
+def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr):
     """The gradients of a block of queries, (N, L, H, D), and of `Given` what the kernels below read.
+
+    What the block adds to the gradient of the head's sink, and takes off that of its slope, is in (N, H, blocks).
 
     A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
     log-sum-exp. dW is dO V^T and what comes through the weights. Of half types, the first part is taken as
@@ -242,6 +275,11 @@ def grad_query(call, given, result, TILE: tl.constexpr):
     tl.store(at, shift, mask=rows < call.L)
     tl.store(at + length, factor, mask=rows < call.L)
     tl.store(at + 2 * length, delta, mask=rows < call.L)
+    if grad_sinks is not None:
+        of_sink = _grad_sink(call, given, head, rows, shift, factor, delta, TILE)
+        _store_of_block(grad_sinks, call, head, first_row, rows, of_sink, TILE)
+    SLOPES: tl.constexpr = grad_slopes is not None
+    of_slope = full(0.0, TILE.BLOCK_M)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
     for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
         found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
@@ -249,11 +287,17 @@ def grad_query(call, given, result, TILE: tl.constexpr):
             bits, count = found[KIND]
             for i in range(count):
                 start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
-                total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, KIND)
+                total, of_slope = _add_grad_query(
+                    call, given, head, queries, delta, start, total, of_slope, TILE, KIND, SLOPES
+                )
                 bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, EDGE)
+        total, of_slope = _add_grad_query(
+            call, given, head, queries, delta, start, total, of_slope, TILE, EDGE, SLOPES
+        )
+    if SLOPES:
+        _store_of_block(grad_slopes, call, head, first_row, rows, of_slope, TILE)
     at = result + head.n * call.grad_query_n + head.h * TILE.D
     store_rows(at, call.grad_query_l, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
@@ -282,12 +326,13 @@ def _add_grad_key(
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     is_read = rows < call.L if KIND == EDGE else None
     queries, delta = _load_queries(call, given, head, rows, is_read, TILE)
-    softmax, weights, grad = _weights_and_gradients(
+    probabilities, weights, grad, scores = _weights_and_gradients(
         call, given, head, queries, key, value, first_column, TILE, KIND, True
     )
-    grad = softmax * (grad - delta[None, :])
+    grad = probabilities * (grad - delta[None, :])
+    of_products = grad_of_products(call, grad, scores).to(key.dtype)
     return Sums(
-        key=tl.dot(grad.to(key.dtype), queries.query, sums.key, input_precision=TILE.PRECISION),
+        key=tl.dot(of_products, queries.query, sums.key, input_precision=TILE.PRECISION),
         value=tl.dot(weights.to(value.dtype), queries.grad_output, sums.value, input_precision=TILE.PRECISION),
         columns=sums.columns + tl.sum(grad, 1),
     )
@@ -372,9 +417,9 @@ def grad_mask(call, given, result, TILE: tl.constexpr):
         queries, delta = _load_queries(call, given, head, rows, rows < call.L, TILE)
         key = load_keys(call, head, columns, TILE, EDGE)
         value = load_values(call, head, columns, TILE, EDGE)
-        softmax, _, grad = _weights_and_gradients(
+        weights, _, grad, _ = _weights_and_gradients(
             call, given, head, queries, key, value, first_column, TILE, EDGE, False
         )
-        total += softmax * (grad - delta[:, None])
+        total += weights * (grad - delta[:, None])
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.S + columns[None, :]
     tl.store(at, total, mask=(rows < call.L)[:, None] & (columns < call.S)[None, :])
