@@ -46,7 +46,8 @@ def stand_in():
     """Tensors of the CPU are served as those of a GPU."""
     driver.set_active(WithoutGPU())
     served = {"served": triton.BACKEND.served, "serves_module": triton.BACKEND.serves_module}
-    serves = cpu.BACKEND._replace(**served, leaves=lambda _: None)
+    capability = cpu.BACKEND.capability._replace(score_options=triton.BACKEND.capability.score_options)
+    serves = cpu.BACKEND._replace(**served, capability=capability, leaves=lambda _: None)
     one_call.forward = lambda *_: None  # of the CPU
     dispatch.BACKENDS = (serves, *dispatch.BACKENDS[1:])
     cpu._forward, cpu._backward = launch.attention, launch.attention_backward
@@ -67,6 +68,8 @@ def attend(N=2, L=32, S=32, H=4, D=16, layout="contiguous", backward=True, **fla
             return torch.zeros(N, length, H, D + 3, dtype=torch.float16)[..., :D]
         return torch.zeros(N, length, H, D, dtype=torch.float16)
 
+    for name in flags.pop("of_heads", ()):
+        flags[name] = torch.zeros(H)
     if flags.pop("padding", False):
         flags["key_padding_mask"] = torch.zeros(N, S, dtype=torch.bool)
     leaves = [draw(length).requires_grad_(backward) for length in (L, S, S)]

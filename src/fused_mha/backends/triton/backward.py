@@ -11,28 +11,30 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fused_mha.backends.triton.gradient_tile import (
+    Queries,
+    load_queries,
+    merged_rows,
+    terms_of,
+    weights_and_gradients,
+)
 from fused_mha.backends.triton.scores import (
     as_score,
     distances,
     grad_of_products,
     load_sink,
     load_stats,
-    scores_of,
     softmax,
-    softmax_tile,
 )
 from fused_mha.backends.triton.tiles import (
     EDGE,
-    MOST_ROWS,
     block_of_queries,
     full,
     head_of,
-    is_kept,
     load_keys,
     load_of_rows,
     load_rows,
     load_values,
-    multiple,
     program_of,
     rows_of_output,
     store_rows,
@@ -51,125 +53,6 @@ from fused_mha.backends.triton.visibility import (
 )
 
 
-class Given(NamedTuple):
-    """What the gradients are computed from, beside the call; the first, `output` and `cleaned` lie as the output, all
-    others are contiguous.
-    """
-
-    grad_output: Any  # (N, L, H, D_v)
-    grad_weights: Any  # (N, L, S') or (N, H, L, S'), or None
-    grad_lse: Any  # (N, H, L) or None
-    output: Any  # (N, L, H, D_v)
-    stats: Any  # (2, N, H, L)
-    terms: Any  # (N, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
-    cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
-
-
-class Queries(NamedTuple):
-    """What is read of a block of queries."""
-
-    rows: Any
-    query: Any  # (BLOCK_M, BLOCK_D)
-    grad_output: Any  # (BLOCK_M, BLOCK_DV)
-    shift: Any
-    factor: Any
-
-
-@triton.jit
-def _load_queries(call, given, head, rows, is_read, TILE: tl.constexpr):
-    """The queries and their deltas, after `grad_query`."""
-    at, length = _terms(call, given, head, rows)
-    queries = Queries(
-        rows=rows,
-        query=load_rows(head.query, call.query_l, rows, is_read, TILE.D, TILE.BLOCK_D),
-        grad_output=_merged_rows(given.grad_output, call, head, rows, is_read, TILE),
-        shift=_load(at, is_read),
-        factor=_load(at + length, is_read),
-    )
-    return queries, _load(at + 2 * length, is_read)
-
-
-@triton.jit
-def _load(at, is_read):
-    """Of a block of terms, zeros where it is False: a load that stops there is not of 16 bytes."""
-    return tl.load(at) if is_read is None else tl.where(is_read, tl.load(at), 0.0)
-
-
-@triton.jit
-def _terms(call, given, head, rows):
-    """Where the shifts of rows are, and how far from them the factors: L', a multiple of every BLOCK_M."""
-    length = tl.cdiv(call.L, MOST_ROWS) * MOST_ROWS
-    return given.terms + (head.n * call.H + head.h) * 3 * length + rows, length
-
-
-@triton.jit
-def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
-    """Rows of a head of the output, or of what lies as the output does."""
-    at = rows_of_output(tensor, call, head, TILE)
-    return load_rows(at, call.output_l, rows, is_read, TILE.D_V, TILE.BLOCK_DV)
-
-
-@triton.jit
-def _grad_weights(call, given, head, weights, rows, columns, TILE: tl.constexpr):
-    """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
-    matrix = head.n if TILE.AVERAGED else head.n * call.H + head.h
-    row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)
-    at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * row_stride + columns
-    grad = tl.load(at, mask=(rows < call.L) & (columns < call.columns), other=0.0).to(tl.float32)
-    if TILE.AVERAGED:
-        grad /= call.H
-    return tl.where(weights == 0.0, 0.0, grad)  # that of log(0) is infinite
-
-
-@triton.jit
-def _weights_and_gradients(
-    call,
-    given,
-    head,
-    queries,
-    key,
-    value,
-    start,
-    TILE: tl.constexpr,
-    KIND: tl.constexpr,
-    BY_KEYS: tl.constexpr,
-):
-    """Of a tile: the softmax, what dropout keeps of it, the gradients of the softmax, and the scores before ALiBi and
-    masks, (rows, BLOCK_N).
-
-    They are (BLOCK_N, rows) if BY_KEYS. Without a value, only what comes through the weights is in the gradients.
-    """
-    columns = start + tl.arange(0, TILE.BLOCK_N)
-    if BY_KEYS:
-        i, j = queries.rows[None, :], columns[:, None]
-        shift, factor = queries.shift[None, :], queries.factor[None, :]
-        products = tl.dot(key, tl.trans(queries.query), input_precision=TILE.PRECISION)
-    else:
-        i, j = queries.rows[:, None], columns[None, :]
-        shift, factor = queries.shift[:, None], queries.factor[:, None]
-        products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
-    scores = scores_of(call, products, TILE)
-    probabilities = softmax_tile(call, head, shift, factor, scores, i, j, TILE, KIND)
-    weights = probabilities
-    if call.seed is not None:
-        kept = is_kept(call, head, queries.rows, start, TILE)
-        if BY_KEYS:
-            kept = tl.trans(kept)
-        weights = tl.where(kept, probabilities, 0.0)
-    if value is None:
-        grad = _grad_weights(call, given, head, weights, i, j, TILE)
-    else:
-        if BY_KEYS:
-            grad = tl.dot(value, tl.trans(queries.grad_output), input_precision=TILE.PRECISION)
-        else:
-            grad = tl.dot(queries.grad_output, tl.trans(value), input_precision=TILE.PRECISION)
-        if given.grad_weights is not None:
-            grad += _grad_weights(call, given, head, weights, i, j, TILE)
-    if call.seed is not None:
-        grad = tl.where(kept, grad, 0.0) * call.kept_factor
-    return probabilities, weights, grad, scores
-
-
 @triton.jit
 def _add_to_delta(
     call,
@@ -185,7 +68,7 @@ def _add_to_delta(
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = None if BY_OUTPUT else load_values(call, head, columns, TILE, KIND)
-    weights, _, grad, _ = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
+    weights, _, grad, _ = weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
     return total + tl.sum(weights * grad, 1)
 
 
@@ -206,7 +89,7 @@ def _add_grad_query(
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = load_values(call, head, columns, TILE, KIND)
-    weights, _, grad, scores = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
+    weights, _, grad, scores = weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
     grad = weights * (grad - delta[:, None])
     if SLOPES:
         of_slope += tl.sum(grad * distances(call, queries.rows[:, None], columns[None, :], TILE, KIND), 1)
@@ -243,7 +126,7 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
     BY_OUTPUT: tl.constexpr = call.query.dtype.element_ty != tl.float32
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
+    grad_output = merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
     shift, factor = load_stats(given.stats, call, head, rows, TILE)
     if given.cleaned is not None:
         grad_output = tl.where((factor == 0.0)[:, None], 0.0, grad_output)
@@ -255,7 +138,7 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
     BITS: tl.constexpr = call.squares is not None or call.padding is not None  # one by one, tiles may be hidden
     delta = full(0.0, TILE.BLOCK_M)
     if BY_OUTPUT:
-        output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE)
+        output = merged_rows(given.output, call, head, rows, rows < call.L, TILE)
         delta += tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
     if not BY_OUTPUT or given.grad_weights is not None:
         for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
@@ -271,7 +154,7 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
             delta = _add_to_delta(call, given, head, queries, start, delta, TILE, EDGE, BY_OUTPUT)
     if given.grad_lse is not None:
         delta -= tl.where(factor == 0.0, 0.0, load_of_rows(given.grad_lse, call, head, rows))
-    at, length = _terms(call, given, head, rows)
+    at, length = terms_of(call, given, head, rows)
     tl.store(at, shift, mask=rows < call.L)
     tl.store(at + length, factor, mask=rows < call.L)
     tl.store(at + 2 * length, delta, mask=rows < call.L)
@@ -293,9 +176,7 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
                 bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        total, of_slope = _add_grad_query(
-            call, given, head, queries, delta, start, total, of_slope, TILE, EDGE, SLOPES
-        )
+        total, of_slope = _add_grad_query(call, given, head, queries, delta, start, total, of_slope, TILE, EDGE, SLOPES)
     if SLOPES:
         _store_of_block(grad_slopes, call, head, first_row, rows, of_slope, TILE)
     at = result + head.n * call.grad_query_n + head.h * TILE.D
@@ -325,8 +206,8 @@ def _add_grad_key(
 ):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     is_read = rows < call.L if KIND == EDGE else None
-    queries, delta = _load_queries(call, given, head, rows, is_read, TILE)
-    probabilities, weights, grad, scores = _weights_and_gradients(
+    queries, delta = load_queries(call, given, head, rows, is_read, TILE)
+    probabilities, weights, grad, scores = weights_and_gradients(
         call, given, head, queries, key, value, first_column, TILE, KIND, True
     )
     grad = probabilities * (grad - delta[None, :])
@@ -414,10 +295,10 @@ def grad_mask(call, given, result, TILE: tl.constexpr):
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
         head = head_of(call, matrix // call.mask_heads + i // heads, matrix % call.mask_heads + i % heads)
-        queries, delta = _load_queries(call, given, head, rows, rows < call.L, TILE)
+        queries, delta = load_queries(call, given, head, rows, rows < call.L, TILE)
         key = load_keys(call, head, columns, TILE, EDGE)
         value = load_values(call, head, columns, TILE, EDGE)
-        weights, _, grad, _ = _weights_and_gradients(
+        weights, _, grad, _ = weights_and_gradients(
             call, given, head, queries, key, value, first_column, TILE, EDGE, False
         )
         total += weights * (grad - delta[:, None])

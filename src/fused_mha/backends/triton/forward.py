@@ -67,7 +67,7 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
 def forward(call, output, lse, stats, TILE: tl.constexpr):
     """The output (N, L, H, D_v) of a block of queries, their log-sum-exp (N, H, L), maxima and sums (2, N, H, L).
 
-    The sink of the head comes last, so that maxima and sums still tell the rows that see nothing: theirs are without it.
+    The head's sink comes last, and not in maxima and sums of rows that see nothing, which the backward knows by these.
     """
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)

@@ -18,8 +18,8 @@ from torch import Tensor
 from fused_mha.backends.delegation import MOST_HEADS_OF_TORCH
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
-from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
+from fused_mha.backends.triton.gradient_tile import Given
 from fused_mha.backends.triton.launcher import Launcher
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch

@@ -1,8 +1,8 @@
 """What the kernels share: the arguments of a call, tiles of tensors, and which weights dropout keeps.
 
-`forward`, `weights` and `backward` call these; `scores` has the softmax, `visibility` which tiles they visit. A tile is BLOCK_M queries by
-BLOCK_N keys of one head. Columns S and behind are the virtual keys: the bias, if there is one, and the zero key;
-`columns` counts them too.
+`forward`, `weights` and `backward` call these; `scores` has the softmax, `visibility` says which tiles they visit. A
+tile is BLOCK_M queries by BLOCK_N keys of one head. Columns S and behind are the virtual keys: the bias, if there is
+one, and the zero key; `columns` counts them too.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     BLOCK_D: int  # a power of 2, from D on
     BLOCK_DV: int
     VIRTUAL: bool  # there are virtual keys
-    NATURAL: bool  # scores are scaled before the softmax, for what is added to them, a cap or a scale that is not positive
+    NATURAL: bool  # scores are scaled before the softmax, since something is added, they are capped, or by no scale > 0
     GROUPED: bool  # query heads share the heads of keys
     AVERAGED: bool  # the weights are means over the heads
     MASK_UNIT: int  # which divides the strides of attn_mask: the elements of 16 bytes, or 1
