@@ -46,8 +46,7 @@ def stand_in():
     """Tensors of the CPU are served as those of a GPU."""
     driver.set_active(WithoutGPU())
     served = {"served": triton.BACKEND.served, "serves_module": triton.BACKEND.serves_module}
-    capability = cpu.BACKEND.capability._replace(score_options=triton.BACKEND.capability.score_options)
-    serves = cpu.BACKEND._replace(**served, capability=capability, leaves=lambda _: None)
+    serves = cpu.BACKEND._replace(**served, leaves=lambda _: None)
     one_call.forward = lambda *_: None  # of the CPU
     dispatch.BACKENDS = (serves, *dispatch.BACKENDS[1:])
     cpu._forward, cpu._backward = launch.attention, launch.attention_backward

@@ -74,24 +74,16 @@ def attention(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("tests/cuda runs the kernels on the GPU")
     import fused_mha
-    from fused_mha.backends import cpu, triton
+    from fused_mha.backends import cpu
     from fused_mha.backends.triton import launch
-    from fused_mha.core import dispatch
 
     def attention(**arguments):
         with fused_mha.backend("cpu"):
             return fused_mha.attention(**arguments)
 
-    monkeypatch.setattr(dispatch, "BACKENDS", (with_the_options_of(triton, cpu), *dispatch.BACKENDS[1:]))
     monkeypatch.setattr(cpu, "_forward", launch.attention)
     monkeypatch.setattr(cpu, "_backward", launch.attention_backward)
     return attention
-
-
-def with_the_options_of(triton, cpu):
-    """The CPU's back end, which says that it knows what `triton` knows."""
-    options = triton.BACKEND.capability.score_options
-    return cpu.BACKEND._replace(capability=cpu.BACKEND.capability._replace(score_options=options))
 
 
 @pytest.fixture
@@ -103,7 +95,7 @@ def as_on_a_gpu(monkeypatch):
     from fused_mha.backends.triton import launch
     from fused_mha.core import dispatch, plans
 
-    stands_in = with_the_options_of(triton, cpu)._replace(served=triton.BACKEND.served, leaves=lambda _: None)
+    stands_in = cpu.BACKEND._replace(served=triton.BACKEND.served, leaves=lambda _: None)
     monkeypatch.setattr(dispatch, "BACKENDS", (stands_in, *dispatch.BACKENDS[1:]))
     monkeypatch.setattr(cpu, "_forward", launch.attention)
     monkeypatch.setattr(cpu, "_backward", launch.attention_backward)

@@ -1,9 +1,8 @@
 """The kinds of calls that the Triton kernels serve, for their tests under the interpreter and on a GPU."""
 
 import torch
-from hypothesis import strategies as st
 
-from native.call_space import Call, calls
+from native.call_space import Call
 from native.dense_oracle import assert_matches_dense, drawn_seed
 
 SINKS, SLOPES = ("sinks",), ("alibi_slopes",)
@@ -57,16 +56,3 @@ def matches_oracle(attention, arguments, seed=(5, 7)):
     call = Call({"dropout_p": 0.0, "add_zero_attn": False} | arguments, seed)
     with drawn_seed(*seed):
         return assert_matches_dense(arguments, call.keep(), attention=attention)
-
-
-@st.composite
-def any_calls(draw, dtypes):
-    """Calls of the whole space, one half of them with softcap, sinks or ALiBi."""
-    call = draw(calls(dtypes=dtypes, dropout=(0.0, 0.0, 0.3), smallest=1))
-    if draw(st.booleans()):
-        H, generator = call.arguments["query"].shape[2], torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-        call.arguments["softcap"] = draw(st.sampled_from([None, 0.5, 30.0]))
-        for name in draw(st.sampled_from([(), SINKS, SLOPES, SINKS + SLOPES])):
-            of_heads = torch.randn(H, generator=generator, dtype=torch.float64)
-            call.arguments[name] = of_heads.to(draw(st.sampled_from([*dtypes, torch.float64])))
-    return call
