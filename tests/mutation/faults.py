@@ -530,14 +530,14 @@ FAULTS = [
         CUDA + "scores.py",
         "return tl.where(columns < call.S, found, 0.0) if TILE.VIRTUAL and KIND == EDGE else found",
         "return found",
-        INTERPRETED + " -k several_tiles",
+        INTERPRETED + " -k ALiBi",
     ),
     Fault(
         "cuda: ALiBi from the first key",
         CUDA + "preparation.py",
         "S - L if arguments.bottom_right else 0",
         "0",
-        INTERPRETED + " -k several_tiles",
+        INTERPRETED + " -k ALiBi",
     ),
     Fault(
         "cuda: a sink is a score of rows that see nothing",
@@ -558,14 +558,14 @@ FAULTS = [
         CUDA + "backward.py",
         "return tl.where(factor == 0.0, of_hidden, -probabilities * delta)",
         "return tl.where(factor == 0.0, 0.0, -probabilities * delta)",
-        INTERPRETED + " -k several_tiles",
+        INTERPRETED + " -k sinks",
     ),
     Fault(
         "cuda: rows behind the last add to the gradient of slopes",
         CUDA + "backward.py",
         "tl.store(at, tl.sum(tl.where(rows < call.L, values, 0.0), 0))",
         "tl.store(at, tl.sum(values, 0))",
-        INTERPRETED,
+        INTERPRETED + " -k slopes",
     ),
     Fault(
         "cuda: torch's flash kernel serves what has a softcap",

@@ -110,6 +110,11 @@ def test_large_additive_padding_beside_rows_that_fill_no_tile(attention):
     matches_oracle(attention, arguments)
 
 
+def test_slopes_that_favour_far_keys_beside_rows_that_fill_no_tile(attention):
+    arguments = make_arguments(N=1, L=5, S=90, H=1, H_kv=1, D=16, alibi_slopes=torch.tensor([-5.0]))
+    matches_oracle(attention, arguments)
+
+
 @triton.jit
 def _tanh_of(x, result, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
