@@ -1,6 +1,6 @@
 """What the kernels of the backward are given, and the gradients of a tile of weights; `backward` calls these."""
 
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 from typing import Any, NamedTuple
