@@ -183,10 +183,11 @@ ALLOWED = {
         "backends.triton.launch",
         "core.inputs",
         "core.modes",
+        "ops.gradients",
         "ops.schema",
     },
     "backends.triton.launch": {
-        *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
+        *(f"backends.triton.{name}" for name in ("backward", "forward", "gradient_tile", "weights")),
         *(f"backends.triton.{name}" for name in ("launcher", "preparation", "readable")),
         *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
         "backends.delegation",
@@ -202,9 +203,13 @@ ALLOWED = {
     "backends.triton.readable": {"backends.triton.tiles", "ops.schema"},
     "backends.triton.assembler": set(),
     "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
-    "backends.triton.backward": {"backends.triton.tiles", "backends.triton.visibility"},
-    "backends.triton.forward": {"backends.triton.tiles", "backends.triton.visibility"},
-    "backends.triton.weights": {"backends.triton.tiles", "backends.triton.visibility"},
+    "backends.triton.backward": {
+        f"backends.triton.{name}" for name in ("gradient_tile", "scores", "tiles", "visibility")
+    },
+    "backends.triton.gradient_tile": {"backends.triton.scores", "backends.triton.tiles"},
+    "backends.triton.forward": {f"backends.triton.{name}" for name in ("scores", "tiles", "visibility")},
+    "backends.triton.weights": {f"backends.triton.{name}" for name in ("scores", "tiles", "visibility")},
+    "backends.triton.scores": {"backends.triton.tiles"},
     "backends.triton.visibility": {"backends.triton.tiles"},
     "backends.triton.tiles": set(),
     "backends.triton.tile_config": set(),
@@ -248,7 +253,7 @@ THIRD_PARTY = {  # of every other file torch alone
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
-        for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")
+        for name in ("backward", "entry", "forward", "gradient_tile", "scores", "tiles", "visibility", "weights")
     },
 }
 ON_TOP = {

@@ -57,13 +57,23 @@ def attention_backward(
         query.new_empty((0,)) if bias is None else summed(grad, 0)[0].to(query.dtype)
         for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))
     ]
-    sinks, slopes = arguments.sinks, arguments.alibi_slopes
-    of_heads = [query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (sinks, slopes)]
-    if sinks is not None:
-        of_heads[0].copy_(summed(grad_sinks, 0)[0])
-    if slopes is not None:
-        of_heads[1].copy_(summed(summed(grad_distances, 0), 2).flatten().neg())
+    of_heads = (
+        query.new_empty((0,)) if grad is None else grad
+        for grad in of_sinks_and_slopes(arguments.sinks, arguments.alibi_slopes, grad_sinks, grad_distances)
+    )
     return *grads, grad_attn_mask, grad_padding, *grad_biases, *of_heads
+
+
+def of_sinks_and_slopes(
+    sinks: Tensor | None, slopes: Tensor | None, grad_sinks: Tensor | None, grad_distances: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Their gradients, from those of each batch element, (N, H), and of the distances to each key, (N, H, S)."""
+    of_sinks = of_slopes = None
+    if sinks is not None and grad_sinks is not None:
+        of_sinks = sinks.new_empty(sinks.shape).copy_(summed(grad_sinks, 0)[0])
+    if slopes is not None and grad_distances is not None:
+        of_slopes = slopes.new_empty(slopes.shape).copy_(summed(summed(grad_distances, 0), 2).flatten().neg())
+    return of_sinks, of_slopes
 
 
 def summed(x: Tensor, dim: int) -> Tensor:
