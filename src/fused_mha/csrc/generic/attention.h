@@ -37,28 +37,23 @@ struct Arena {
     }
 };
 
-// While it lives, in a call with ALiBi this thread gives zero where a result is below the normal numbers: each instruction that meets one costs an Intel
-// processor over a hundred cycles, and the weights of keys that a bias makes less and less likely meet them in every row.
-class FlushesSubnormals {
-public:
-    FlushesSubnormals(const FlushesSubnormals&) = delete;
+// In a call with ALiBi a thread gives zero where a result is below the normal numbers: far keys have such weights in every
+// row, and each instruction that meets one costs an Intel processor over a hundred cycles. A task begins with
+// `flush_subnormals` and ends with `keep_subnormals`, which takes what that has given.
 #if defined(__SSE2__)
-    explicit FlushesSubnormals(const fused_mha_attention& a) : changes(a.alibi_slopes.data), before(__builtin_ia32_stmxcsr()) {
-        if (changes) __builtin_ia32_ldmxcsr(before | FLUSH_RESULTS);
-    }
-    ~FlushesSubnormals() {
-        if (changes) __builtin_ia32_ldmxcsr(before);
-    }
-
-private:
-    static constexpr unsigned FLUSH_RESULTS = 0x8000;
-    const bool changes;
-    const unsigned before;
+FMHA_INLINE unsigned flush_subnormals(const fused_mha_attention& a) {
+    constexpr unsigned FLUSH_RESULTS = 0x8000;
+    const unsigned before = __builtin_ia32_stmxcsr();
+    if (a.alibi_slopes.data) __builtin_ia32_ldmxcsr(before | FLUSH_RESULTS);
+    return before;
+}
+FMHA_INLINE void keep_subnormals(const fused_mha_attention& a, unsigned before) {
+    if (a.alibi_slopes.data) __builtin_ia32_ldmxcsr(before);
+}
 #else
-    explicit FlushesSubnormals(const fused_mha_attention&) {}
-    ~FlushesSubnormals() {}
+FMHA_INLINE unsigned flush_subnormals(const fused_mha_attention&) { return 0; }
+FMHA_INLINE void keep_subnormals(const fused_mha_attention&, unsigned) {}
 #endif
-};
 
 // Null rows of no columns are fine, as they are not for memset.
 FMHA_INLINE void zero(void* at, int64_t bytes) {

@@ -37,10 +37,11 @@ public:
         if (plan.needs_deltas) plan.delta.run(plan.deltas, base);
         plan.reset_tickets();
         auto task = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes(plan.attention.a);
+            const unsigned before = flush_subnormals(plan.attention.a);
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             // Chunk by chunk: a task waits for the chunk before, which most often is done.
             Worker(plan, arena).run(index % plan.lanes, index / plan.lanes);
+            keep_subnormals(plan.attention.a, before);
             release_tiles();
         };
         fused_mha::run(plan.lanes * plan.chunks, plan.attention.a.threads, task);

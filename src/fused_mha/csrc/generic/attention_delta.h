@@ -30,11 +30,12 @@ public:
         const int64_t bytes = worker_bytes(), chunks = ceil_div(attention.row_tiles, TILES_OF_TASK);
         const Parts parts{attention.row_tiles, max(chunks, 1)};
         auto task = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes(call.attention);
+            const unsigned before = flush_subnormals(call.attention);
             Arena arena{workspace + uintptr_t(worker * bytes)};
             const int64_t nh = index % (attention.N * attention.H), part = index / (attention.N * attention.H);
             Worker(*this, arena).run(nh / attention.H, nh % attention.H, parts.begin(part), parts.begin(part + 1),
                                      deltas + nh * attention.L);
+            keep_subnormals(call.attention, before);
             release_tiles();
         };
         fused_mha::run(attention.N * attention.H * chunks, call.attention.threads, task);

@@ -77,8 +77,9 @@ public:
         if (packs_first) fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
         // The last rows first: causal attention gives them the most work.
         auto attend = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes(call.attention);
+            const unsigned before = flush_subnormals(call.attention);
             worker_of(worker).run(index % lanes, chunks.parts - 1 - index / lanes);
+            keep_subnormals(call.attention, before);
             release_tiles();
         };
         fused_mha::run(lanes * chunks.parts, call.attention.threads, attend);

@@ -39,13 +39,14 @@ public:
     void run() const {
         const uintptr_t base = aligned(call.attention.workspace.data);
         auto attend = [&](int64_t index, int64_t worker) {
-            const FlushesSubnormals flushes(call.attention);
+            const unsigned before = flush_subnormals(call.attention);
             Arena arena{base + uintptr_t(worker * worker_bytes)};
             Worker of_task(*this, arena);
             if (takes_heads)
                 of_task.attend_heads(index);
             else
                 of_task.attend(index % attention.N, chunks.begin(index / attention.N), chunks.size(index / attention.N));
+            keep_subnormals(call.attention, before);
             release_tiles();
         };
         fused_mha::run(attention.N * chunks.parts, call.attention.threads, attend);
