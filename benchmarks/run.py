@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"no benchmark {name!r}; there are {', '.join(known)}")
     default_threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
-    possible = [name for name in known if name != "random" and (name != "cuda" or torch.cuda.is_available())]
+    absent = {"random"}
+    absent |= set() if torch.cuda.is_available() else {"cuda"}
+    absent |= set() if importlib.util.find_spec("transformers") else {"transformers"}
+    possible = [name for name in known if name not in absent]
     statuses = []
     for name in options.names or possible:
         stem = f"{name}_seed_{options.seed}" if name == "random" else name

@@ -217,6 +217,30 @@ def test_bad_options_are_refused_with_the_reason(
     assert message in capsys.readouterr().err
 
 
+def test_a_model_of_transformers_writes_the_same_on_both() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed; the extra `transformers` has it")
+    result = run("use_in_transformers.py", "--prompt", "24", "--write", "6")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for line in ("sdpa       reads", "fused_mha  reads", "largest difference", "both write the same tokens"):
+        assert line in result.stdout
+
+
+def test_a_model_of_transformers_that_differs_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed; the extra `transformers` has it")
+    example = load("use_in_transformers", monkeypatch)
+    attention = example.integration.attention
+
+    def wrong(*tensors: Any, **keywords: Any) -> Any:
+        result = attention(*tensors, **keywords)
+        return result._replace(output=result.output * 1.001)
+
+    monkeypatch.setattr(example.integration, "attention", wrong)
+    assert example.main(["--prompt", "24", "--write", "2"]) == 1
+    assert "is rounding" in capsys.readouterr().out
+
+
 def test_a_head_learns_to_look_at_the_mirrored_place(tmp_path: Path) -> None:
     result = run("attention_map.py", "--quick", "--steps", "150", "--length", "8", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr

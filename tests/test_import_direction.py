@@ -81,6 +81,11 @@ ALLOWED = {
         "backends.sdpa",
         *(f"core.{name}" for name in ("attention", "dispatch", "inputs", "modes")),
     },
+    "integrations.transformers": {
+        *("core.attention", "integrations.lazy_mask", "integrations.transformers_masks"),
+    },
+    "integrations.transformers_masks": {"core.inputs", "core.masks", "integrations.lazy_mask"},
+    "integrations.lazy_mask": {"core.inputs", "core.masks"},
     "module": set(),
     "module.explanation": {
         "backends.delegation",
@@ -94,19 +99,19 @@ ALLOWED = {
         "module.steps",
     },
     "module.multi_head_attention": {
-        *("core.inputs", "core.modes"),
-        *(f"module.{name}" for name in ("cache", "heads", "loading", "nested", "one_call", "options")),
+        *("core.heads", "core.inputs", "core.modes"),
+        *(f"module.{name}" for name in ("cache", "loading", "nested", "one_call", "options")),
         *(f"module.{name}" for name in ("projections", "quantization", "rotary", "steps")),
     },
     "module.steps": {
-        *("core.inputs", "core.masks", "core.plans"),
+        *("core.heads", "core.inputs", "core.masks", "core.plans"),
         *(f"module.{name}" for name in ("cache", "heads", "linear", "options", "projections")),
     },
     "module.cache": {"core.modes"},
     "module.loading": {"module.options"},
-    "module.options": {"core.inputs", "core.modes", "module.heads", "module.rotary"},
-    "module.rotary": {"core.modes", "module.heads"},
-    "module.heads": set(),
+    "module.options": {"core.heads", "core.inputs", "core.modes", "module.rotary"},
+    "module.rotary": {"core.heads", "core.modes", "module.heads"},
+    "module.heads": {"backends.cpu", "core.dispatch", "core.heads", "core.modes", "ops.heads"},
     "module.one_call": {
         *("backends.arguments", "backends.capability", "backends.cpu", "ops.module"),
         *(
@@ -148,6 +153,7 @@ ALLOWED = {
         "ops.gradients",
         "ops.module",
         "ops.module_autograd",
+        "ops.heads",
         "ops.product",
         "ops.schema",
     },
@@ -177,10 +183,11 @@ ALLOWED = {
         "backends.triton.launch",
         "core.inputs",
         "core.modes",
+        "ops.gradients",
         "ops.schema",
     },
     "backends.triton.launch": {
-        *(f"backends.triton.{name}" for name in ("backward", "forward", "weights")),
+        *(f"backends.triton.{name}" for name in ("backward", "forward", "gradient_tile", "weights")),
         *(f"backends.triton.{name}" for name in ("launcher", "preparation", "readable")),
         *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
         "backends.delegation",
@@ -196,9 +203,13 @@ ALLOWED = {
     "backends.triton.readable": {"backends.triton.tiles", "ops.schema"},
     "backends.triton.assembler": set(),
     "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
-    "backends.triton.backward": {"backends.triton.tiles", "backends.triton.visibility"},
-    "backends.triton.forward": {"backends.triton.tiles", "backends.triton.visibility"},
-    "backends.triton.weights": {"backends.triton.tiles", "backends.triton.visibility"},
+    "backends.triton.backward": {
+        f"backends.triton.{name}" for name in ("gradient_tile", "scores", "tiles", "visibility")
+    },
+    "backends.triton.gradient_tile": {"backends.triton.scores", "backends.triton.tiles"},
+    "backends.triton.forward": {f"backends.triton.{name}" for name in ("scores", "tiles", "visibility")},
+    "backends.triton.weights": {f"backends.triton.{name}" for name in ("scores", "tiles", "visibility")},
+    "backends.triton.scores": {"backends.triton.tiles"},
     "backends.triton.visibility": {"backends.triton.tiles"},
     "backends.triton.tiles": set(),
     "backends.triton.tile_config": set(),
@@ -209,7 +220,15 @@ ALLOWED = {
     },
     "backends.delegation": {"core.inputs", "core.modes", "ops.module"},
     "backends.capability": {"core.inputs", "core.modes", "ops.module"},
-    "ops": {"ops.autograd", "ops.fake", "ops.fallback", "ops.module", "ops.module_autograd", "ops.product"},
+    "ops": {
+        "ops.autograd",
+        "ops.fake",
+        "ops.fallback",
+        "ops.heads",
+        "ops.module",
+        "ops.module_autograd",
+        "ops.product",
+    },
     "ops.autograd": {"ops.fallback", "ops.schema"},
     "ops.fake": {"ops.flop_counter", "ops.schema"},
     "ops.fallback": {"core.masks", "core.modes", "ops.schema", "core.reference"},
@@ -218,10 +237,12 @@ ALLOWED = {
     "ops.module": {"ops.flop_counter", "ops.schema"},
     "ops.module_autograd": {"core.masks", "ops.module", "ops.product", "ops.schema"},
     "ops.product": {"ops.flop_counter", "ops.schema"},
+    "ops.heads": {"core.heads", "ops.gradients", "ops.schema"},
     "ops.schema": set(),
     "core.reference": {"core.masks", "core.modes"},
     "core.inputs": {"core.modes"},
     "core.masks": set(),
+    "core.heads": set(),
     "core.modes": set(),
 }
 THIRD_PARTY = {  # of every other file torch alone
@@ -232,12 +253,12 @@ THIRD_PARTY = {  # of every other file torch alone
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
-        for name in ("backward", "entry", "forward", "tiles", "visibility", "weights")
+        for name in ("backward", "entry", "forward", "gradient_tile", "scores", "tiles", "visibility", "weights")
     },
 }
 ON_TOP = {
-    *("", "info", "convert", "integrations", "integrations.sdpa", "module.explanation", "warm_up"),
-    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "parity", "testing")),
+    *("", "info", "convert", "module.explanation", "warm_up"),
+    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "integrations", "parity", "testing")),
 }
 
 

@@ -56,6 +56,17 @@ def test_calls_of_head_sizes(calls, capsys):
     assert "heads of 8 and 6" in lines[3]
 
 
+def test_sinks_and_slopes_are_given_for_each_query_head(calls):
+    given = [{"sinks": torch.bfloat16, "alibi_slopes": torch.float32, "softcap": 2.0, "grouped": True}]
+    assert fused_mha.warm_up([4], calls=given, dtype=torch.float32, device="cpu", backward=True) == 1
+    _, found = calls[0]
+    assert {name: (x.shape, x.dtype) for name, x in found.items() if name != "softcap"} == {
+        "sinks": ((16,), torch.bfloat16),
+        "alibi_slopes": ((16,), torch.float32),
+    }
+    assert found["softcap"] == 2.0
+
+
 def test_a_model_says_what_its_calls_are(calls):
     layers = [fused_mha.MultiHeadAttention(16, 4, dropout=0.1, add_bias_kv=True, add_zero_attn=True) for _ in range(2)]
     model = nn.Sequential(*layers, fused_mha.MultiHeadAttention(16, 2))
@@ -127,8 +138,8 @@ def test_without_a_core_for_cuda_it_says_so_and_does_nothing(capsys, monkeypatch
         (
             [64],
             {"calls": [{"padding": torch.bool}]},
-            "calls must name attn_mask, key_padding_mask, is_causal, dropout_p, need_weights, average_attn_weights, "
-            "return_lse, add_zero_attn, bias_kv, grouped; got 'padding'",
+            "calls must name attn_mask, key_padding_mask, sinks, alibi_slopes, is_causal, dropout_p, softcap, "
+            "need_weights, average_attn_weights, return_lse, add_zero_attn, bias_kv, grouped; got 'padding'",
         ),
         (
             [64],

@@ -16,9 +16,9 @@ from fused_mha.core.attention import attention
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 HeadSize = int | tuple[int, int]
-_MASKS = ("attn_mask", "key_padding_mask")
-_FLAGS = ("is_causal", "dropout_p", "need_weights", "average_attn_weights", "return_lse", "add_zero_attn")
-_OPTIONS = (*_MASKS, *_FLAGS, "bias_kv", "grouped")
+_BY_DTYPE = ("attn_mask", "key_padding_mask", "sinks", "alibi_slopes")
+_FLAGS = ("is_causal", "dropout_p", "softcap", "need_weights", "average_attn_weights", "return_lse", "add_zero_attn")
+_OPTIONS = (*_BY_DTYPE, *_FLAGS, "bias_kv", "grouped")
 _HEADS = 8  # of head sizes that are given without a number
 CALLS: tuple[Mapping[str, object], ...] = (
     {"key_padding_mask": torch.bool},
@@ -59,8 +59,9 @@ def warm_up(
     Args:
         target: a model, for every `MultiHeadAttention` in it as it is now (dtype, device, training mode); or head
             sizes, each D or (D, D_v).
-        calls: what is given to each call beside query, key and value: the dtypes of ``attn_mask`` and
-            ``key_padding_mask``, and of `attention`'s flags ``is_causal``, ``dropout_p``, ``need_weights``,
+        calls: what is given to each call beside query, key and value: the dtypes of ``attn_mask``,
+            ``key_padding_mask``, ``sinks`` and ``alibi_slopes`` (slopes that learn take one kernel more), and of
+            `attention`'s flags ``is_causal``, ``dropout_p``, ``softcap`` (one serves all), ``need_weights``,
             ``average_attn_weights``, ``return_lse``, ``add_zero_attn``; ``bias_kv=True`` gives both biases, and
             ``grouped=True`` two query heads to each key head.
         lengths: L = S of calls that are made of each.
@@ -87,7 +88,7 @@ def warm_up(
         for name, value in call.items():
             if name not in _OPTIONS:
                 raise ValueError(f"calls must name {', '.join(_OPTIONS)}; got {name!r}")
-            if name in _MASKS and not isinstance(value, torch.dtype):
+            if name in _BY_DTYPE and not isinstance(value, torch.dtype):
                 raise ValueError(f"calls must give {name} by its dtype, such as torch.bool; got {value!r}")
     if isinstance(target, nn.Module):
         heads = _heads_of(target)
@@ -147,11 +148,12 @@ def _call(of: _Heads, call: dict[str, Any], N: int, length: int, backward: bool)
     def zeros(*shape: int, dtype: torch.dtype = of.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=of.device)
 
+    query_heads = 2 * of.H if call.pop("grouped", False) else of.H
     shapes = {"attn_mask": (length, length), "key_padding_mask": (N, length)}
+    shapes |= dict.fromkeys(("sinks", "alibi_slopes"), (query_heads,))
     given = {name: zeros(*shapes[name], dtype=x) if name in shapes else x for name, x in call.items()}
     if given.pop("bias_kv", False):
         given |= {"bias_k": zeros(of.H, of.D), "bias_v": zeros(of.H, of.D_v)}
-    query_heads = 2 * of.H if given.pop("grouped", False) else of.H
     sizes = ((query_heads, of.D), (of.H, of.D), (of.H, of.D_v))
     inputs = [zeros(N, length, *size).requires_grad_(backward) for size in sizes]
     with torch.set_grad_enabled(backward):

@@ -23,6 +23,7 @@ HEAVIER = {
     "large heads": {"N": 1, "L": 130, "S": 200, "H": 2, "H_kv": 2, "D": 128, "D_v": 128, "dtype": torch.bfloat16},
 }
 WHOLE = ("averaged weights", "bool mask and padding", "float mask and padding", "window beside virtual keys", "dropout")
+WHOLE += ("softcap, causal, padding, dropout", "softcap, sinks, ALiBi")
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)

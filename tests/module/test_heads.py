@@ -4,9 +4,14 @@ import pytest
 import torch
 
 from fused_mha import RotaryEmbedding
-from fused_mha.module.heads import HeadNorm, transform_heads
+from fused_mha.core import heads as by_torch
+from fused_mha.core.heads import HeadNorm
+from fused_mha.module import heads as by_operator
 
 ROPE = RotaryEmbedding(4)
+
+
+each_way = pytest.mark.parametrize("transform", [by_torch.transform_heads, by_operator.transform_heads])
 
 
 def norm(kind, dtype=torch.float64, scale=1.0):
@@ -22,35 +27,40 @@ def norm(kind, dtype=torch.float64, scale=1.0):
         ("layer", [x / 3.1875**0.5 + 0.5 for x in (1.25, 2.25, -1.75, -1.75)]),  # of mean 7 / 4
     ],
 )
-def test_a_norm_by_hand(kind, expected):
+@each_way
+def test_a_norm_by_hand(kind, expected, transform):
     x = torch.tensor([3.0, 4.0, 0.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
-    found = transform_heads(x, norm(kind), None).flatten()
+    found = transform(x, norm(kind), None).flatten()
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer", "l2"])
-def test_zeros_have_finite_derivatives(kind):
+@each_way
+def test_zeros_have_finite_derivatives(kind, transform):
     x = torch.zeros(1, 1, 1, 4, requires_grad=True)
-    transform_heads(x, norm(kind, torch.float32), None).sum().backward()
+    transform(x, norm(kind, torch.float32), None).sum().backward()
     assert bool(x.grad.isfinite().all())
 
 
-def test_the_norm_comes_before_the_rotation():
+@each_way
+def test_the_norm_comes_before_the_rotation(transform):
     x = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     of_heads, rotation = HeadNorm("rms", weight, None), ROPE.counted(0, x)
-    by_steps = transform_heads(transform_heads(x, of_heads, None), None, rotation)
-    assert torch.equal(transform_heads(x, of_heads, rotation), by_steps)
+    by_steps = transform(transform(x, of_heads, None), None, rotation)
+    torch.testing.assert_close(transform(x, of_heads, rotation), by_steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["rms", "layer", "l2"])
-def test_half_types_are_computed_in_fp32_and_rounded_once(kind, dtype):
+@each_way
+def test_half_types_are_computed_in_fp32_and_rounded_once(kind, dtype, transform):
     x = torch.randn(2, 5, 3, 4).to(dtype)
-    exact = transform_heads(x.float(), norm(kind, torch.float32, 1.5), ROPE.counted(0, x))
-    assert torch.equal(transform_heads(x, norm(kind, dtype, 1.5), ROPE.counted(0, x)), exact.to(dtype))
+    exact = transform(x.float(), norm(kind, torch.float32, 1.5), ROPE.counted(0, x))
+    assert torch.equal(transform(x, norm(kind, dtype, 1.5), ROPE.counted(0, x)), exact.to(dtype))
 
 
-def test_without_norm_and_rotation_heads_are_what_they_were():
+@each_way
+def test_without_norm_and_rotation_heads_are_what_they_were(transform):
     x = torch.randn(2, 5, 3, 4)
-    assert transform_heads(x, None, None) is x
+    assert transform(x, None, None) is x

@@ -40,7 +40,7 @@ def test_the_layouts_are_permutations_of_one_another():
     x = torch.randn(2, 5, 3, 8)
     order = [0, 4, 1, 5, 2, 6, 3, 7]  # a pair side by side
     half, interleaved = (RotaryEmbedding(8, layout=layout) for layout in LAYOUTS)
-    assert torch.equal(half(x)[..., order], interleaved(x[..., order]))
+    torch.testing.assert_close(half(x)[..., order], interleaved(x[..., order]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -67,6 +67,8 @@ def attend(N=2, L=32, S=32, H=4, D=16, layout="contiguous", backward=True, **fla
             return torch.zeros(N, length, H, D + 3, dtype=torch.float16)[..., :D]
         return torch.zeros(N, length, H, D, dtype=torch.float16)
 
+    for name in flags.pop("of_heads", ()):
+        flags[name] = torch.zeros(H)
     if flags.pop("padding", False):
         flags["key_padding_mask"] = torch.zeros(N, S, dtype=torch.bool)
     leaves = [draw(length).requires_grad_(backward) for length in (L, S, S)]

@@ -5,6 +5,7 @@ import torch
 from native.call_space import Call
 from native.dense_oracle import assert_matches_dense, drawn_seed
 
+SINKS, SLOPES = ("sinks",), ("alibi_slopes",)
 EVERYTHING = {"need_weights": True, "return_lse": True}
 PER_HEAD = EVERYTHING | {"average_attn_weights": False}
 CASES = {
@@ -30,6 +31,24 @@ CASES = {
     "everything dropped": EVERYTHING | {"dropout_p": 1.0},
     "negative scale": {"scale": -0.4, "is_causal": True},
     "no scale": {"scale": 0.0, "padding_dtype": torch.bool},
+    "softcap": PER_HEAD | {"softcap": 0.8},
+    "softcap, causal, padding, dropout": EVERYTHING
+    | {"softcap": 3.0, "is_causal": True, "padding_dtype": torch.bool, "dropout_p": 0.3},
+    "sinks": EVERYTHING | {"of_heads": SINKS},
+    "sinks, window": EVERYTHING | {"of_heads": SINKS, "window": (10, 0)},
+    "sinks, hidden rows": EVERYTHING
+    | {"of_heads": SINKS, "mask_dtype": torch.bool, "hidden": 0.97, "padding_dtype": torch.bool},
+    "sinks, float mask, dropout": PER_HEAD | {"of_heads": SINKS, "mask_dtype": torch.float32, "dropout_p": 0.4},
+    "sinks, negative scale": {"of_heads": SINKS, "scale": -0.4, "bias_kv": True},
+    "ALiBi": PER_HEAD | {"of_heads": SLOPES},
+    "ALiBi, causal, bottom right": {"of_heads": SLOPES, "is_causal": True, "causal_alignment": "bottom_right"},
+    "ALiBi, masks, virtual keys": EVERYTHING
+    | {"of_heads": SLOPES, "mask_dtype": torch.float32, "padding_dtype": torch.bool, "bias_kv": True}
+    | {"add_zero_attn": True, "causal_alignment": "bottom_right"},
+    "softcap, sinks, ALiBi": EVERYTHING | {"softcap": 2.0, "of_heads": SINKS + SLOPES},
+    "softcap, sinks, ALiBi, masks, virtual keys": PER_HEAD
+    | {"softcap": 0.5, "of_heads": SINKS + SLOPES, "mask_dtype": torch.bool, "mask_shape": "NHLS", "hidden": 0.6}
+    | {"padding_dtype": torch.float32, "bias_kv": True, "is_causal": True},
 }
 
 

@@ -23,6 +23,9 @@ ON_SM_80 = {
     "bool mask, weights, one head": {"D": 128, "N": 1, "H": 1, "masks": "bool", "weights": True},
     "fp32, virtual keys": {"dtype": "float32", "D": 64, "virtual": True},
     "fp32, large heads": {"dtype": "float32", "D": 256, "padding": True},
+    "softcap": {"D": 64, "softcap": 30.0},
+    "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
+    "fp32, softcap, sinks": {"dtype": "float32", "D": 64, "softcap": 30.0, "of_heads": ["sinks"]},
 }
 ON_SM_86 = {
     "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
@@ -43,6 +46,10 @@ ON_SM_90 = {
     "dropout, bool mask, 128": {"D": 128, "dropout": True, "masks": "bool"},
     "large heads": {"D": 256},
     "fp32": {"dtype": "float32", "D": 40, "D_v": 24, "H": 2, "H_kv": 1},
+    "softcap, 128": {"D": 128, "softcap": 30.0, "padding": True, "weights": True},
+    "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
+    "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
+    "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},
 }
 SIZES = [(40, 24), (8, 40), (20, 12)]  # D and D_v, whose tiles have different widths
 UNEVEN = {
@@ -84,7 +91,16 @@ def test_without_the_newer_assembler_the_code_is_whole_too():
             assert not kernel["reads of nothing"], (name, kernel)
 
 
-@pytest.mark.parametrize("kind", [{}, {"padding": True}, {"dropout": True, "weights": True, "virtual": True}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"padding": True},
+        {"dropout": True, "weights": True, "virtual": True},
+        {"softcap": 30.0, "of_heads": ["sinks", "alibi_slopes"]},
+    ],
+    ids=str,
+)
 def test_one_variant_of_each_kernel_serves_all_lengths_batches_and_heads(kind):
     draw = random.Random(0)
     calls = [
@@ -95,4 +111,6 @@ def test_one_variant_of_each_kernel_serves_all_lengths_batches_and_heads(kind):
     ]
     if "weights" in kind:  # whose rows are of 16 bytes or not
         calls = [call | {"S": call["S"] // 8 * 8 + 6} for call in calls]
+    if "softcap" in kind:
+        calls = [call | {"softcap": draw.choice([1.0, 16.0, 30.0])} for call in calls]
     assert set(printed("variants", json.dumps(calls)).values()) == {1}

@@ -24,8 +24,7 @@ SIZES = {
     "small": {"N": 1, "L": 5, "S": 9, "H": 1, "H_kv": 1, "D": 16, "D_v": 8},
     "odd": {"N": 3, "L": 5, "S": 7, "H": 2, "H_kv": 1, "D": 20, "D_v": 12},
 }
-
-
+LEAVES = ("query", "key", "value", "sinks", "alibi_slopes")
 MASKS = {
     "padding": {"padding_dtype": torch.bool},
     "float padding": {"padding_dtype": torch.float16},
@@ -75,8 +74,9 @@ def compiled(**metadata):
 def step(attention, arguments):
     """A forward and a backward, by all results."""
     torch.manual_seed(3)
-    leaves = [arguments[name].detach().requires_grad_() for name in ("query", "key", "value")]
-    results = attention(**arguments | dict(zip(("query", "key", "value"), leaves, strict=True)))
+    names = [name for name in LEAVES if name in arguments]
+    leaves = [arguments[name].detach().requires_grad_() for name in names]
+    results = attention(**arguments | dict(zip(names, leaves, strict=True)))
     differentiable = [x for x in results if x is not None and x.requires_grad]
     return torch.autograd.grad([x.sum() for x in differentiable], leaves, allow_unused=True)
 
@@ -117,7 +117,7 @@ def test_kernels_are_launched_with_the_strides_of_the_tensors_they_are_given(lau
     step(fused_mha.attention, arguments)
     assert seen(launches) == expected
     for _, _, _, call, _ in launches.by_triton:
-        for x, strides in ((call.query, call[9:12]), (call.key, call[12:15]), (call.value, call[15:18])):
+        for x, strides in ((call.query, call[11:14]), (call.key, call[14:17]), (call.value, call[17:20])):
             assert x.stride()[:3] == strides
         if call.attn_mask is not None:
             assert readable.strides(call.attn_mask) == (call.mask_n, call.mask_h, call.mask_l)
@@ -161,7 +161,7 @@ def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given
     assert len(launches.by_triton) == len(launches.by_address) == len(addresses)
     rows = zip(launches.by_triton, launches.by_address, addresses, strict=True)
     for (kernel, programs, _, call, _), launched, (of, tensors, others) in rows:
-        numbers = call[launcher.TENSORS :]
+        numbers = tuple(x for x in call[launcher.TENSORS :] if x is not None)
         assert of.kernel is kernel
         function, *grid, warps, shared, kinds, values, stream = launched
         assert (function, grid, warps, shared, stream) == (77, [programs, 1, 1], 8, 4096, 99)
@@ -195,16 +195,36 @@ def test_without_the_short_way_every_launch_is_tritons(launches, monkeypatch, mi
 
 
 @pytest.mark.parametrize(
-    ("sizes", "case"), [("small", "averaged weights"), ("odd", "bool mask and padding"), ("small", "dropout")]
+    ("sizes", "case"),
+    [
+        ("small", "averaged weights"),
+        ("odd", "bool mask and padding"),
+        ("small", "dropout"),
+        ("odd", "softcap, sinks, ALiBi"),
+    ],
 )
 def test_results_are_right(case, sizes):
     matches_oracle(kept_attention, make_arguments(**SIZES[sizes] | CASES[case]))
 
 
-def test_results_are_the_bits_of_the_general_way(in_general):
-    arguments = make_arguments(**SIZES["odd"], padding_dtype=torch.float32, **EVERYTHING)
+@pytest.mark.parametrize("options", [{}, CASES["softcap, sinks, ALiBi"]], ids=["plain", "options"])
+def test_results_are_the_bits_of_the_general_way(in_general, options):
+    arguments = make_arguments(**SIZES["odd"], padding_dtype=torch.float32, **EVERYTHING | options)
     found, expected = (step(attention, arguments) for attention in (kept_attention, in_general))
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_the_gradient_of_slopes_that_learn_alone_is_computed(launches, learns):
+    arguments = make_arguments(**SIZES["small"], of_heads=("sinks", "alibi_slopes"))
+    for name in ("query", "sinks"):
+        arguments[name].requires_grad_()
+    arguments["alibi_slopes"].requires_grad_(learns)
+    fused_mha.attention(**arguments).output.sum().backward()
+    _, (_, grad_query, grad_sinks, grad_slopes, _) = launches.by_triton[1][3:]
+    assert grad_query.shape == arguments["query"].shape
+    assert grad_sinks.shape == (1, 1, 1)
+    assert (grad_slopes is not None) == learns
 
 
 def test_a_mask_that_is_filled_anew_before_the_backward_changes_nothing(in_general):
@@ -220,10 +240,17 @@ def test_a_mask_that_is_filled_anew_before_the_backward_changes_nothing(in_gener
     assert all(map(torch.equal, step(spoiled, arguments), step(in_general, arguments)))
 
 
-@pytest.mark.parametrize("wanted", ["query", "key", "value"])
+@pytest.mark.parametrize(
+    ("wanted", "of_heads"),
+    [
+        *(("query", ()), ("key", ()), ("value", ()), ("value", LEAVES[3:])),
+        *((name, of_heads) for name in LEAVES[3:] for of_heads in ((name,), LEAVES[3:])),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("through", ["output", "weights", "lse"])
-def test_gradients_of_one_input_by_one_result(in_general, wanted, through):
-    arguments = make_arguments(**SIZES["small"], **EVERYTHING)
+def test_gradients_of_one_input_by_one_result(in_general, wanted, through, of_heads):
+    arguments = make_arguments(**SIZES["small"], **EVERYTHING, of_heads=of_heads)
 
     def gradient(attention):
         leaf = arguments[wanted].detach().requires_grad_()
@@ -235,12 +262,13 @@ def test_gradients_of_one_input_by_one_result(in_general, wanted, through):
     assert found is None or torch.equal(found, expected)
 
 
-def test_second_derivatives_go_by_the_reference(in_general):
-    arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool)
+@pytest.mark.parametrize("name", ["query", "sinks", "alibi_slopes"])
+def test_second_derivatives_go_by_the_reference(in_general, name):
+    arguments = make_arguments(**SIZES["small"], padding_dtype=torch.bool, of_heads=("sinks", "alibi_slopes"))
 
     def second(attention):
-        leaf = arguments["query"].detach().requires_grad_()
-        output = attention(**arguments | {"query": leaf}).output
+        leaf = arguments[name].detach().requires_grad_()
+        output = attention(**arguments | {name: leaf}).output
         (first,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
         return torch.autograd.grad(first.square().sum(), leaf)[0]
 

@@ -9,11 +9,15 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from attention_oracle import make_arguments
 from native.call_space import calls
-from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
+from triton_kernels.kinds import CASES, EVERYTHING, SINKS, SLOPES, matches_oracle
 
 from search import examples
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
+
+from fused_mha.backends.triton.scores import tanh
 
 DTYPES = (torch.float32, torch.float16)
 
@@ -80,6 +84,9 @@ def test_weights_after_torchs_flash_kernel(attention, monkeypatch, is_causal, av
         {"D_v": 16},
         {"is_causal": True, "S": 8},
         {"L": 1},
+        {"softcap": 3.0},
+        {"of_heads": SINKS},
+        {"of_heads": SLOPES},
         {"least": 1 << 6},
     ],
     ids=", ".join,
@@ -103,10 +110,73 @@ def test_large_additive_padding_beside_rows_that_fill_no_tile(attention):
     matches_oracle(attention, arguments)
 
 
+def test_slopes_that_favour_far_keys_beside_rows_that_fill_no_tile(attention):
+    arguments = make_arguments(N=1, L=5, S=90, H=1, H_kv=1, D=16, alibi_slopes=torch.tensor([-5.0]))
+    matches_oracle(attention, arguments)
+
+
+@triton.jit
+def _tanh_of(x, result, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(result + at, tanh(tl.load(x + at)))
+
+
+def test_tanh_is_right_for_small_and_large_numbers_too():
+    sizes = torch.cat([torch.logspace(-38, 5, 1 << 14), torch.linspace(0, 12, 1 << 14)])
+    x = torch.cat([sizes, -sizes])
+    found = torch.empty_like(x)
+    _tanh_of[(len(x) >> 14,)](x, found, 1 << 14)
+    exact = x.double().tanh()
+    assert ((found.double() - exact).abs() <= 6 * 2.0**-24 * exact.abs()).all()
+
+
+def test_tanh_of_what_is_not_finite():
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    found = torch.empty_like(x)
+    _tanh_of[(1,)](x, found, 4)
+    assert found.tolist()[:2] == [1.0, -1.0]
+    assert found[2].isnan()
+    assert found[3] == 0.0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("of", ["output", "weights", "lse"])
-def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention, of, dtype):
+@pytest.mark.parametrize("sink", [1e4, -1e4, torch.finfo(torch.float32).min, -torch.inf])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_sink_far_from_the_scores(attention, sink, hidden, dtype):
     arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16, dtype=dtype)
+    without = attention(**arguments, return_lse=True)
+    arguments |= {"sinks": torch.tensor([sink]), "return_lse": True, "need_weights": True}
+    found = attention(**arguments, key_padding_mask=torch.full((1, 40), hidden))
+    if hidden or sink > 0:
+        assert not found.output.any()
+        assert not found.weights.any()
+        assert (found.lse == sink).all()
+    else:
+        torch.testing.assert_close(found.output, without.output)
+        torch.testing.assert_close(found.lse, without.lse)
+
+
+@pytest.mark.parametrize("layout", ["strided", "unaligned", "expanded", "fp64", "fp16"])
+def test_sinks_and_slopes_in_any_memory(attention, layout):
+    arguments = make_arguments(N=2, L=5, S=40, H=4, H_kv=2, D=16, of_heads=SINKS + SLOPES)
+
+    def lay_out(x):
+        return {
+            "strided": torch.stack([x, torch.full_like(x, torch.nan)], 1)[:, 0],
+            "unaligned": torch.cat([x[:1], x])[1:],
+            "expanded": x[:1].expand(4),
+            "fp64": x.double(),
+            "fp16": x.half(),
+        }[layout]
+
+    matches_oracle(attention, arguments | {name: lay_out(arguments[name]) for name in SINKS + SLOPES})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "of_heads": SINKS + SLOPES}], ids=["plain", "options"])
+@pytest.mark.parametrize("of", ["output", "weights", "lse"])
+def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention, of, options, dtype):
+    arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16, dtype=dtype, **options)
     hidden = torch.zeros(5, 40, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
     leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
     results = attention(**arguments, attn_mask=hidden, need_weights=True, return_lse=True)
@@ -116,6 +186,7 @@ def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention, of, dty
         "lse": torch.logaddexp(results.lse, results.lse).exp().sum(),  # of two blocks of keys
     }[of]
     loss = loss + results.output.sum()
-    assert torch.autograd.grad(loss, getattr(results, of), retain_graph=True)[0].isnan().any()
+    if of != "lse" or not options:  # a sink is finite
+        assert torch.autograd.grad(loss, getattr(results, of), retain_graph=True)[0].isnan().any()
     for gradient in torch.autograd.grad(loss, leaves):
         assert gradient.isfinite().all()

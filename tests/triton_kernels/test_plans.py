@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 
 def kind_of(**arguments):
     """That of a call; None where it goes the general way."""
-    names = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v")
+    names = ("query", "key", "value", "sinks", "alibi_slopes", "attn_mask", "key_padding_mask", "bias_k", "bias_v")
     return plans.kind_of(tuple(map(arguments.get, names)), ("top_left", False))
 
 
@@ -38,6 +38,8 @@ def test_calls_that_differ_by_values_alone_are_of_one():
         {"mask_dtype": torch.float32},
         {"padding_dtype": torch.bool},
         {"bias_kv": True},
+        {"of_heads": ("sinks",)},
+        {"of_heads": ("alibi_slopes",)},
     ],
     ids=str,
 )
@@ -54,6 +56,11 @@ def test_strides_and_addresses_make_others():
     assert len(set(kinds)) == 3
 
 
+def test_dtypes_of_sinks_make_others():
+    arguments = make_arguments(of_heads=("sinks",))
+    assert kind_of(**arguments) != kind_of(**arguments | {"sinks": arguments["sinks"].half()})
+
+
 def test_every_flag_makes_another(launches):
     flags = [
         {},
@@ -63,6 +70,7 @@ def test_every_flag_makes_another(launches):
         {"add_zero_attn": True},
         {"dropout_p": 0.5},
         {"scale": 0.3},
+        {"softcap": 2.0},
         {"need_weights": True},
         {"average_attn_weights": False},
         {"return_lse": True},
@@ -89,6 +97,7 @@ def test_a_forced_back_end_serves(launches):
 @pytest.mark.parametrize("mask_shape", ["LS", "NHLS"])
 def test_what_other_back_ends_serve_is_checked_once_too(back_end, mask_shape, monkeypatch):
     options = {"mask_dtype": torch.float32, "mask_shape": mask_shape, "padding_dtype": torch.bool, "bias_kv": True}
+    options["of_heads"] = ("sinks", "alibi_slopes") if back_end == "reference" else ()
     calls = [make_arguments(seed=seed, **options) for seed in (0, 1)]
     with fused_mha.backend(back_end):
         expected = [fused_mha.attention(**call, is_causal=True).output for call in calls]
@@ -134,6 +143,13 @@ def test_masks_and_biases_that_need_a_gradient_have_none(name):
     assert kind_of(**arguments) is None
     with torch.no_grad():
         assert kind_of(**arguments) is not None
+
+
+def test_sinks_and_slopes_that_need_a_gradient_have_one():
+    arguments = make_arguments(of_heads=("sinks", "alibi_slopes"))
+    for name in ("sinks", "alibi_slopes"):
+        arguments[name].requires_grad_()
+    assert kind_of(**arguments) is not None
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")

@@ -32,8 +32,11 @@ class Capability(NamedTuple):
     cuda_capability: tuple[int, int] | None = None  # the least; None is any
 
 
-# Query, key, value, attn_mask, key_padding_mask, bias_k and bias_v of a call that differs from another by values alone.
-Served = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None], AttentionResult]
+_Some = Tensor | None
+# Query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k and bias_v.
+ServedTensors = tuple[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some]
+# Serves the calls of which these differ from another's by values alone.
+Served = Callable[[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some], AttentionResult]
 # The tensors of `ops.module.Call`; output and weights.
 ServedModule = Callable[[Sequence[Tensor | None]], tuple[Tensor, Tensor | None]]
 

@@ -17,6 +17,7 @@ from fused_mha.backends.capability import Backend, Capability, not_supported_rea
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.core.modes import is_eager, is_recorded, may_skip_dispatcher
 from fused_mha.ops import autograd, gradients, module_autograd, schema
+from fused_mha.ops import heads as heads_operator
 from fused_mha.ops import module as module_operator
 from fused_mha.ops import product as product_operator
 from fused_mha.ops.schema import TENSORS
@@ -48,6 +49,8 @@ def _kernel(operator: torch._ops.OpOverload) -> Callable[..., Any]:
 _forward = _kernel(schema.attention)
 _backward = functools.partial(gradients.attention_backward, _kernel(schema.attention_gradients))
 _product = _kernel(product_operator.product)
+_heads = _kernel(heads_operator.transform_heads)
+_heads_backward = _kernel(heads_operator.transform_heads_backward)
 _module = _kernel(module_operator.multi_head_attention)
 _module_backward = _kernel(module_operator.multi_head_attention_backward)
 
@@ -93,6 +96,21 @@ class _Product(torch.autograd.Function):
         return product_operator.backward(ctx, *grads, multiply=multiply)
 
 
+class _Heads(torch.autograd.Function):
+    """The operator `transform_heads` without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        result = _heads(*inputs)
+        heads_operator.setup(ctx, inputs, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kernel = _heads_backward if may_skip_dispatcher(grads) else heads_operator.transform_heads_backward
+        return heads_operator.backward(ctx, *grads, kernel=kernel)
+
+
 class _Module(torch.autograd.Function):
     """The operator `multi_head_attention` and its gradient without the dispatcher."""
 
@@ -116,6 +134,14 @@ def product(
     if is_eager() and not left.is_neg() and not right.is_neg():
         multiply = _Product.apply if is_recorded(left, right, bias) else _product
     return multiply(left, right, bias, left_is_transposed, right_is_transposed)
+
+
+def transform_heads(x: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any) -> Tensor:
+    """The operator of that name, of plain tensors and parameters in eager mode without the dispatcher."""
+    call: Any = heads_operator.transform_heads
+    if is_eager() and not x.is_neg():
+        call = _Heads.apply if is_recorded(x, weight, bias) else _heads
+    return call(x, weight, bias, *others)
 
 
 def multi_head_attention(tensors: tuple[Tensor | None, ...], numbers: tuple[Any, ...]) -> tuple[Tensor, ...]:

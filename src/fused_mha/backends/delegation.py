@@ -85,6 +85,12 @@ def _has_float_mask(inputs: AttentionInputs) -> bool:
 
 # In the order in which they are asked, of calls that `triton` could serve; the last is for all others.
 RULES = (
+    Rule(
+        "score options",
+        "triton",
+        lambda inputs: bool(inputs.score_options()),
+        "torch's kernels know no softcap, no sinks and no ALiBi",
+    ),
     Rule("log-sum-exp", "triton", lambda inputs: inputs.return_lse, "torch's kernels give no log-sum-exp"),
     Rule("single query", "triton", _is_single, "cuDNN's kernels give NaN for a single query"),
     Rule(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,16 +140,26 @@ def _verify(call: Call, cell: Cell, mine: Attention, theirs: Attention) -> None:
     if call.dropout > 0.0:
         theirs = bmm(weights=call.weights, dropout=call.dropout, kept=_kept(call, cell))
         run = functools.partial(seeded, run)
+    exact = _contender(call, cell, theirs, higher)
+    check_errors(f"{call.group}, {cell}", call.dtype, _names(call), run, _contender(call, cell, theirs), exact)
+
+
+def check_errors(case: str, dtype: torch.dtype, names: Sequence[str], *contenders: Callable[[], Any]) -> None:
+    """Raise AssertionError where a result is further from an exact one than torch's own may be.
+
+    Args:
+        case: what is measured.
+        dtype: of the results.
+        names: of the results.
+        *contenders: of ours, of torch, and of torch in higher precision.
+    """
     results, torch_results, exact = (
-        dict(zip(_names(call), (x.detach() for x in contender()), strict=True))
-        for contender in (run, _contender(call, cell, theirs), _contender(call, cell, theirs, higher))
+        dict(zip(names, (x.detach() for x in contender()), strict=True)) for contender in contenders
     )
     for name, oracle in exact.items():
-        error, torch_error = (float((x[name].to(higher) - oracle).abs().max()) for x in (results, torch_results))
-        bound = tolerance(call.dtype, torch_error, float(oracle.abs().max()))
-        assert error <= bound, (
-            f"{call.group}, {cell}: {name} is off by {error:.2e}, torch's by {torch_error:.2e}, bound {bound:.2e}"
-        )
+        error, torch_error = (float((x[name].to(oracle.dtype) - oracle).abs().max()) for x in (results, torch_results))
+        bound = tolerance(dtype, torch_error, float(oracle.abs().max()))
+        assert error <= bound, f"{case}: {name} is off by {error:.2e}, torch's by {torch_error:.2e}, bound {bound:.2e}"
 
 
 def _names(call: Call) -> list[str]:

@@ -96,15 +96,14 @@ def attention(
         query, key, value = (as_autocast_casts(x) for x in (query, key, value))
         bias_k, bias_v = (None if x is None else as_autocast_casts(x) for x in (bias_k, bias_v))
     kind = None
-    may_be_kept = device == plans.DEVICE and sinks is None and alibi_slopes is None
-    if may_be_kept and not torch.compiler.is_compiling():
-        tensors = (query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
+    if device == plans.DEVICE and not torch.compiler.is_compiling():
+        tensors = (query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k, bias_v)
         flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale, softcap)
         kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse))
         if served is not None:
             if attn_mask is not None and attn_mask.dim() == 2:  # as the checks of a first call leave it
                 attn_mask = attn_mask[None, None]
-            return served(query, key, value, attn_mask, key_padding_mask, bias_k, bias_v)
+            return served(query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k, bias_v)
     inputs = check_attention(
         query,
         key,

@@ -4,7 +4,7 @@
 call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`, `dispatch` and the kernels
 look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the flags, and which back end is
 forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other tensors than plain ones, and
-those with a mask (of `attention`, a bias too) that needs a gradient, sinks or slopes of ALiBi, have no kind.
+those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fused_mha.backends.capability import Backend, Served
+from fused_mha.backends.capability import Backend, Served, ServedTensors
 from fused_mha.core import dispatch
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.core.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of_each
@@ -23,7 +23,7 @@ from fused_mha.core.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
 MOST_RECENT = 4  # kinds of the same flags and sizes that are compared before a kind is made up
-_ROWS = 3  # the first tensors of a call: query, key and value
+_LEARN = 5  # the first tensors of a call, which may need a gradient: query, key, value, sinks and slopes
 _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
 Kind = tuple[Any, ...]
 Serves = TypeVar("Serves")
@@ -33,11 +33,8 @@ _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _TensorGuards: Any = getattr(_guards, "TensorGuards", None)
 _recent: dict[Kind, list[_Recent]] = {}
 
-# In the order of `Served`.
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
-
-def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _ROWS) -> Kind | None:
+def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _LEARN) -> Kind | None:
     """The kind of a call, or None.
 
     Args:
@@ -64,7 +61,7 @@ def _precision(x: Tensor | None) -> str | bool | None:
     return torch.backends.cuda.matmul.fp32_precision if is_float else None
 
 
-def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _ROWS) -> tuple[Kind | None, Any]:
+def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _LEARN) -> tuple[Kind | None, Any]:
     """The kind of a call, or None, as `kind_of`; and what serves such calls, None where that is not known."""
     if not is_eager() or not PLAIN_OR_NONE.issuperset(map(type, tensors)):
         return None, None
@@ -124,9 +121,9 @@ def _by(back_end: Backend, inputs: AttentionInputs) -> Served:
     masking, others = inputs[5:8], inputs[12:]  # no tensors, which would be kept alive
 
     def served(*tensors: Any) -> AttentionResult:
-        return dispatch.run(
-            back_end, AttentionInputs._make((*tensors[:5], *masking, *tensors[5:], None, None, *others))
-        )
+        query, key, value, sinks, slopes, attn_mask, padding, *biases = tensors
+        found = (query, key, value, attn_mask, padding, *masking, *biases, sinks, slopes, *others)
+        return dispatch.run(back_end, AttentionInputs._make(found))
 
     return served
 
@@ -148,8 +145,7 @@ def forget() -> None:
 def run(inputs: AttentionInputs) -> AttentionResult:
     """Compute attention of inputs that were checked."""
     kind = None
-    may_be_kept = inputs.query.device.type == DEVICE and inputs.sinks is None and inputs.alibi_slopes is None
-    if may_be_kept and not torch.compiler.is_compiling():
+    if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
         tensors = tensors_of(inputs)
         kind, served = find(tensors, _flags_of(inputs))
         if served is not None:
@@ -159,10 +155,11 @@ def run(inputs: AttentionInputs) -> AttentionResult:
     return dispatch.run(back_end, inputs) if served is None else served(*tensors_of(inputs))
 
 
-def tensors_of(inputs: AttentionInputs) -> Tensors:
+def tensors_of(inputs: AttentionInputs) -> ServedTensors:
     """The tensors of a call."""
     query, key, value, attn_mask, key_padding_mask = inputs[:5]
-    return query, key, value, attn_mask, key_padding_mask, inputs.bias_k, inputs.bias_v
+    of_heads = (inputs.sinks, inputs.alibi_slopes)
+    return query, key, value, *of_heads, attn_mask, key_padding_mask, inputs.bias_k, inputs.bias_v
 
 
 def _flags_of(inputs: AttentionInputs) -> tuple[Any, ...]:

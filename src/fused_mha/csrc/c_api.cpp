@@ -143,6 +143,14 @@ int64_t fused_mha_column_sums(const fused_mha_tensor* matrix, const fused_mha_te
     return 0;
 }
 
+int64_t fused_mha_heads(const fused_mha_heads_arguments* call) {
+    Checker checker;
+    check_heads(checker, *call);
+    if (!checker.ok) return -1;
+    if (call->x.size[0] > 0 && call->x.size[1] > 0 && call->x.size[2] > 0) kernels_of(accumulator_dtype(call->x.dtype)).heads(*call);
+    return 0;
+}
+
 int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask, double dropout_p,
                                int64_t threads) {
     Checker checker;

@@ -108,6 +108,26 @@ typedef struct {
     int64_t threads;
 } fused_mha_product_arguments;
 
+// Q/K norm and rotation of heads; backward, where there is a grad_output.
+enum { FUSED_MHA_NO_NORM = 0, FUSED_MHA_RMS_NORM = 1, FUSED_MHA_LAYER_NORM = 2, FUSED_MHA_L2_NORM = 3 };
+#define FUSED_MHA_MOST_HEAD_SIZE 1024
+#define FUSED_MHA_HEAD_POSITIONS 32  // whose heads' gradients of a norm's parameters are one row of grad_weight
+typedef struct {
+    fused_mha_tensor x;            // (N, L, H, D)
+    fused_mha_tensor weight;       // (D): floating, absent without a norm
+    fused_mha_tensor bias;         // (D): floating, or absent
+    fused_mha_tensor cos;          // (N|1, L, R / 2) in the accumulator type; absent without a rotation
+    fused_mha_tensor sin;          // likewise
+    fused_mha_tensor output;       // (N, L, H, D), or the gradient of x
+    fused_mha_tensor grad_output;  // (N, L, H, D), or absent
+    fused_mha_tensor grad_weight;  // (parts of N * L positions, D) in the accumulator type, or absent
+    fused_mha_tensor grad_bias;    // likewise
+    int64_t norm;
+    int64_t interleaved;           // whether components 2j and 2j + 1 are a pair, not j and j + R / 2
+    int64_t threads;
+    double eps;
+} fused_mha_heads_arguments;
+
 // The forward of a whole module: query, key and value are projected, attended to and projected back. `core` needs no
 // query, key, value and output: where they are given, the projections and the heads are kept there for the backward.
 typedef struct {
@@ -162,6 +182,8 @@ FUSED_MHA_EXPORT int64_t fused_mha_module(fused_mha_module_arguments*);
 
 // sums (C) = the sums over the rows of matrix (N, L, C), of its dtype, or of a half type where it is float32.
 FUSED_MHA_EXPORT int64_t fused_mha_column_sums(const fused_mha_tensor* matrix, const fused_mha_tensor* sums, int64_t threads);
+
+FUSED_MHA_EXPORT int64_t fused_mha_heads(const fused_mha_heads_arguments*);
 
 // mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed (2).
 FUSED_MHA_EXPORT int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask,

@@ -167,10 +167,39 @@ void check_product(Checker& checker, const fused_mha_product_arguments& call) {
                           (long long)rows(call.output), (long long)N);
 }
 
+void check_heads(Checker& checker, const fused_mha_heads_arguments& call) {
+    checker.check_floating("x", call.x);
+    if (!checker.ok) return;
+    const int64_t dtype = call.x.dtype, accumulator = accumulator_dtype(dtype);
+    const int64_t N = call.x.size[0], L = call.x.size[1], H = call.x.size[2], D = call.x.size[3], pairs = call.cos.size[2];
+    checker.check("x", call.x, dtype, 4, {-1, -1, -1, -1});
+    if (checker.ok && (D < 1 || D > FUSED_MHA_MOST_HEAD_SIZE))
+        checker.fail_with("x must have a head size from 1 to %d; got %lld", FUSED_MHA_MOST_HEAD_SIZE, (long long)D);
+    checker.check("output", call.output, dtype, 4, {N, L, H, D});
+    if (call.grad_output.data) checker.check("grad_output", call.grad_output, dtype, 4, {N, L, H, D});
+    if (checker.ok && (call.norm < FUSED_MHA_NO_NORM || call.norm > FUSED_MHA_L2_NORM || !(call.eps >= 0)))
+        checker.fail_with("norm must be from 0 to 3, with an eps of 0 or more; got %lld and %g", (long long)call.norm, call.eps);
+    for (const auto& [name, t] : {std::pair("weight", &call.weight), std::pair("bias", &call.bias)})
+        if (checker.ok && (t->data || (t == &call.weight && call.norm != FUSED_MHA_NO_NORM))) {
+            checker.check_floating(name, *t);
+            if (checker.ok && (dtype == FUSED_MHA_FLOAT64) != (t->dtype == FUSED_MHA_FLOAT64))
+                checker.fail_with("%s must be float64 where x is, and only there", name);
+            checker.check(name, *t, t->dtype, 1, {D, 1, 1, 1});
+        }
+    if (checker.ok && call.cos.data && (pairs < 1 || pairs > D / 2 || (call.cos.size[0] != 1 && call.cos.size[0] != N)))
+        checker.fail_with("cos must be (N|1, L, R / 2) with R <= D");
+    for (const auto& [name, t] : {std::pair("cos", &call.cos), std::pair("sin", &call.sin)})
+        if (call.cos.data || t->data) checker.check(name, *t, accumulator, 3, {call.cos.size[0], L, pairs, 1});
+    const int64_t parts = checker.ok ? (N * L + FUSED_MHA_HEAD_POSITIONS - 1) / FUSED_MHA_HEAD_POSITIONS : 0;
+    for (const auto& [name, t] : {std::pair("grad_weight", &call.grad_weight), std::pair("grad_bias", &call.grad_bias)})
+        if (t->data) checker.check(name, *t, accumulator, 2, {parts, D, 1, 1});
+    check_threads(checker, call.threads);
+}
+
 namespace {
 
 // A projection, or the heads: a matrix of all heads for each position. Absent, it only has sizes.
-void check_heads(Checker& checker, const char* name, const fused_mha_tensor& t, int64_t dtype, int64_t N, int64_t length,
+void check_projected(Checker& checker, const char* name, const fused_mha_tensor& t, int64_t dtype, int64_t N, int64_t length,
                  int64_t H, int64_t D, bool is_kept) {
     checker.check_sizes(name, t, dtype, {N, length, H, D});
     if (checker.ok) checker.check_elements(name, t);
@@ -255,10 +284,10 @@ void check_module(Checker& checker, const fused_mha_module_arguments& call) {
         return checker.fail_with("the batch, the sequences and the heads must not be empty, nor of more than 2^20 heads or "
                                  "a larger size");
     const bool is_kept = a.query.data != nullptr;
-    check_heads(checker, "projected query", a.query, dtype, N, L, H, D, is_kept);
-    check_heads(checker, "projected key", a.key, dtype, N, S, H_kv, D, is_kept);
-    check_heads(checker, "projected value", a.value, dtype, N, S, H_kv, D_v, is_kept);
-    check_heads(checker, "heads", call.core.output, dtype, N, L, H, D_v, is_kept);
+    check_projected(checker, "projected query", a.query, dtype, N, L, H, D, is_kept);
+    check_projected(checker, "projected key", a.key, dtype, N, S, H_kv, D, is_kept);
+    check_projected(checker, "projected value", a.value, dtype, N, S, H_kv, D_v, is_kept);
+    check_projected(checker, "heads", call.core.output, dtype, N, L, H, D_v, is_kept);
     check_settings(checker, a);
     check_results(checker, call.core);
     check_projection(checker, "query", call.query_weight, call.query_bias, dtype, H * D, call.query.size[2]);

@@ -104,4 +104,6 @@ void check_module(Checker& checker, const fused_mha_module_arguments& call);
 // Replaces what is absent by what it stands for.
 void complete(Checker& checker, fused_mha_module_arguments& call);
 
+void check_heads(Checker& checker, const fused_mha_heads_arguments& call);
+
 }  // namespace fused_mha

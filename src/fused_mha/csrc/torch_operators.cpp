@@ -138,6 +138,77 @@ void attention_gradients(Value* stack, uint64_t, uint64_t) {
          grad_distances);
 }
 
+// x, weight, bias, cos and sin, and the numbers behind them.
+struct HeadsCall {
+    Tensor x, weight, bias, cos, sin;
+    fused_mha_heads_arguments fields = {};
+
+    explicit HeadsCall(Arguments& arguments)
+        : x(arguments.tensor()), weight(arguments.optional_tensor()), bias(arguments.optional_tensor()),
+          cos(arguments.optional_tensor()), sin(arguments.optional_tensor()) {
+        fields.norm = arguments.integer();
+        fields.interleaved = arguments.boolean();
+        fields.eps = arguments.number();
+        fields.threads = thread_count();
+    }
+
+    void take_fields() {
+        make_last_contiguous(x);
+        make_contiguous(weight, bias, cos, sin);
+        if (x.sizes().count != 4) fail("x must be 4-D, (N, L, H, D)");
+        fields.x = x.fields();
+        fields.weight = weight.fields();
+        fields.bias = bias.fields();
+        fields.cos = rotation(cos);
+        fields.sin = rotation(sin);
+    }
+
+    Tensor like_x() const {
+        return Tensor::empty({fields.x.size[0], fields.x.size[1], fields.x.size[2], fields.x.size[3]}, fields.x.dtype);
+    }
+
+private:
+    // (L, R / 2) or (N, L, R / 2).
+    static fused_mha_tensor rotation(const Tensor& t) {
+        fused_mha_tensor f = t.fields();
+        if (!t || t.sizes().count != 2) return f;
+        return {f.data, f.dtype, f.bytes, {1, f.size[0], f.size[1], 1}, {0, f.stride[0], f.stride[1], 0}};
+    }
+};
+
+void transform_heads(Value* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    HeadsCall call(arguments);
+    call.take_fields();
+    Tensor output = call.like_x();
+    call.fields.output = output.fields();
+    check(fused_mha_heads(&call.fields));
+    give(stack, output);
+}
+
+// The gradients of the norm's parameters in parts, whose sum is left to the caller.
+void transform_heads_backward(Value* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    Tensor grad_output = arguments.tensor();
+    HeadsCall call(arguments);
+    call.take_fields();
+    make_last_contiguous(grad_output);
+    Tensor grad_x = call.like_x();
+    const fused_mha_tensor& x = call.fields.x;
+    const int64_t parts = (x.size[0] * x.size[1] + FUSED_MHA_HEAD_POSITIONS - 1) / FUSED_MHA_HEAD_POSITIONS;
+    const int64_t accumulator = accumulator_of(x.dtype);
+    const auto of_parts = [&](const Tensor& t) {
+        return t ? Tensor::empty({parts, x.size[3]}, accumulator) : Tensor::nothing(accumulator);
+    };
+    Tensor grad_weight = of_parts(call.weight), grad_bias = of_parts(call.bias);
+    call.fields.output = grad_x.fields();
+    call.fields.grad_output = grad_output.fields();
+    if (call.weight) call.fields.grad_weight = grad_weight.fields();
+    if (call.bias) call.fields.grad_bias = grad_bias.fields();
+    check(fused_mha_heads(&call.fields));
+    give(stack, grad_x, grad_weight, grad_bias);
+}
+
 void dropout_mask(Value* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     Tensor seed = arguments.tensor();
@@ -160,6 +231,8 @@ extern "C" int64_t fused_mha_register_operators(void* torch_library) {
     constexpr NamedKernel KERNELS[] = {{"product", product},
                                        {"attention", attention},
                                        {"attention_gradients", attention_gradients},
+                                       {"transform_heads", transform_heads},
+                                       {"transform_heads_backward", transform_heads_backward},
                                        {"dropout_mask", dropout_mask},
                                        {"multi_head_attention", multi_head_attention},
                                        {"multi_head_attention_backward", multi_head_attention_backward}};

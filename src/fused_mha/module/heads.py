@@ -1,37 +1,19 @@
-"""What is done to each head between the in-projection and the attention: Q/K norm, then rotation.
+"""`transform_heads`: Q/K norm and rotation by one operator of the CPU library, or by torch's own in `core.heads`.
 
-`steps` calls `transform_heads`, once for the queries and once for the keys. All is differentiable PyTorch on
-(N, L, H, D); the half types are computed in fp32.
+`steps` calls it, once for the queries and once for the keys, and `RotaryEmbedding`.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
-
 import torch
 from torch import Tensor
 
-QKNorm = Literal["rms", "layer", "l2"]
-QK_NORMS: tuple[QKNorm, ...] = get_args(QKNorm)
-RotaryLayout = Literal["half", "interleaved"]
-# As in Llama and Qwen; in torch.nn.LayerNorm; of a square that is summed over D, not averaged.
-EPS: dict[QKNorm, float] = {"rms": 1e-6, "layer": 1e-5, "l2": 1e-12}
-
-
-class HeadNorm(NamedTuple):
-    """The norm of each head of the queries or the keys."""
-
-    kind: QKNorm
-    weight: Tensor  # (D)
-    bias: Tensor | None  # (D), of "layer" alone
-
-
-class Rotation(NamedTuple):
-    """By how much pairs of components are turned at each position, for the first R components of a head."""
-
-    cos: Tensor  # (L, R / 2) or (N, L, R / 2), fp32, or fp64 for fp64
-    sin: Tensor  # the same
-    layout: RotaryLayout
+from fused_mha.backends import cpu
+from fused_mha.core import dispatch
+from fused_mha.core import heads as by_torch
+from fused_mha.core.heads import EPS, HeadNorm, Rotation
+from fused_mha.core.modes import PLAIN_TYPES, is_eager, onnx_export_is_active, transform_is_active
+from fused_mha.ops.heads import MOST_HEAD_SIZE, NORMS
 
 
 def transform_heads(x: Tensor, norm: HeadNorm | None, rotation: Rotation | None) -> Tensor:
@@ -45,40 +27,25 @@ def transform_heads(x: Tensor, norm: HeadNorm | None, rotation: Rotation | None)
     Returns:
         (N, L, H, D), in the dtype of ``x``.
     """
-    if norm is None and rotation is None:
-        return x
-    dtype = x.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        x = x.float()
-    if norm is not None:
-        x = normalized(x, norm)
-    if rotation is not None:
-        x = rotated(x, rotation)
-    return x.to(dtype)
+    if (norm is None and rotation is None) or not _is_ours(x, norm, rotation):
+        return by_torch.transform_heads(x, norm, rotation)
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    cos, sin, layout = (None, None, "half") if rotation is None else rotation
+    kind, eps = (0, 0.0) if norm is None else (NORMS[norm.kind], EPS[norm.kind])
+    return cpu.transform_heads(x, weight, bias, cos, sin, kind, layout == "interleaved", eps)
 
 
-def normalized(x: Tensor, norm: HeadNorm) -> Tensor:
-    """Normalise: x / sqrt(mean(x^2) + eps) * weight ("rms"), the same of x - mean(x), plus a bias ("layer"), or with
-    the sum of the squares ("l2").
-    """
-    if norm.kind == "layer":
-        x = x - x.mean(dim=-1, keepdim=True)
-    squares = x * x
-    size = squares.sum(dim=-1, keepdim=True) if norm.kind == "l2" else squares.mean(dim=-1, keepdim=True)
-    x = x * torch.rsqrt(size + EPS[norm.kind]) * norm.weight.to(x.dtype)
-    return x if norm.bias is None else x + norm.bias.to(x.dtype)
-
-
-def rotated(x: Tensor, rotation: Rotation) -> Tensor:
-    """(a, b) becomes (a cos - b sin, a sin + b cos) for each pair: components j and j + R / 2 in the layout "half", 2j
-    and 2j + 1 in "interleaved".
-    """
-    cos, sin = rotation.cos.unsqueeze(-2), rotation.sin.unsqueeze(-2)  # for all heads
-    pairs = cos.shape[-1]
-    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-    if rotation.layout == "half":
-        a, b = turned[..., :pairs], turned[..., pairs:]
-        return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
-    a, b = turned[..., ::2], turned[..., 1::2]
-    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+def _is_ours(x: Tensor, norm: HeadNorm | None, rotation: Rotation | None) -> bool:
+    if not x.is_cpu or x.dtype not in cpu.DTYPES or cpu.LIBRARY is None or not dispatch.allows(cpu.BACKEND):
+        return False
+    if transform_is_active() or torch.jit.is_tracing() or onnx_export_is_active():
+        return False
+    if x.shape[3] > MOST_HEAD_SIZE or (is_eager() and x.numel() == 0):
+        return False
+    learned = () if norm is None else norm[1:]
+    angles: tuple[Tensor, ...] = () if rotation is None else rotation[:2]
+    is_fp64 = x.dtype == torch.float64
+    return not any(t.requires_grad for t in angles) and all(
+        t is None or (type(t) in PLAIN_TYPES and t.is_cpu and (t.dtype == torch.float64) == is_fp64)
+        for t in (x, *learned, *angles)
+    )

@@ -16,12 +16,12 @@ from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
+from fused_mha.core.heads import QKNorm
 from fused_mha.core.inputs import ModuleArguments, Window, check_are_tensors, check_dropout, check_module_inputs
 from fused_mha.core.modes import PLAIN_OR_NONE
 from fused_mha.module import loading, nested, one_call, projections, steps
 from fused_mha.module import options as module_options
 from fused_mha.module.cache import KeyValueCache
-from fused_mha.module.heads import QKNorm
 from fused_mha.module.options import ModuleOptions
 from fused_mha.module.quantization import QConfig
 from fused_mha.module.rotary import RotaryEmbedding

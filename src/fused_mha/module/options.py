@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
+from fused_mha.core.heads import QK_NORMS, HeadNorm, QKNorm
 from fused_mha.core.inputs import Window, check_softcap
 from fused_mha.core.modes import is_eager
-from fused_mha.module.heads import QK_NORMS, HeadNorm, QKNorm
 from fused_mha.module.rotary import RotaryEmbedding
 
 # Parameters that torch's module does not have.

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fused_mha.core.heads import RotaryLayout, Rotation
 from fused_mha.core.modes import is_eager
-from fused_mha.module.heads import RotaryLayout, Rotation, transform_heads
+from fused_mha.module.heads import transform_heads
 
 
 class LinearScaling(NamedTuple):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fused_mha.core import masks, plans
+from fused_mha.core.heads import Rotation
 from fused_mha.core.inputs import AttentionInputs, ModuleArguments, _check_module_attn_mask, default_scale
 from fused_mha.module import options as module_options
 from fused_mha.module import projections
 from fused_mha.module.cache import Extended, KeyValueCache
-from fused_mha.module.heads import Rotation, transform_heads
+from fused_mha.module.heads import transform_heads
 from fused_mha.module.linear import linear
 
 if TYPE_CHECKING:

@@ -48,25 +48,35 @@ def attention_backward(
         if not has_rows:
             grad_mask = grad_columns.unsqueeze(2)  # [N, H, 1, S]
             for dim in (0, 1):
-                grad_mask = _sum(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
+                grad_mask = summed(grad_mask, dim) if mask.shape[dim] == 1 else grad_mask
         grad_attn_mask = grad_mask.to(mask.dtype)
     if padding_grad and padding is not None:
         # Of one head the sum is what it sums, of which the gradient of a mask of keys may be a view too.
-        grad_padding = _sum(grad_columns, 1).squeeze(1).to(padding.dtype, copy=True)
+        grad_padding = summed(grad_columns, 1).squeeze(1).to(padding.dtype, copy=True)
     grad_biases = [
-        query.new_empty((0,)) if bias is None else _sum(grad, 0)[0].to(query.dtype)
+        query.new_empty((0,)) if bias is None else summed(grad, 0)[0].to(query.dtype)
         for bias, grad in ((arguments.bias_k, grad_bias_k), (arguments.bias_v, grad_bias_v))
     ]
-    sinks, slopes = arguments.sinks, arguments.alibi_slopes
-    of_heads = [query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in (sinks, slopes)]
-    if sinks is not None:
-        of_heads[0].copy_(_sum(grad_sinks, 0)[0])
-    if slopes is not None:
-        of_heads[1].copy_(_sum(_sum(grad_distances, 0), 2).flatten().neg())
+    of_heads = (
+        query.new_empty((0,)) if grad is None else grad
+        for grad in of_sinks_and_slopes(arguments.sinks, arguments.alibi_slopes, grad_sinks, grad_distances)
+    )
     return *grads, grad_attn_mask, grad_padding, *grad_biases, *of_heads
 
 
-def _sum(x: Tensor, dim: int) -> Tensor:
+def of_sinks_and_slopes(
+    sinks: Tensor | None, slopes: Tensor | None, grad_sinks: Tensor | None, grad_distances: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Their gradients, from those of each batch element, (N, H), and of the distances to each key, (N, H, S)."""
+    of_sinks = of_slopes = None
+    if sinks is not None and grad_sinks is not None:
+        of_sinks = sinks.new_empty(sinks.shape).copy_(summed(grad_sinks, 0)[0])
+    if slopes is not None and grad_distances is not None:
+        of_slopes = slopes.new_empty(slopes.shape).copy_(summed(summed(grad_distances, 0), 2).flatten().neg())
+    return of_sinks, of_slopes
+
+
+def summed(x: Tensor, dim: int) -> Tensor:
     """The sum over one dimension, which stays with size 1, by pairs: torch's own order depends on the threads."""
     while (size := x.shape[dim]) > 1:
         half = (size + 1) // 2

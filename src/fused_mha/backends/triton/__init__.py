@@ -39,9 +39,8 @@ def assemblers() -> list[str]:
 
 def _attention(*inputs: Any) -> tuple[Tensor, ...]:
     query, key, value = inputs[:3]
-    a = schema.Arguments(*inputs)
-    has_kernel = query.numel() > 0 and key.numel() > 0 and a.sinks is a.alibi_slopes is a.softcap is None
-    if has_kernel and query.dtype in _DTYPES and max(query.shape[3], value.shape[3]) <= MOST_HEAD_SIZE:
+    has_elements = query.numel() > 0 and key.numel() > 0
+    if has_elements and query.dtype in _DTYPES and max(query.shape[3], value.shape[3]) <= MOST_HEAD_SIZE:
         return _kernels().attention(*inputs)
     return fallback.attention(*inputs)  # a graph that was exported with the operator, on another device
 
@@ -95,7 +94,6 @@ BACKEND = Backend(
         devices=("cuda",),
         dtypes=_DTYPES,
         transforms=False,
-        score_options=False,
         onnx_export=False,
         reads_hidden_keys=False,
         empty_tensors=False,

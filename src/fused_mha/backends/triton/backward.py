@@ -11,22 +11,32 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from fused_mha.backends.triton.gradient_tile import (
+    Queries,
+    load_queries,
+    merged_rows,
+    terms_of,
+    weights_and_gradients,
+)
+from fused_mha.backends.triton.scores import (
+    as_score,
+    distances,
+    grad_of_products,
+    load_sink,
+    load_stats,
+    softmax,
+)
 from fused_mha.backends.triton.tiles import (
     EDGE,
-    MOST_ROWS,
     block_of_queries,
     full,
     head_of,
-    is_kept,
     load_keys,
     load_of_rows,
     load_rows,
-    load_stats,
     load_values,
-    multiple,
     program_of,
     rows_of_output,
-    softmax_tile,
     store_rows,
     tile_of_matrices,
     zeros,
@@ -41,123 +51,6 @@ from fused_mha.backends.triton.visibility import (
     visible_keys,
     visible_rows,
 )
-
-
-class Given(NamedTuple):
-    """What the gradients are computed from, beside the call; the first, `output` and `cleaned` lie as the output, all
-    others are contiguous.
-    """
-
-    grad_output: Any  # (N, L, H, D_v)
-    grad_weights: Any  # (N, L, S') or (N, H, L, S'), or None
-    grad_lse: Any  # (N, H, L) or None
-    output: Any  # (N, L, H, D_v)
-    stats: Any  # (2, N, H, L)
-    terms: Any  # (N, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
-    cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
-
-
-class Queries(NamedTuple):
-    """What is read of a block of queries."""
-
-    rows: Any
-    query: Any  # (BLOCK_M, BLOCK_D)
-    grad_output: Any  # (BLOCK_M, BLOCK_DV)
-    shift: Any
-    factor: Any
-
-
-@triton.jit
-def _load_queries(call, given, head, rows, is_read, TILE: tl.constexpr):
-    """The queries and their deltas, after `grad_query`."""
-    at, length = _terms(call, given, head, rows)
-    queries = Queries(
-        rows=rows,
-        query=load_rows(head.query, call.query_l, rows, is_read, TILE.D, TILE.BLOCK_D),
-        grad_output=_merged_rows(given.grad_output, call, head, rows, is_read, TILE),
-        shift=_load(at, is_read),
-        factor=_load(at + length, is_read),
-    )
-    return queries, _load(at + 2 * length, is_read)
-
-
-@triton.jit
-def _load(at, is_read):
-    """Of a block of terms, zeros where it is False: a load that stops there is not of 16 bytes."""
-    return tl.load(at) if is_read is None else tl.where(is_read, tl.load(at), 0.0)
-
-
-@triton.jit
-def _terms(call, given, head, rows):
-    """Where the shifts of rows are, and how far from them the factors: L', a multiple of every BLOCK_M."""
-    length = tl.cdiv(call.L, MOST_ROWS) * MOST_ROWS
-    return given.terms + (head.n * call.H + head.h) * 3 * length + rows, length
-
-
-@triton.jit
-def _merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
-    """Rows of a head of the output, or of what lies as the output does."""
-    at = rows_of_output(tensor, call, head, TILE)
-    return load_rows(at, call.output_l, rows, is_read, TILE.D_V, TILE.BLOCK_DV)
-
-
-@triton.jit
-def _grad_weights(call, given, head, weights, rows, columns, TILE: tl.constexpr):
-    """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
-    matrix = head.n if TILE.AVERAGED else head.n * call.H + head.h
-    row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)
-    at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * row_stride + columns
-    grad = tl.load(at, mask=(rows < call.L) & (columns < call.columns), other=0.0).to(tl.float32)
-    if TILE.AVERAGED:
-        grad /= call.H
-    return tl.where(weights == 0.0, 0.0, grad)  # that of log(0) is infinite
-
-
-@triton.jit
-def _weights_and_gradients(
-    call,
-    given,
-    head,
-    queries,
-    key,
-    value,
-    start,
-    TILE: tl.constexpr,
-    KIND: tl.constexpr,
-    BY_KEYS: tl.constexpr,
-):
-    """Of a tile: the softmax, what dropout keeps of it, and the gradients of the softmax, (rows, BLOCK_N).
-
-    They are (BLOCK_N, rows) if BY_KEYS. Without a value, only what comes through the weights is in the gradients.
-    """
-    columns = start + tl.arange(0, TILE.BLOCK_N)
-    if BY_KEYS:
-        i, j = queries.rows[None, :], columns[:, None]
-        shift, factor = queries.shift[None, :], queries.factor[None, :]
-        products = tl.dot(key, tl.trans(queries.query), input_precision=TILE.PRECISION)
-    else:
-        i, j = queries.rows[:, None], columns[None, :]
-        shift, factor = queries.shift[:, None], queries.factor[:, None]
-        products = tl.dot(queries.query, tl.trans(key), input_precision=TILE.PRECISION)
-    softmax = softmax_tile(call, head, shift, factor, products, i, j, TILE, KIND)
-    weights = softmax
-    if call.seed is not None:
-        kept = is_kept(call, head, queries.rows, start, TILE)
-        if BY_KEYS:
-            kept = tl.trans(kept)
-        weights = tl.where(kept, softmax, 0.0)
-    if value is None:
-        grad = _grad_weights(call, given, head, weights, i, j, TILE)
-    else:
-        if BY_KEYS:
-            grad = tl.dot(value, tl.trans(queries.grad_output), input_precision=TILE.PRECISION)
-        else:
-            grad = tl.dot(queries.grad_output, tl.trans(value), input_precision=TILE.PRECISION)
-        if given.grad_weights is not None:
-            grad += _grad_weights(call, given, head, weights, i, j, TILE)
-    if call.seed is not None:
-        grad = tl.where(kept, grad, 0.0) * call.kept_factor
-    return softmax, weights, grad
 
 
 @triton.jit
@@ -175,8 +68,8 @@ def _add_to_delta(
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = None if BY_OUTPUT else load_values(call, head, columns, TILE, KIND)
-    softmax, _, grad = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
-    return total + tl.sum(softmax * grad, 1)
+    weights, _, grad, _ = weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
+    return total + tl.sum(weights * grad, 1)
 
 
 @triton.jit
@@ -188,20 +81,43 @@ def _add_grad_query(
     delta,
     start,
     total,
+    of_slope,
     TILE: tl.constexpr,
     KIND: tl.constexpr,
+    SLOPES: tl.constexpr,
 ):
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     value = load_values(call, head, columns, TILE, KIND)
-    softmax, _, grad = _weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
-    grad = softmax * (grad - delta[:, None])
-    return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION)
+    weights, _, grad, scores = weights_and_gradients(call, given, head, queries, key, value, start, TILE, KIND, False)
+    grad = weights * (grad - delta[:, None])
+    if SLOPES:
+        of_slope += tl.sum(grad * distances(call, queries.rows[:, None], columns[None, :], TILE, KIND), 1)
+    grad = grad_of_products(call, grad, scores)
+    return tl.dot(grad.to(key.dtype), key, total, input_precision=TILE.PRECISION), of_slope
 
 
 @triton.jit
-def grad_query(call, given, result, TILE: tl.constexpr):
+def _grad_sink(call, given, head, rows, shift, factor, delta, TILE: tl.constexpr):
+    """What each row adds to the gradient of the sink, which is the log-sum-exp where a row sees nothing else."""
+    of_hidden = 0.0 if given.grad_lse is None else load_of_rows(given.grad_lse, call, head, rows)
+    probabilities = softmax(as_score(load_sink(call, head), call, TILE), shift, factor, call, TILE)
+    return tl.where(factor == 0.0, of_hidden, -probabilities * delta)
+
+
+@triton.jit
+def _store_of_block(result, call, head, first_row, rows, values, TILE: tl.constexpr):
+    """The sum of a block's rows, in (N, H, blocks)."""
+    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+    at = result + (head.n * call.H + head.h) * blocks + first_row // TILE.BLOCK_M
+    tl.store(at, tl.sum(tl.where(rows < call.L, values, 0.0), 0))
+
+
+@triton.jit
+def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr):
     """The gradients of a block of queries, (N, L, H, D), and of `Given` what the kernels below read.
+
+    What the block adds to the gradient of the head's sink, and takes off that of its slope, is in (N, H, blocks).
 
     A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
     log-sum-exp. dW is dO V^T and what comes through the weights. Of half types, the first part is taken as
@@ -210,7 +126,7 @@ def grad_query(call, given, result, TILE: tl.constexpr):
     BY_OUTPUT: tl.constexpr = call.query.dtype.element_ty != tl.float32
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
-    grad_output = _merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
+    grad_output = merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)
     shift, factor = load_stats(given.stats, call, head, rows, TILE)
     if given.cleaned is not None:
         grad_output = tl.where((factor == 0.0)[:, None], 0.0, grad_output)
@@ -222,7 +138,7 @@ def grad_query(call, given, result, TILE: tl.constexpr):
     BITS: tl.constexpr = call.squares is not None or call.padding is not None  # one by one, tiles may be hidden
     delta = full(0.0, TILE.BLOCK_M)
     if BY_OUTPUT:
-        output = _merged_rows(given.output, call, head, rows, rows < call.L, TILE)
+        output = merged_rows(given.output, call, head, rows, rows < call.L, TILE)
         delta += tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
     if not BY_OUTPUT or given.grad_weights is not None:
         for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
@@ -238,10 +154,15 @@ def grad_query(call, given, result, TILE: tl.constexpr):
             delta = _add_to_delta(call, given, head, queries, start, delta, TILE, EDGE, BY_OUTPUT)
     if given.grad_lse is not None:
         delta -= tl.where(factor == 0.0, 0.0, load_of_rows(given.grad_lse, call, head, rows))
-    at, length = _terms(call, given, head, rows)
+    at, length = terms_of(call, given, head, rows)
     tl.store(at, shift, mask=rows < call.L)
     tl.store(at + length, factor, mask=rows < call.L)
     tl.store(at + 2 * length, delta, mask=rows < call.L)
+    if grad_sinks is not None:
+        of_sink = _grad_sink(call, given, head, rows, shift, factor, delta, TILE)
+        _store_of_block(grad_sinks, call, head, first_row, rows, of_sink, TILE)
+    SLOPES: tl.constexpr = grad_slopes is not None
+    of_slope = full(0.0, TILE.BLOCK_M)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_D)
     for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
         found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
@@ -249,11 +170,15 @@ def grad_query(call, given, result, TILE: tl.constexpr):
             bits, count = found[KIND]
             for i in range(count):
                 start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
-                total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, KIND)
+                total, of_slope = _add_grad_query(
+                    call, given, head, queries, delta, start, total, of_slope, TILE, KIND, SLOPES
+                )
                 bits &= bits - 1
     for i in range(edge_count(tiles, call, TILE)):
         start = edge(i, tiles, call, TILE)
-        total = _add_grad_query(call, given, head, queries, delta, start, total, TILE, EDGE)
+        total, of_slope = _add_grad_query(call, given, head, queries, delta, start, total, of_slope, TILE, EDGE, SLOPES)
+    if SLOPES:
+        _store_of_block(grad_slopes, call, head, first_row, rows, of_slope, TILE)
     at = result + head.n * call.grad_query_n + head.h * TILE.D
     store_rows(at, call.grad_query_l, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
@@ -281,13 +206,14 @@ def _add_grad_key(
 ):
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     is_read = rows < call.L if KIND == EDGE else None
-    queries, delta = _load_queries(call, given, head, rows, is_read, TILE)
-    softmax, weights, grad = _weights_and_gradients(
+    queries, delta = load_queries(call, given, head, rows, is_read, TILE)
+    probabilities, weights, grad, scores = weights_and_gradients(
         call, given, head, queries, key, value, first_column, TILE, KIND, True
     )
-    grad = softmax * (grad - delta[None, :])
+    grad = probabilities * (grad - delta[None, :])
+    of_products = grad_of_products(call, grad, scores).to(key.dtype)
     return Sums(
-        key=tl.dot(grad.to(key.dtype), queries.query, sums.key, input_precision=TILE.PRECISION),
+        key=tl.dot(of_products, queries.query, sums.key, input_precision=TILE.PRECISION),
         value=tl.dot(weights.to(value.dtype), queries.grad_output, sums.value, input_precision=TILE.PRECISION),
         columns=sums.columns + tl.sum(grad, 1),
     )
@@ -369,12 +295,12 @@ def grad_mask(call, given, result, TILE: tl.constexpr):
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     for i in range(sequences):
         head = head_of(call, matrix // call.mask_heads + i // heads, matrix % call.mask_heads + i % heads)
-        queries, delta = _load_queries(call, given, head, rows, rows < call.L, TILE)
+        queries, delta = load_queries(call, given, head, rows, rows < call.L, TILE)
         key = load_keys(call, head, columns, TILE, EDGE)
         value = load_values(call, head, columns, TILE, EDGE)
-        softmax, _, grad = _weights_and_gradients(
+        weights, _, grad, _ = weights_and_gradients(
             call, given, head, queries, key, value, first_column, TILE, EDGE, False
         )
-        total += softmax * (grad - delta[:, None])
+        total += weights * (grad - delta[:, None])
     at = result + (matrix.to(tl.int64) * call.L + rows.to(tl.int64))[:, None] * call.S + columns[None, :]
     tl.store(at, total, mask=(rows < call.L)[:, None] & (columns < call.S)[None, :])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fused_mha.backends.arguments import arguments_of, draw_seed
-from fused_mha.backends.triton.launch import TENSORS, Plan, plan_of, results_of
+from fused_mha.backends.triton.launch import Plan, plan_of, results_of
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
 from fused_mha.core.modes import may_skip_dispatcher, memory_of, memory_of_each
-from fused_mha.ops import schema
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops import gradients, schema
+from fused_mha.ops.schema import TENSORS, Arguments
 
 
 class Kept:
@@ -38,6 +38,8 @@ class Kept:
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
         attn_mask: Tensor | None,
         key_padding_mask: Tensor | None,
         bias_k: Tensor | None,
@@ -46,12 +48,14 @@ class Kept:
         """Attention; `plans` sees to it that no mask and no bias needs a gradient."""
         seed = draw_seed(self._dropout_p, self._device) if self._dropout_p else None
         others = (attn_mask, key_padding_mask, bias_k, bias_v, seed)
-        if not torch.is_grad_enabled() or not (query.requires_grad or key.requires_grad or value.requires_grad):
-            output, weights, lse, _ = self.plan.forward((query, key, value, *others))
+        of_heads = () if sinks is None and alibi_slopes is None else (sinks, alibi_slopes)
+        learns = query.requires_grad or key.requires_grad or value.requires_grad or _any_learns(of_heads)
+        if not torch.is_grad_enabled() or not learns:
+            output, weights, lse, _ = self.plan.forward((query, key, value, *others, sinks, alibi_slopes))
         elif self.returns_output_alone:
-            return AttentionResult(_record(self, query, key, value, others), None, None)
+            return AttentionResult(_record(self, others, query, key, value, *of_heads), None, None)
         else:
-            output, weights, lse = _record(self, query, key, value, others)
+            output, weights, lse = _record(self, others, query, key, value, *of_heads)
         return AttentionResult(output, weights, lse if self._return_lse else None)
 
     def plan_of_saved(self, tensors: Sequence[Tensor | None], output: Tensor, stats: Tensor) -> Plan | None:
@@ -70,6 +74,10 @@ class Kept:
         return plan_of(Arguments.of(tensors, self.numbers)) if is_alike else None
 
 
+def _any_learns(of_heads: tuple[Tensor | None, ...]) -> bool:
+    return any(x is not None and x.requires_grad for x in of_heads)
+
+
 def _without_layout_of_masks(memory: list[Any]) -> list[Any]:
     return [x if x is None or i not in _MASKS else (x[0], *x[2:4]) for i, x in enumerate(memory)]
 
@@ -80,25 +88,37 @@ def _no_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 
 
 class _Attention(torch.autograd.Function):
-    """The operators `attention` and `attention_backward` of such a call; the fewer inputs, the less it costs."""
+    """The operators `attention` and `attention_backward` of such a call; the fewer inputs, the less it costs.
+
+    `of_heads` are the sinks and the slopes, or nothing where there are none.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, kept: Kept, query: Tensor, key: Tensor, value: Tensor, others: tuple[Tensor | None, ...]
+        ctx: Any,
+        kept: Kept,
+        others: tuple[Tensor | None, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *of_heads: Tensor | None,
     ) -> Any:
-        output, weights, lse, stats = kept.plan.forward((query, key, value, *others))
+        sinks, slopes = of_heads or (None, None)
+        output, weights, lse, stats = kept.plan.forward((query, key, value, *others, sinks, slopes))
         attn_mask, key_padding_mask, bias_k, bias_v, seed = others
         if attn_mask is not None:
             attn_mask = schema.own_mask(attn_mask, query)
         if key_padding_mask is not None:
             key_padding_mask = schema.own_mask(key_padding_mask, query)
         masks = (attn_mask, key_padding_mask)
-        ctx.save_for_backward(query, key, value, *masks, bias_k, bias_v, seed, output, stats)
+        ctx.save_for_backward(query, key, value, *masks, bias_k, bias_v, seed, sinks, slopes, output, stats)
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         if kept.returns_output_alone:
             return output
-        if not (query.requires_grad or key.requires_grad):  # of values alone, neither is a function
+        if not (
+            query.requires_grad or key.requires_grad or _any_learns(of_heads)
+        ):  # of values alone, neither is a function
             ctx.mark_non_differentiable(*(x for x in (weights, lse) if x is not None))
         return output, weights, lse
 
@@ -106,27 +126,30 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *of_results: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = of_results if len(of_results) == _RESULTS else (*of_results, None, None)
         if grads[0] is grads[1] is grads[2] is None:
-            return (None,) * 5
+            return (None,) * len(ctx.needs_input_grad)
         *tensors, output, stats = ctx.saved_tensors
         has_output = grads[0] is not None
+        _, _, of_query, of_key, of_value, *of_heads = ctx.needs_input_grad
         plan = ctx.kept.plan_of_saved(tensors, output, stats) if may_skip_dispatcher(grads) else None
         if plan is not None:
             grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
-            found = plan.gradients(tensors, grads, output, stats, False, False)
+            found = plan.gradients(tensors, grads, output, stats, False, False, slopes_grad=any(of_heads[1:]))
+            found_of_heads = gradients.of_sinks_and_slopes(*tensors[_SINKS:], *found[-2:]) if of_heads else ()
         else:
             numbers = ctx.kept.numbers
             found = schema.attention_backward(*grads, output, stats, False, False, *tensors, *numbers)
-        _, of_query, of_key, of_value, _ = ctx.needs_input_grad
+            found_of_heads = found[-2:]
         return (
+            None,
             None,
             found[0] if of_query else None,
             found[1] if of_key else None,
             found[2] if of_value and has_output else None,  # of which weights and log-sum-exp are no functions
-            None,
+            *(x if wanted else None for x, wanted in zip(found_of_heads, of_heads, strict=False)),
         )
 
 
-_MASKS = (3, 4)  # of the tensors of a call
+_MASKS, _SINKS = (3, 4), 8  # of the tensors of a call; slopes follow
 _RESULTS = 3  # output, weights and log-sum-exp, or the output alone
 # Without what `Function.apply` does for transforms: of those, there is none here.
 _base: Any = super(torch.autograd.Function, _Attention)

@@ -63,6 +63,8 @@ def entry(
     scale,
     threshold,
     kept_factor,
+    diagonal,
+    softcap,
     operands,
     TILE: tl.constexpr,
 ):
@@ -107,5 +109,7 @@ def entry(
         scale,
         threshold,
         kept_factor,
+        diagonal,
+        softcap,
     )
     KERNEL(call, *operands, TILE)

@@ -10,20 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_mha.backends.triton.scores import (
+    as_score,
+    exponentials,
+    load_sink,
+    masked_scores,
+    scores_of,
+    shift_of,
+)
 from fused_mha.backends.triton.tiles import (
     EDGE,
     NEGATIVE_INFINITY,
     all_rows,
     block_of_queries,
-    exponentials,
     full,
     is_kept,
     load_keys,
     load_rows,
     load_values,
-    masked_scores,
     rows_of_output,
-    shift_of,
     store_rows,
     zeros,
 )
@@ -43,7 +48,8 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
     columns = start + tl.arange(0, TILE.BLOCK_N)
     key = load_keys(call, head, columns, TILE, KIND)
     products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
-    scores = masked_scores(call, head, products, rows[:, None], columns[None, :], TILE, KIND)
+    scores = scores_of(call, products, TILE)
+    scores = masked_scores(call, head, scores, rows[:, None], columns[None, :], TILE, KIND)
     later_max = tl.maximum(row_max, tl.max(scores, 1))
     shift = shift_of(later_max)
     weights = exponentials(scores, shift[:, None], call, TILE)
@@ -59,7 +65,10 @@ def _attend(call, head, query, rows, start, output, row_max, row_sum, TILE: tl.c
 
 @triton.jit
 def forward(call, output, lse, stats, TILE: tl.constexpr):
-    """The output (N, L, H, D_v) of a block of queries, their log-sum-exp (N, H, L), maxima and sums (2, N, H, L)."""
+    """The output (N, L, H, D_v) of a block of queries, their log-sum-exp (N, H, L), maxima and sums (2, N, H, L).
+
+    The head's sink comes last, and not in maxima and sums of rows that see nothing, which the backward knows by these.
+    """
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     query = load_rows(head.query, call.query_l, rows, rows < call.L, TILE.D, TILE.BLOCK_D)
@@ -80,6 +89,16 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
         start = edge(i, tiles, call, TILE)
         summed, row_max, row_sum = _attend(call, head, query, rows, start, summed, row_max, row_sum, TILE, EDGE)
     is_hidden = row_sum == 0.0  # everywhere
+    lse_of_hidden = NEGATIVE_INFINITY
+    if call.sinks is not None:
+        lse_of_hidden = load_sink(call, head)
+        sink = as_score(lse_of_hidden, call, TILE)
+        later_max = tl.where(is_hidden, NEGATIVE_INFINITY, tl.maximum(row_max, sink))
+        shift = shift_of(later_max)
+        rescaling = exponentials(row_max, shift, call, TILE)
+        row_sum = tl.where(is_hidden, 0.0, row_sum * rescaling + exponentials(sink, shift, call, TILE))
+        row_max = later_max
+        summed *= rescaling[:, None]
     factor = tl.where(is_hidden, 0.0, call.kept_factor / row_sum)
     summed = tl.where(is_hidden[:, None], 0.0, summed * factor[:, None])
     at_output = rows_of_output(output, call, head, TILE)
@@ -88,4 +107,4 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     tl.store(stats + at, row_max, mask=rows < call.L)
     tl.store(stats + all_rows(call) + at, row_sum, mask=rows < call.L)
     natural_max = row_max if TILE.NATURAL else row_max * call.scale
-    tl.store(lse + at, tl.where(is_hidden, NEGATIVE_INFINITY, natural_max + tl.log(row_sum)), mask=rows < call.L)
+    tl.store(lse + at, tl.where(is_hidden, lse_of_hidden, natural_max + tl.log(row_sum)), mask=rows < call.L)

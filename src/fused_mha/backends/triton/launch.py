@@ -18,8 +18,8 @@ from torch import Tensor
 from fused_mha.backends.delegation import MOST_HEADS_OF_TORCH
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
-from fused_mha.backends.triton.backward import Given
 from fused_mha.backends.triton.forward import forward
+from fused_mha.backends.triton.gradient_tile import Given
 from fused_mha.backends.triton.launcher import Launcher
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch
@@ -28,7 +28,7 @@ from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.core.modes import memory_of
 from fused_mha.ops import gradients
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import TENSORS, Arguments
 
 LARGEST_OF_FLASH = 128  # head size
 # From so many scores on. At 2^30, torch's flash kernel was 0.14 ms faster on an H100; the ten operators around it take
@@ -36,7 +36,6 @@ LARGEST_OF_FLASH = 128  # head size
 LEAST_SCORES_OF_FLASH = 1 << 26
 MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
 DEVICE, MOST_PLANS = "cuda", 1024  # on which plans are kept, a few kilobytes each
-TENSORS = 8  # the first fields of `Arguments`
 _GIVEN = ("grad_output", "grad_weights", "grad_lse", "output", "stats")
 Tensors = tuple[Tensor | None, ...]
 Maker = Callable[[], Tensor]
@@ -59,7 +58,9 @@ def attention_gradients(
     columns_grad: bool,
     *inputs: Any,
 ) -> tuple[Any, ...]:
-    """Those of query, key, value, mask, columns of scores, and of the biases for each batch element; or None."""
+    """What the operator of that name gives, None for an empty tensor; of sinks and distances, the whole sums with sizes
+    of 1.
+    """
     arguments = Arguments(*inputs)
     grads = (grad_output, grad_weights, grad_lse)
     of_output, of_weights, of_lse, of_stats = results_of(arguments)
@@ -68,8 +69,7 @@ def attention_gradients(
         if x is not None and (found := (tuple(x.shape), x.dtype, x.device)) != wanted:  # a hook may give back any
             texts = ("{} of {} on {}".format(*of) for of in (wanted, found))
             raise RuntimeError("{} must be {}; got {}".format(name, *texts))
-    found = plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
-    return *found, None, None  # of sinks and ALiBi, which no call that comes here has
+    return plan_of(arguments).gradients(arguments[:TENSORS], grads, output, stats, mask_grad, columns_grad)
 
 
 attention_backward = functools.partial(gradients.attention_backward, attention_gradients)
@@ -114,6 +114,7 @@ class _Backward(NamedTuple):
     of_mask: Maker | None
     of_columns: Maker | None
     of_biases: tuple[Maker, ...]
+    of_heads: tuple[Maker | None, Maker | None]  # of sinks and slopes, for each block of queries
     terms: Maker
     cleaned: Maker | None
 
@@ -190,14 +191,17 @@ class Plan:
         mask_grad: bool,
         columns_grad: bool,
         results: tuple[Tensor, Tensor, Tensor] | None = None,
+        slopes_grad: bool = True,
     ) -> tuple[Any, ...]:
-        """Those of query, key, value, mask, columns of scores, and of the biases for each batch element; or None."""
+        """Those of query, key, value, mask, columns of scores, of the biases for each batch element, of the sinks,
+        (1, H), and of the distances that ALiBi goes by, (1, H, 1); or None.
+        """
         with self.on_device():
             call = self._given(tensors)
-            of = (grads[1] is not None, grads[2] is not None, mask_grad, columns_grad)
+            of = (grads[1] is not None, grads[2] is not None, mask_grad, columns_grad, slopes_grad)
             plan = self._backward.get(of)
             if plan is None:
-                plan = self._backward[of] = self._plan_backward(self._readable(tensors), of[0], mask_grad, columns_grad)
+                plan = self._backward[of] = self._plan_backward(self._readable(tensors), of)
             rows = readable.rows
             grad_output, grad_weights, grad_lse = grads
             if not self._has_layout:
@@ -212,7 +216,8 @@ class Plan:
                 None if plan.cleaned is None else plan.cleaned(),
             )
             grad_query, grad_key, grad_value = results or (maker() for maker in plan.grads)
-            plan.grad_query(call, given, grad_query)
+            grad_sinks, grad_slopes = (None if maker is None else maker() for maker in plan.of_heads)
+            plan.grad_query(call, given, grad_query, grad_sinks, grad_slopes)
             if given.cleaned is not None:
                 given = Given(given.cleaned, *given[1:6], None)
             grad_mask = None
@@ -222,14 +227,17 @@ class Plan:
             grad_columns = None if plan.of_columns is None else plan.of_columns()
             grad_biases = [maker() for maker in plan.of_biases] or [None, None]
             plan.grad_key_value(call, given, grad_key, grad_value, grad_columns, *grad_biases)
+            of_sinks = None if grad_sinks is None else grad_sinks.sum((0, 2)).unsqueeze(0)
+            of_distances = None if grad_slopes is None else grad_slopes.sum((0, 2), keepdim=True)
         if not self._fills_up:
-            return grad_query, grad_key, grad_value, grad_mask, grad_columns, *grad_biases
+            return grad_query, grad_key, grad_value, grad_mask, grad_columns, *grad_biases, of_sinks, of_distances
         D, D_v = self._head_sizes
         of_rows = zip((grad_query, grad_key, grad_value, *grad_biases), (D, D, D_v, D, D_v), strict=True)
         first = [None if x is None else readable.first(x, size) for x, size in of_rows]
-        return *first[:3], grad_mask, grad_columns, *first[3:]
+        return *first[:3], grad_mask, grad_columns, *first[3:], of_sinks, of_distances
 
-    def _plan_backward(self, a: Arguments, of_weights: bool, mask_grad: bool, columns_grad: bool) -> _Backward:
+    def _plan_backward(self, a: Arguments, of: tuple[bool, ...]) -> _Backward:
+        of_weights, _, mask_grad, columns_grad, slopes_grad = of
         query, key, value = a[:3]
         N, L, H, _ = query.shape
         S, H_kv = key.shape[1:3]
@@ -252,6 +260,7 @@ class Plan:
         tiling = self._tiling.grad_key_value
         programs = N * H_kv * blocks(a.columns, tiling.BLOCK_N)
         biases = () if a.bias_k is None else (key, value)
+        of_blocks = self._maker((N, H, row_blocks), torch.float32)
         return _Backward(
             grad_query,
             grad_mask,
@@ -260,6 +269,10 @@ class Plan:
             of_mask,
             self._maker((N, H, S), torch.float32) if columns_grad else None,
             tuple(self._maker((N, H_kv, x.shape[3]), torch.float32) for x in biases),
+            (
+                None if a.sinks is None else of_blocks,
+                of_blocks if a.alibi_slopes is not None and slopes_grad else None,
+            ),
             self._maker((N, H, 3, blocks(L, MOST_ROWS.value) * MOST_ROWS.value), torch.float32),
             None if not preparation.may_hide_queries(a) else self._output,
         )
@@ -304,7 +317,9 @@ _empty_strided: Any = getattr(_guards, "_empty_strided_cuda", None)  # not publi
 
 def _flash_serves(a: Arguments) -> bool:
     """Whether torch's flash kernel, the faster one, computes the forward of a call whose weights come after it."""
-    if any(x is not None for x in a[3:8]) or a.add_zero_attn or a.first_visible is not None or not a.scale > 0:
+    if any(x is not None for x in a[3:TENSORS]) or a.softcap is not None:
+        return False
+    if a.add_zero_attn or a.first_visible is not None or not a.scale > 0:
         return False
     batch, length, heads, size = a.query.shape
     is_plain = a.last_visible is None or (a.last_visible == 0 and a.key.shape[1] == length)

@@ -32,6 +32,7 @@ class Launcher:
     def __init__(self, kernel: Any, programs: int, how: Launch, call: Call, tile: Any) -> None:
         self.kernel, self.programs, self.how, self.tile = kernel, programs, how, tile
         self.numbers = tuple(call[TENSORS:])
+        self._given = tuple(number for number in self.numbers if number is not None)
         self._compiled: Any = None  # which keeps the code loaded
         self._kinds = ""
         self._scratch: tuple[None, ...] = ()
@@ -48,7 +49,7 @@ class Launcher:
             self._remember(run(self.kernel, self.programs, self.how, call, *operands, self.tile), tensors, operands)
             return
         arguments: list[Any] = [x.data_ptr() for x in tensors if x is not None]
-        arguments += self.numbers
+        arguments += self._given
         for x in operands:
             if isinstance(x, Tensor):
                 arguments.append(x.data_ptr())
@@ -74,7 +75,7 @@ class Launcher:
             return
         self._scratch = tuple(None for name in _SCRATCH if hasattr(compiled.metadata, name))
         given, taken = (sum(x is not None for x in _flat(of)) for of in (tensors, operands))
-        self._kinds = "O" * given + "".join(map(_kind, self.numbers)) + "O" * (taken + len(self._scratch))
+        self._kinds = "O" * given + "".join(map(_kind, self._given)) + "O" * (taken + len(self._scratch))
         self._compiled = compiled
 
 

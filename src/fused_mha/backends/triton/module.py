@@ -134,7 +134,7 @@ class Kept:
         of_attention = self._plan(attention).gradients(
             attention, (grad_heads, grad_weights, None), heads, stats, False, False, self._heads_of(grads)
         )
-        for i, of_bias in enumerate(of_attention[5:], _BIAS_K):
+        for i, of_bias in enumerate(of_attention[5:7], _BIAS_K):
             if wanted >> i & 1:
                 found[i] = of_bias.sum(0).to(grads.dtype).view(1, 1, self._E)
         self._add_gradients_of_projections(found, wanted, tensors, grads)
@@ -192,7 +192,7 @@ class Kept:
             padding = padding.unsqueeze(0)
         if bias_k is not None:
             bias_k, bias_v = (x.view(self._heads_shape[2:]) for x in (bias_k, bias_v))
-        return *self._heads_of(projections), attn_mask, padding, bias_k, bias_v, seed
+        return *self._heads_of(projections), attn_mask, padding, bias_k, bias_v, seed, None, None  # no sinks, no slopes
 
     def _plan(self, attention: tuple[Any, ...]) -> Plan:
         """For masks that lie as these; a backward is given copies."""
@@ -200,10 +200,9 @@ class Kept:
         plan = self._plans.get(masks)
         if plan is None:
             _, _, is_causal, add_zero_attn, dropout_p, scale, need_weights, average = self.numbers
-            tensors = (*attention, None, None)  # without sinks and slopes of ALiBi
             band = (None, 0 if is_causal else None, False)
             numbers = (*band, add_zero_attn, dropout_p, scale, None, need_weights, average)
-            plan = self._plans[masks] = Plan(Arguments.of(tensors, numbers), self._layout)
+            plan = self._plans[masks] = Plan(Arguments.of(attention, numbers), self._layout)
         return plan
 
 

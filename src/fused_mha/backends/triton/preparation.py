@@ -69,6 +69,8 @@ def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
         arguments.scale,
         min(int(p * 65536), 65535),
         1 / (1 - p) if p < 1.0 else 0.0,
+        None if arguments.alibi_slopes is None else S - L if arguments.bottom_right else 0,
+        arguments.softcap,
     ]
     call = Call._make([None] * TENSORS + numbers)
     return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]), _kind(arguments))
@@ -102,7 +104,8 @@ def _kind(a: Arguments) -> Kind:
 def tile_of(arguments: Arguments, launch: Launch) -> Tile:
     """What a kernel is compiled for that reads and writes no weights."""
     mask, padding = arguments.attn_mask, arguments.key_padding_mask
-    is_natural = not arguments.scale > 0 or any(x is not None and x.is_floating_point() for x in (mask, padding))
+    is_natural = not arguments.scale > 0 or arguments.softcap is not None or arguments.alibi_slopes is not None
+    is_natural = is_natural or any(x is not None and x.is_floating_point() for x in (mask, padding))
     D, D_v = arguments.query.shape[3], arguments.value.shape[3]
     block_d, block_dv = (max(1 << (size - 1).bit_length(), SMALLEST_BLOCK) for size in (D, D_v))
     if not _assembler_is_right(arguments.query.device):

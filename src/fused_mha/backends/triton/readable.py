@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.backends.triton.tiles import PADDING_UNIT
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import TENSORS, Arguments
 
 
 def arguments(a: Arguments) -> Arguments:
@@ -20,7 +20,8 @@ def arguments(a: Arguments) -> Arguments:
     padding = None if padding is None else rows(padding, PADDING_UNIT.value)
     biases = (None if x is None else rows(x.contiguous(), unit) for x in a[5:7])
     seed = None if a.seed is None else rows(a.seed.contiguous(), 1)
-    return Arguments.of((query, key, value, mask, padding, *biases, seed), a[8:])
+    of_heads = (None if x is None else rows(x if x.element_size() in (2, 4) else x.float(), 1) for x in a[8:TENSORS])
+    return Arguments.of((query, key, value, mask, padding, *biases, seed, *of_heads), a[TENSORS:])
 
 
 def rows(x: Tensor, unit: int) -> Tensor:

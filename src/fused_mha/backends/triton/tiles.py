@@ -1,8 +1,8 @@
-"""What the kernels share: the arguments of a call, tiles of tensors, how scores are masked and become weights.
+"""What the kernels share: the arguments of a call, tiles of tensors, and which weights dropout keeps.
 
-`forward`, `weights` and `backward` call these; `visibility` says which tiles they visit. A tile is BLOCK_M queries by
-BLOCK_N keys of one head. Columns S and behind are the virtual keys: the bias, if there is one, and the zero key;
-`columns` counts them too.
+`forward`, `weights` and `backward` call these; `scores` has the softmax, `visibility` says which tiles they visit. A
+tile is BLOCK_M queries by BLOCK_N keys of one head. Columns S and behind are the virtual keys: the bias, if there is
+one, and the zero key; `columns` counts them too.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 # Kinds of tiles: no mask touches it; one may; and it may be at an edge of the band or hold the end of the keys.
 PLAIN, MASKED, EDGE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -31,7 +30,7 @@ class Tile(NamedTuple):
     BLOCK_D: int  # a power of 2, from D on
     BLOCK_DV: int
     VIRTUAL: bool  # there are virtual keys
-    NATURAL: bool  # scores are scaled before the softmax, since masks are added or the scale is not positive
+    NATURAL: bool  # scores are scaled before the softmax, since something is added, they are capped, or by no scale > 0
     GROUPED: bool  # query heads share the heads of keys
     AVERAGED: bool  # the weights are means over the heads
     MASK_UNIT: int  # which divides the strides of attn_mask: the elements of 16 bytes, or 1
@@ -62,6 +61,8 @@ class Call(NamedTuple):
     bias_k: Any  # (H_kv, D) or None
     bias_v: Any  # (H_kv, D_v) or None
     seed: Any  # (2), int64, or None
+    sinks: Any  # (H) or None
+    alibi_slopes: Any  # (H) or None
     query_n: Any
     query_l: Any
     query_h: Any
@@ -99,6 +100,8 @@ class Call(NamedTuple):
     scale: Any
     threshold: Any  # of 16 random bits, from which on dropout keeps
     kept_factor: Any  # 1 / (1 - dropout_p), 0 where it keeps nothing
+    diagonal: Any  # the position of query i less i, or None without slopes
+    softcap: Any  # or None
 
 
 TENSORS = Call._fields.index("query_n")  # how many of the fields
@@ -248,84 +251,6 @@ def tile_of_matrices(call, columns, TILE: tl.constexpr):
     matrix = tl.program_id(0) // (row_blocks * column_blocks)
     first_row = tl.program_id(0) // column_blocks % row_blocks * TILE.BLOCK_M
     return matrix, first_row, tl.program_id(0) % column_blocks * TILE.BLOCK_N
-
-
-@triton.jit
-def _masked(scores, mask):
-    return tl.where(mask != 0, NEGATIVE_INFINITY, scores) if mask.dtype == tl.uint8 else scores + mask.to(tl.float32)
-
-
-@triton.jit
-def masked_scores(call, head, products, rows, columns, TILE: tl.constexpr, KIND: tl.constexpr):
-    """Scores from products of queries and keys, -inf where hidden; rows and columns broadcast to their shape.
-
-    If NATURAL, they are scaled and the additive masks are in them; else `exponentials` scales.
-    """
-    scores = products
-    if TILE.NATURAL:
-        scores = scores * call.scale
-    if call.attn_mask is not None and KIND != PLAIN:
-        at = call.attn_mask + head.mask + rows.to(tl.int64) * call.mask_l + columns
-        is_read = (rows < call.L) & (columns < call.S) if KIND == EDGE else rows < call.L
-        scores = _masked(scores, tl.load(at, mask=is_read, other=0))
-    if call.padding is not None and KIND != PLAIN:
-        at = call.padding + head.padding + columns
-        scores = _masked(scores, tl.load(at, mask=columns < call.S, other=0) if KIND == EDGE else tl.load(at))
-    if KIND == EDGE:
-        first = rows + call.first_visible
-        last = tl.where(rows < call.L, tl.minimum(rows + call.last_visible, call.S - 1), -1)
-        is_visible = (columns >= first) & (columns <= last)
-        if TILE.VIRTUAL:
-            is_visible = is_visible | ((rows < call.L) & (columns >= call.S) & (columns < call.columns))
-        scores = tl.where(is_visible, scores, NEGATIVE_INFINITY)
-    return scores
-
-
-@triton.jit
-def shift_of(row_max):
-    """What is subtracted from the scores of rows: their maxima, 0 where all is hidden, since -inf - -inf = NaN."""
-    return tl.where(row_max == NEGATIVE_INFINITY, 0.0, row_max)
-
-
-@triton.jit
-def exponentials(scores, shift, call, TILE: tl.constexpr):
-    """exp(score - the row's shift), 0 where hidden; the shifts broadcast.
-
-    In fp32 the largest is exactly 1, however large the scores are. For half types one multiply-add has to do, of which
-    the relative error is |score| * 2^-24.
-    """
-    factor = _factor(call, TILE)
-    exact: tl.constexpr = call.query.dtype.element_ty == tl.float32
-    return tl.exp2((scores - shift) * factor if exact else scores * factor - shift * factor)
-
-
-@triton.jit
-def _factor(call, TILE: tl.constexpr):
-    """From scores to exponents of 2."""
-    return LOG2_E if TILE.NATURAL else call.scale * LOG2_E
-
-
-@triton.jit
-def softmax_tile(call, head, shift, row_factor, products, rows, columns, TILE: tl.constexpr, KIND: tl.constexpr):
-    """The softmax of scores, before dropout, by what `load_stats` gives of the rows."""
-    scores = masked_scores(call, head, products, rows, columns, TILE, KIND)
-    if call.query.dtype.element_ty == tl.float32:
-        return exponentials(scores, shift, call, TILE) * row_factor
-    return tl.exp2(scores * _factor(call, TILE) - shift)
-
-
-@triton.jit
-def load_stats(stats, call, head, rows, TILE: tl.constexpr):
-    """The shifts of rows and 1 / their sums, 0 where all is hidden, from what the forward stored, (2, N, H, L).
-
-    For half types the sum is in the shift, a binary logarithm: one operation less for each score. Rows are
-    one-dimensional here: loads that broadcast cost a register for each element of a tile.
-    """
-    shift = shift_of(load_of_rows(stats, call, head, rows))
-    row_sum = load_of_rows(stats + all_rows(call), call, head, rows)
-    if call.query.dtype.element_ty != tl.float32:
-        shift = tl.where(row_sum == 0.0, float("inf"), shift * _factor(call, TILE) + tl.log2(row_sum))
-    return shift, tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
 
 
 @triton.jit

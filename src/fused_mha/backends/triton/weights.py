@@ -9,15 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fused_mha.backends.triton.scores import load_stats, scores_of, softmax_tile
 from fused_mha.backends.triton.tiles import (
     EDGE,
     head_of,
     is_kept,
     load_keys,
     load_rows,
-    load_stats,
     multiple,
-    softmax_tile,
     tile_of_matrices,
     zeros,
 )
@@ -44,8 +43,9 @@ def weights(call, stats, result, TILE: tl.constexpr):
         key = load_keys(call, head, columns, TILE, EDGE)
         products = tl.dot(query, tl.trans(key), input_precision=TILE.PRECISION)
         shift, factor = load_stats(stats, call, head, rows, TILE)
+        scores = scores_of(call, products, TILE)
         of_head = softmax_tile(
-            call, head, shift[:, None], factor[:, None], products, rows[:, None], columns[None, :], TILE, EDGE
+            call, head, shift[:, None], factor[:, None], scores, rows[:, None], columns[None, :], TILE, EDGE
         )
         if call.seed is not None:
             of_head = tl.where(is_kept(call, head, rows, first_column, TILE), of_head, 0.0)

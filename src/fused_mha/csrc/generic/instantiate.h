@@ -4,6 +4,7 @@
 #include "generic/attention_backward.h"
 #include "generic/attention_forward.h"
 #include "generic/column_sums.h"
+#include "generic/head_transform.h"
 #include "generic/kernels.h"
 #include "generic/module.h"
 
@@ -80,6 +81,11 @@ void column_sums(const fused_mha_tensor& matrix, const fused_mha_tensor& sums, i
 }
 
 #if !defined(FMHA_BASE)
+void heads(const fused_mha_heads_arguments& call) {
+    if (call.x.dtype == FUSED_MHA_FLOAT64) return HeadTransform<double>(call).run();
+    HeadTransform<float>(call).run();
+}
+
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
     const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), dropout_p);
     const int64_t H = mask.size[1], L = mask.size[2], S = mask.size[3];
@@ -116,9 +122,9 @@ const KernelTable kernels = {
 #endif
     forward_workspace, forward, backward_workspace, backward, product_workspace, product, module_workspace, module, column_sums,
 #if defined(FMHA_BASE)
-    nullptr, nullptr, nullptr,
+    nullptr, nullptr, nullptr, nullptr,
 #else
-    dropout_mask, exp2_of<float>, exp2_of<double>,
+    heads, dropout_mask, exp2_of<float>, exp2_of<double>,
 #endif
 };
 

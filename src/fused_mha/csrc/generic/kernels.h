@@ -21,6 +21,7 @@ struct KernelTable {
     int64_t (*module_workspace)(const fused_mha_module_arguments&);
     void (*module)(const fused_mha_module_arguments&);
     void (*column_sums)(const fused_mha_tensor& matrix, const fused_mha_tensor& sums, int64_t threads);
+    void (*heads)(const fused_mha_heads_arguments&);
     void (*dropout_mask)(const fused_mha_tensor& seed, const fused_mha_tensor& mask, double dropout_p, int64_t threads);
     void (*exp2_float)(const float* x, float* result, int64_t count);
     void (*exp2_double)(const double* x, double* result, int64_t count);
