@@ -607,7 +607,7 @@ FAULTS = [
     ),
     Fault(
         "a norm in half precision",
-        PACKAGE + "module/heads.py",
+        PACKAGE + "core/heads.py",
         "x = x.float()",
         "pass",
         "tests/module/test_heads.py",
