@@ -14,7 +14,7 @@ from torch import nn
 import fused_mha
 from fused_mha import MultiHeadAttention, explain
 from fused_mha.core.inputs import default_scale
-from fused_mha.module import multi_head_attention, one_call
+from fused_mha.module import one_call, steps
 from fused_mha.testing import Case, assert_parity, compare, grid
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -44,7 +44,7 @@ class WrongScale(MultiHeadAttention):
             return default_scale(head_dim) * WRONG
 
         with ExitStack() as patches:
-            for module in (multi_head_attention, one_call):
+            for module in (one_call, steps):
                 patches.enter_context(patch.object(module, "default_scale", wrong_scale))
             return super().forward(*args, **kwargs)
 

@@ -6,6 +6,8 @@ GENERIC = "src/fused_mha/csrc/generic/"
 PACKAGE = "src/fused_mha/"
 CHUNKS = "tests/native/test_several_chunks.py"
 CORE = "tests/native/test_forward.py tests/native/test_backward.py"
+OPTIONS = "tests/module/test_options_inside_torch.py"
+CACHE = "tests/module/test_cache.py"
 SDPA = "tests/integrations/test_sdpa.py"
 CONVERT = "tests/test_convert.py"
 PRODUCT = "tests/native/test_product.py::test_products_match_fp64"
@@ -349,14 +351,14 @@ FAULTS = [
     # Layouts beside options.
     Fault(
         "unbatched weights keep their batch",
-        PACKAGE + "module/multi_head_attention.py",
+        PACKAGE + "module/steps.py",
         "if weights is not None and not is_batched:",
-        "if weights is not None and not is_batched and average_attn_weights:",
+        "if weights is not None and not is_batched and inputs.average_attn_weights:",
         ONE_CALL + "::test_any_call_gives_the_bits_of_the_composition",
     ),
     Fault(
         "hidden keys of a sequence-first batch",
-        PACKAGE + "module/multi_head_attention.py",
+        PACKAGE + "module/steps.py",
         "hidden = hidden.transpose(0, 1)",
         "hidden = hidden.transpose(0, 1) & False",
         "tests/test_deviations_masking.py",
@@ -587,6 +589,50 @@ FAULTS = [
         "return result._replace(output=result.output.masked_fill(empty.transpose(1, 2), 0.0))",
         "return result",
         "tests/test_sdpa.py",
+    ),
+    # Options and cache.
+    Fault(
+        "a gate of queries that are not finite",
+        PACKAGE + "module/steps.py",
+        "return Projected(q, k, v, query, key_padding_mask)",
+        "return Projected(q, k, v, arguments.query, key_padding_mask)",
+        OPTIONS,
+    ),
+    Fault(
+        "a rotation by angles of fp32",
+        PACKAGE + "module/rotary.py",
+        "positions.unsqueeze(-1).to(torch.float64) * frequencies",
+        "positions.unsqueeze(-1).to(torch.float32) * frequencies.float()",
+        "tests/module/test_rotary.py",
+    ),
+    Fault(
+        "a norm in half precision",
+        PACKAGE + "core/heads.py",
+        "x = x.float()",
+        "pass",
+        "tests/module/test_heads.py",
+    ),
+    Fault(
+        "a failed call's tokens are kept",
+        PACKAGE + "module/steps.py",
+        "    result = finish(module, prepared.inputs, prepared.embedded, prepared.is_batched)\n",
+        "    cache and prepared.extended and cache.commit(module, prepared.extended)\n"
+        "    result = finish(module, prepared.inputs, prepared.embedded, prepared.is_batched)\n    return result\n",
+        CACHE,
+    ),
+    Fault(
+        "a later call writes to what autograd has saved",
+        PACKAGE + "module/cache.py",
+        "if torch.is_grad_enabled():  # what autograd",
+        "if False:  # what autograd",
+        CACHE,
+    ),
+    Fault(
+        "padding before the first token is seen",
+        PACKAGE + "module/cache.py",
+        "hidden = before if self._hidden is None else before | self._hidden.gather(1, source)",
+        "hidden = before if self._hidden is None else self._hidden.gather(1, source)",
+        CACHE,
     ),
     # The rule itself.
     Fault(
