@@ -108,7 +108,7 @@ def attention_forward(
         scaling: factor of the scores; 1 / sqrt(D) if None.
         dropout: probability of dropping a weight.
         is_causal: without a mask, whether it is causal; None is False.
-        sliding_window: what `attention_mask` says already.
+        sliding_window: without a mask, how many keys a causal layer sees, its own the last; a mask says it already.
         softcap: c: a scaled score s becomes c * tanh(s / c), before the mask and the bias.
         s_aux: (H,), a sink's logit for each head.
         position_bias: broadcastable to (N, H, L, S), added to the scores.
@@ -175,11 +175,11 @@ def attention_forward(
 
 def _weights_are_captured() -> bool:
     """Whether a model takes the weights from its layers' results, as it may without a keyword; from 5.2 on."""
-    capturing: Any = sys.modules.get("transformers.utils.output_capturing")
-    if capturing is None or torch.compiler.is_compiling():  # Dynamo reads no context variable
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    collector: Any = getattr(capturing, "_active_collector", None)  # there is no public name
+    if collector is None or torch.compiler.is_compiling():  # Dynamo reads no context variable
         return False
-    captured = capturing._active_collector.get()
-    return any("attentions" in name for name in captured or ())
+    return any("attentions" in name for name in collector.get() or ())
 
 
 def _check_keywords(
