@@ -74,8 +74,8 @@ FAULTS = [
     Fault(
         "gradient of padding in the first chunk alone",
         GENERIC + "attention_backward.h",
-        "row[panel + c] = column_sums[p * COLUMNS + c];",
-        "row[panel + c] = chunk.index == 0 ? column_sums[p * COLUMNS + c] : T(0);",
+        "row[panel + c] = sums[p * COLUMNS + c];",
+        "row[panel + c] = chunk.index == 0 ? sums[p * COLUMNS + c] : T(0);",
         CHUNKS,
     ),
     Fault(
