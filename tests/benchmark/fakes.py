@@ -1,8 +1,10 @@
-"""Cases that compute nothing, the command on them, and peers that are none."""
+"""Cases that compute nothing, the command on them, peers that are none, and what another process can import."""
 
 import contextlib
+import os
 
 import pytest
+import torch
 
 from fused_mha.benchmark import command
 from fused_mha.benchmark.harness import BenchCase
@@ -64,3 +66,27 @@ def torchs(call):
 def wrong(call):
     (run,) = torchs(call)
     return [run, lambda: tuple(1.01 * x for x in run())]
+
+
+class RuntimesOwnError(Exception):
+    """An error that another process cannot unpickle."""
+
+    def __init__(self, what, code):
+        super().__init__(f"{what}, code {code}")
+
+
+def of_one_thread():
+    assert torch.get_num_threads() == 1, "it has the wrong threads"
+    return nothing
+
+
+def wrong_at_once():
+    raise AssertionError("it is off")
+
+
+def failing():
+    raise RuntimesOwnError("no such node", 7)
+
+
+def dying():
+    os._exit(1)

@@ -1,44 +1,17 @@
 """A contender in a process of its own: its threads, its errors, its end."""
 
-import os
-
 import pytest
-import torch
 
-from benchmark.fakes import nothing
+from benchmark.fakes import dying, failing, of_one_thread, wrong_at_once
 from fused_mha.benchmark import processes
 from fused_mha.benchmark.processes import LEAST_TURNS, Processes
-
-
-class RuntimesOwnError(Exception):
-    """An error that another process cannot unpickle."""
-
-    def __init__(self, what, code):
-        super().__init__(f"{what}, code {code}")
-
-
-def of_one_thread():
-    assert torch.get_num_threads() == 1, "it has the wrong threads"
-    return nothing
-
-
-def wrong():
-    raise AssertionError("it is off")
-
-
-def failing():
-    raise RuntimesOwnError("no such node", 7)
-
-
-def dying():
-    os._exit(1)
 
 
 def test_a_contender_fails_and_dies_alone_and_is_timed_in_turns(monkeypatch):
     monkeypatch.setattr(processes, "PAUSE", 0.0)
     with Processes(1) as contenders:
         with pytest.raises(AssertionError, match=r"^it is off$"):
-            contenders.make("a", wrong)
+            contenders.make("a", wrong_at_once)
         with pytest.raises(RuntimeError, match=r"^RuntimesOwnError: no such node, code 7$"):
             contenders.make("a", failing)
         with pytest.raises(RuntimeError, match=r"^its process ended$"):
