@@ -67,6 +67,17 @@ def test_sinks_and_slopes_are_given_for_each_query_head(calls):
     assert found["softcap"] == 2.0
 
 
+def test_a_module_with_options_says_what_its_calls_are(calls):
+    module = fused_mha.MultiHeadAttention(
+        *(16, 4), num_kv_heads=2, head_dim=6, value_head_dim=5, window=(3, 0), softcap=2.0, sinks=True, alibi=True
+    )
+    assert fused_mha.warm_up(module, calls=[{}], lengths=[7], backward=True) == 1
+    inputs, given = calls[0]
+    assert sizes(inputs) == [(1, 7, 4, 6), (1, 7, 2, 6), (1, 7, 2, 5)]
+    assert (given["window"], given["softcap"]) == ((3, 0), 2.0)
+    assert given["sinks"].shape == given["alibi_slopes"].shape == (4,)
+
+
 def test_a_model_says_what_its_calls_are(calls):
     layers = [fused_mha.MultiHeadAttention(16, 4, dropout=0.1, add_bias_kv=True, add_zero_attn=True) for _ in range(2)]
     model = nn.Sequential(*layers, fused_mha.MultiHeadAttention(16, 2))

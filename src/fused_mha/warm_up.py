@@ -131,8 +131,16 @@ def _heads_of(model: nn.Module) -> list[_Heads]:
         if module.training and module.dropout:
             flags["dropout_p"] = module.dropout
         weight = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
-        D = module.embed_dim // module.num_heads
-        heads.append(_Heads(D, D, module.num_heads, weight.dtype, weight.device, tuple(flags.items())))
+        D = D_v = module.embed_dim // module.num_heads
+        H, options = module.num_heads, module.options
+        if options is not None:
+            D, D_v, H = options.head_dim, options.value_head_dim, options.num_kv_heads
+            flags |= {"grouped": True} if module.num_heads != H else {}
+            flags |= {"window": options.window} if options.window is not None else {}
+            flags |= {"softcap": options.softcap} if options.softcap is not None else {}
+            flags |= {"sinks": weight.dtype} if options.sinks else {}
+            flags |= {"alibi_slopes": torch.float32} if options.alibi_slopes is not None else {}
+        heads.append(_Heads(D, D_v, H, weight.dtype, weight.device, tuple(flags.items())))
     return heads
 
 

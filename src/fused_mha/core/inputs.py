@@ -364,11 +364,25 @@ def check_module_inputs(
                 f"{_shape(key_padding_mask)}{_transposed_hint(key_padding_mask, N, S)}"
             )
     if attn_mask is not None:
-        _check_module_attn_mask(attn_mask, N, num_heads, L, S, is_batched)
+        check_module_attn_mask(attn_mask, N, num_heads, L, S, is_batched)
     return N, is_batched
 
 
-def _check_module_attn_mask(attn_mask: Tensor, N: int, H: int, L: int, S: int, is_batched: bool) -> None:
+def check_module_attn_mask(attn_mask: Tensor, N: int, H: int, L: int, S: int, is_batched: bool) -> None:
+    """Raise, by torch's error types, unless a module's attn_mask has one of its shapes, and its dtype.
+
+    Args:
+        attn_mask: (L, S), (N * H, L, S) or (N|1, H|1, L|1, S).
+        N: of the batch, 1 for unbatched input.
+        H: of heads.
+        L: of queries.
+        S: of keys.
+        is_batched: whether the call's input is.
+
+    Raises:
+        AssertionError: its rank or dtype, or the shape of a 3-D one of unbatched input.
+        RuntimeError: another shape.
+    """
     _check_mask_dtype("attn_mask", attn_mask, AssertionError)
     mask_rank = attn_mask.dim()
     if mask_rank == 2:
