@@ -149,10 +149,25 @@ def test_any_call(backend, data):
 @pytest.mark.parametrize(
     ("error", "text", "given"),
     [
-        (ValueError, "softcap must be None or a positive, finite number; got 0", {"softcap": 0}),
-        (ValueError, "softcap must be None or a positive, finite number; got -1.0", {"softcap": -1.0}),
-        (ValueError, "softcap must be None or a positive, finite number; got inf", {"softcap": math.inf}),
-        (ValueError, "softcap must be None or a positive, finite number; got 'x'", {"softcap": "x"}),
+        (ValueError, "softcap must be None or a positive, finite number of .*; got 0", {"softcap": 0}),
+        (
+            ValueError,
+            "softcap must be None or a positive, finite number of .*; got -1.0",
+            {"softcap": -1.0},
+        ),
+        (
+            ValueError,
+            "softcap must be None or a positive, finite number of .*; got inf",
+            {"softcap": math.inf},
+        ),
+        (
+            ValueError,
+            "softcap must be None or a positive, finite number of .*; got 'x'",
+            {"softcap": "x"},
+        ),
+        (ValueError, "softcap must be None or a positive, finite number of .*; got True", {"softcap": True}),
+        (ValueError, "softcap must be None or a positive, finite number of .*; got 1e-46", {"softcap": 1e-46}),
+        (ValueError, "softcap must be None or a positive, finite number of .*; got 1e[+]39", {"softcap": 1e39}),
         (RuntimeError, r"sinks must have shape \(H,\) = \(4,\).*\(3,\)", {"sinks": torch.zeros(3)}),
         (RuntimeError, "sinks must have.*floating dtype.*int64", {"sinks": torch.zeros(4, dtype=torch.int64)}),
         (RuntimeError, r"alibi_slopes must have shape \(H,\).*\(4, 1\)", {"alibi_slopes": torch.zeros(4, 1)}),

@@ -624,3 +624,59 @@ def test_any_sequence_of_steps_is_what_each_element_gives_alone(data):
             cache.reorder(torch.tensor(indices))
             elements = [elements[n] for n in indices]
         assert cache.lengths.tolist() == [len(x) for x in elements]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache: cache.reorder(torch.tensor([1, 0])),
+        lambda cache: cache.to(dtype=torch.float32).to(dtype=torch.float64),
+        lambda cache: cache.truncate(2),
+    ],
+    ids=["reorder", "to", "truncate"],
+)
+def test_what_is_changed_under_inference_mode_takes_tokens_outside_of_it(change):
+    module, x = module_with(torch.float64), draw(N, L, E)
+    cache = KeyValueCache(module, N, max_length=L)
+    with torch.inference_mode():
+        module(x[:, :3], x[:, :3], x[:, :3], need_weights=False, cache=cache)
+        change(cache)
+        twin = copy.deepcopy(cache)
+    for each in (cache, twin):
+        decode(module, each, x[:, 3:], [L - 3])
+
+
+def test_reorder_to_shorter_elements_gives_their_slots_back():
+    module, x = module_with(torch.float64), draw(N, L, E)
+    cache = KeyValueCache(module, N, max_length=6)
+    decode(module, cache, x[:, :6], [6])
+    cache.truncate([6, 2])
+    cache.reorder(torch.tensor([1, 1]))
+    assert cache.length == 2
+    assert cache.lengths.tolist() == [2, 2]
+    found = decode(module, cache, x[[1, 1], 2:6], [1, 3])
+    assert_same(found, module(x[[1, 1], :6], x[[1, 1], :6], x[[1, 1], :6], is_causal=True)[0][:, 2:])
+
+
+def test_truncate_to_nothing_makes_a_ring_a_new_one():
+    module, x = module_with(torch.float64, window=(2, 0)), draw(N, L, E)
+    cache = KeyValueCache(module, N, ring=True)
+    decode(module, cache, x, [1] * L)
+    cache.truncate(0)
+    assert cache.length == 0
+    output, _ = module(x[:, :1], x[:, :1], x[:, :1], is_causal=True, attn_mask=torch.zeros(1, 1).bool(), cache=cache)
+    assert_same(output, module(x[:, :1], x[:, :1], x[:, :1])[0])
+
+
+def test_a_module_with_a_replaced_out_proj_has_a_cache():
+    module, x = module_with(torch.float64), draw(N, L, E)
+    module.out_proj = torch.nn.Sequential(module.out_proj)
+    assert decode(module, KeyValueCache(module, N), x, [L]).shape == x.shape
+
+
+def test_rope_takes_views_of_one_sequence():
+    module, x = module_with(torch.float64, **OPTIONS["rotary half"]), draw(N, L, E)
+    expected = module(x, x, x)[0]
+    assert_same(module(x[:], x[:], x[:])[0], expected)
+    program = torch.export.export(module, (x[:], x[:], x[:]), strict=False).module()
+    assert_same(program(x, x, x)[0], expected)

@@ -15,7 +15,7 @@ from fused_mha.backends import native, sdpa
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
-from fused_mha.core.modes import is_eager, is_recorded, may_skip_dispatcher
+from fused_mha.core.modes import PLAIN_TYPES, is_eager, is_recorded, may_skip_dispatcher
 from fused_mha.ops import autograd, gradients, module_autograd, schema
 from fused_mha.ops import heads as heads_operator
 from fused_mha.ops import module as module_operator
@@ -57,7 +57,7 @@ _module_backward = _kernel(module_operator.multi_head_attention_backward)
 
 def _run(inputs: AttentionInputs) -> AttentionResult:
     arguments = arguments_of(inputs)
-    if not is_eager() or any(x is not None and (type(x) is not Tensor or x.is_neg()) for x in arguments[:TENSORS]):
+    if not is_eager() or any(x is not None and (type(x) not in PLAIN_TYPES or x.is_neg()) for x in arguments[:TENSORS]):
         output, weights, lse, _ = schema.attention(*arguments)
     elif is_recorded(*arguments[:TENSORS]):
         output, weights, lse, _ = _Attention.apply(*arguments)

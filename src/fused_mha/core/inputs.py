@@ -131,9 +131,12 @@ def check_dropout(dropout_p: float) -> None:
 
 
 def check_softcap(softcap: object) -> None:
-    """Raise ValueError unless it is None or a positive, finite number."""
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0.0 < softcap < math.inf):
-        raise ValueError(f"softcap must be None or a positive, finite number; got {softcap!r}")
+    """Raise ValueError unless it is None or a positive number that is a normal one in fp32."""
+    if softcap is None:
+        return
+    fp32 = torch.finfo(torch.float32)
+    if isinstance(softcap, bool) or not (isinstance(softcap, (int, float)) and fp32.tiny <= softcap <= fp32.max):
+        raise ValueError(f"softcap must be None or a positive, finite number of fp32's normal range; got {softcap!r}")
 
 
 def check_attention(

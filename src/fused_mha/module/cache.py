@@ -7,8 +7,9 @@ that attention is aligned at the bottom right for all: shorter elements have hid
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ class KeyValueCache:
         self.max_length = max_length
         self._reach: int | None = left if ring else None  # how many tokens before its own a query sees
         self._module = weakref.ref(module)
-        weight = module.out_proj.weight
+        weight = module.k_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         capacity = (max_length or 0) if self._reach is None else 2 * self._reach + 1
         with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
             self._keys, self._values = (
@@ -134,9 +135,10 @@ class KeyValueCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyValueCache:
         twin = KeyValueCache.__new__(KeyValueCache)
         vars(twin).update(vars(self))
-        for name, x in vars(self).items():
-            if isinstance(x, Tensor):
-                setattr(twin, name, x.clone())
+        with _writable():
+            for name, x in vars(self).items():
+                if isinstance(x, Tensor):
+                    setattr(twin, name, x.clone())
         memo[id(self)] = twin
         return twin
 
@@ -150,7 +152,8 @@ class KeyValueCache:
         Returns:
             The cache itself.
         """
-        self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
+        with _writable():
+            self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
         self._hidden, self._behind = (None if x is None else x.to(device) for x in (self._hidden, self._behind))
         return self
 
@@ -168,11 +171,13 @@ class KeyValueCache:
         if not bool(((indices >= 0) & (indices < self.batch_size)).all()):
             raise ValueError(f"indices must be in [0, batch_size = {self.batch_size}); got {indices.tolist()}")
         indices = indices.to(self._keys.device)
-        self._keys, self._values = (x.index_select(0, indices) for x in (self._keys, self._values))
+        with _writable():
+            self._keys, self._values = (x.index_select(0, indices) for x in (self._keys, self._values))
         if self._hidden is not None:
             self._hidden = self._hidden.index_select(0, indices)
         if self._behind is not None:
             self._behind = self._behind.index_select(0, indices)
+            self._leave_out(torch.zeros_like(self._behind))  # slots that no element has any more
 
     def truncate(self, length: int | Sequence[int] | Tensor) -> None:
         """Forget all tokens but the first ones, as after a draft that was refused; 0 forgets everything.
@@ -315,13 +320,23 @@ class KeyValueCache:
         self._stored = stored - fewest
         self._behind, self._hidden = behind - fewest, hidden
         if is_eager():
+            before_all = min(int(self._behind.min()), self._dropped)  # what no element has had
+            self._dropped -= before_all
+            self._behind = self._behind - before_all
             self._behind = self._behind if bool(self._behind.any()) else None
             self._hidden = hidden if bool(hidden.any()) else None
 
 
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """New tensors that can be written to later: those of inference mode could not be, outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _copies(buffers: tuple[Tensor, Tensor], first: int, last: int, capacity: int) -> tuple[Tensor, Tensor]:
     copies = []
-    with torch.inference_mode(False), torch.no_grad():
+    with _writable():
         for buffer in buffers:
             copy = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
             copy[:, : last - first] = buffer[:, first:last]

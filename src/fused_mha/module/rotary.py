@@ -20,7 +20,7 @@ from fused_mha.module.heads import transform_heads
 class LinearScaling(NamedTuple):
     """Positions divided by ``factor`` (position interpolation).
 
-    Args:
+    Attributes:
         factor: how many times longer the texts are than those of training; at least 1.
 
     Examples:
@@ -43,7 +43,7 @@ class NTKScaling(NamedTuple):
 
     The base is one for all lengths. A base that follows the length, "dynamic" NTK, would not fit the keys of a cache.
 
-    Args:
+    Attributes:
         factor: how many times longer the texts are than those of training; at least 1.
 
     Examples:
@@ -66,7 +66,7 @@ class NTKScaling(NamedTuple):
 class YaRNScaling(NamedTuple):
     """Slow pairs interpolated, fast ones left, those between by a ramp; and larger scores.
 
-    Args:
+    Attributes:
         factor: how many times longer the texts are than those of training; at least 1.
         original_max_positions: the longest text of training.
         beta_fast: pairs with more turns over that length than this are left as they are.
@@ -113,7 +113,7 @@ class YaRNScaling(NamedTuple):
 class Llama3Scaling(NamedTuple):
     """Wavelengths above one bound are multiplied by ``factor``, those below another left, those between by a ramp.
 
-    Args:
+    Attributes:
         factor: how many times longer the texts are than those of training; at least 1.
         original_max_positions: the longest text of training.
         low_freq_factor: the upper bound is ``original_max_positions / low_freq_factor``.
@@ -227,7 +227,7 @@ class RotaryEmbedding:
         if table is None or table[0].shape[0] < last:
             length = max(_LEAST_TABLE, 1 << (last - 1).bit_length())
             with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode could not be saved
-                cos, sin = self._cos_sin(torch.arange(length), dtype)
+                cos, sin = self._cos_sin(torch.arange(length, device="cpu"), dtype)
                 table = cos.to(x.device), sin.to(x.device)
             self._tables[dtype, x.device] = table
         cos, sin = table

@@ -144,10 +144,10 @@ def prepare(
     rope = None if options is None else options.rope
     if rope is None and positions is not None:
         raise ValueError("positions are for rope=RotaryEmbedding(...), which this module does not have; got positions")
-    if rope is not None and arguments.key is not arguments.query:
+    if rope is not None and arguments.key.shape != arguments.query.shape:  # hooks and transforms give views and copies
         raise ValueError(
-            "rope counts the positions of query and key as one, in self-attention: key must be the same tensor as "
-            f"query; got another, of shape {tuple(arguments.key.shape)}"
+            "rope counts the positions of query and key as one, in self-attention: key must have query's shape, "
+            f"{tuple(arguments.query.shape)}; got {tuple(arguments.key.shape)}"
         )
     projected = project(module, arguments, is_batched)
     if cache is not None:
