@@ -680,3 +680,28 @@ def test_rope_takes_views_of_one_sequence():
     assert_same(module(x[:], x[:], x[:])[0], expected)
     program = torch.export.export(module, (x[:], x[:], x[:]), strict=False).module()
     assert_same(program(x, x, x)[0], expected)
+
+
+def test_a_copy_shares_no_memory():
+    module, x = module_with(torch.float64), draw(N, L, E)
+    cache = KeyValueCache(module, N, max_length=L)
+    decode(module, cache, x[:, :3], [3])
+    twin = copy.copy(cache)
+    decode(module, twin, -x[:, 3:5], [2])
+    assert_same(decode(module, cache, x[:, 3:], [L - 3]), module(x, x, x, is_causal=True)[0][:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "text"),
+    [
+        ([1], TypeError, "attn_mask must be a Tensor, not list"),
+        (torch.zeros(L, L, device="meta"), RuntimeError, "got attn_mask on meta"),
+    ],
+    ids=["list", "device"],
+)
+def test_a_mask_that_is_none_is_named_beside_a_cache(mask, error, text):
+    module, x = module_with(torch.float64), draw(N, L, E)
+    cache = KeyValueCache(module, N)
+    with pytest.raises(error, match=text):
+        module(x, x, x, attn_mask=mask, cache=cache)
+    assert cache.length == 0

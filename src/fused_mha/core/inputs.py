@@ -108,7 +108,8 @@ def _check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
         )
 
 
-def _check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+def check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]]) -> None:
+    """Raise TypeError or RuntimeError, by name, unless the others are tensors on the device of the query, or None."""
     device = query.device
     for name, other in others:
         if other is None:
@@ -186,7 +187,7 @@ def check_attention(
         )
     if H_kv == 0 or H % H_kv != 0:
         raise RuntimeError(f"query's heads must be a multiple of key's and value's; got H = {H} and H_kv = {H_kv}")
-    _check_same_device(
+    check_same_device(
         query,
         (
             ("key", key),
@@ -343,7 +344,7 @@ def check_module_inputs(
             f"query and key must have one batch size (dimension {batch_dim}, batch_first={batch_first}); got "
             f"{_shape(query)} and {_shape(key)}"
         )
-    _check_same_device(
+    check_same_device(
         query,
         (
             ("key", key),

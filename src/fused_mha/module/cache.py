@@ -132,6 +132,9 @@ class KeyValueCache:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_module": None}  # the next call binds it
 
+    def __copy__(self) -> KeyValueCache:
+        return self.__deepcopy__({})  # two caches in one memory would write over each other
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyValueCache:
         twin = KeyValueCache.__new__(KeyValueCache)
         vars(twin).update(vars(self))

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fused_mha.core import masks, plans
 from fused_mha.core.heads import Rotation
-from fused_mha.core.inputs import AttentionInputs, ModuleArguments, check_module_attn_mask, default_scale
+from fused_mha.core.inputs import (
+    AttentionInputs,
+    ModuleArguments,
+    check_module_attn_mask,
+    check_same_device,
+    default_scale,
+)
 from fused_mha.module import options as module_options
 from fused_mha.module import projections
 from fused_mha.module.cache import Extended, KeyValueCache
@@ -184,6 +190,7 @@ def _of_all_keys(
     if attn_mask is None:
         return None
     N, L = projected.query.shape[:2]
+    check_same_device(projected.query, (("attn_mask", attn_mask),))
     check_module_attn_mask(attn_mask, N, num_heads, L, length, is_batched)
     return attn_mask[..., length - projected.key.shape[1] :]
 
