@@ -10,6 +10,7 @@ from fused_mha import RotaryEmbedding
 from fused_mha.core import heads as by_torch
 from fused_mha.core.heads import QK_NORMS, HeadNorm
 from fused_mha.module import heads as by_operator
+from fused_mha.ops import heads as operator
 from native.call_space import DTYPES, LAYOUTS, lay_out
 
 CASES = {
@@ -160,3 +161,15 @@ def test_what_does_not_fit_is_refused(changed, text):
         given[i] = value
     with pytest.raises(RuntimeError, match=text):
         torch.ops.fused_mha.transform_heads(*given)
+
+
+@pytest.mark.parametrize("kind", QK_NORMS)
+@pytest.mark.parametrize("L", [0, 40])
+def test_the_operators_in_pytorch_sum_up_to_the_same(kind, L):
+    x, grad, norm, rotation = operands((kind, "half", 8, 6), torch.float64, L=L)
+    inputs = (x, *norm[1:], *rotation[:2], by_operator.NORMS[kind], False, by_torch.EPS[kind])
+    torch.testing.assert_close(operator._fallback(*inputs), torch.ops.fused_mha.transform_heads(*inputs))
+    found, expected = operator._fallback_backward(grad, *inputs), operator.transform_heads_backward(grad, *inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours.sum(0), theirs.sum(0))

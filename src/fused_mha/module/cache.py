@@ -92,7 +92,7 @@ class KeyValueCache:
         self._module = weakref.ref(module)
         weight = module.k_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         capacity = (max_length or 0) if self._reach is None else 2 * self._reach + 1
-        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+        with _writable():
             self._keys, self._values = (
                 torch.empty(batch_size, capacity, H_kv, size, dtype=dtype or weight.dtype, device=weight.device)
                 for size in (D, D_v)
@@ -320,13 +320,13 @@ class KeyValueCache:
                 index = source[:, :, None, None].expand(-1, -1, *buffer.shape[2:])
                 buffer[:, : stored - fewest] = buffer.gather(1, index)
         hidden = before if self._hidden is None else before | self._hidden.gather(1, source)
-        self._stored = stored - fewest
-        self._behind, self._hidden = behind - fewest, hidden
+        behind = behind - fewest
+        self._stored, self._behind, self._hidden = stored - fewest, behind, hidden
         if is_eager():
-            before_all = min(int(self._behind.min()), self._dropped)  # what no element has had
+            before_all = min(int(behind.min()), self._dropped)  # what no element has had
             self._dropped -= before_all
-            self._behind = self._behind - before_all
-            self._behind = self._behind if bool(self._behind.any()) else None
+            behind = behind - before_all
+            self._behind = behind if bool(behind.any()) else None
             self._hidden = hidden if bool(hidden.any()) else None
 
 

@@ -58,14 +58,12 @@ def _fallback(*inputs: Any) -> Tensor:
 
 @torch.library.impl(schema.LIBRARY, "transform_heads_backward", "CompositeExplicitAutograd")
 def _fallback_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    found = _gradients(grad, inputs, [x is not None for x in inputs[:_LEARN]], create_graph=False)
-    _, *fakes = _fake_backward(grad, *inputs)
-    return found[0].contiguous(), *(
-        fake
-        if x is None
-        else torch.cat((x.to(fake.dtype)[None], x.new_zeros((len(fake) - 1, *x.shape)).to(fake.dtype)))
-        for x, fake in zip(found[1:], fakes, strict=True)
-    )
+    grad_x, *of_norm = _gradients(grad, inputs, [x is not None for x in inputs[:_LEARN]], create_graph=False)
+    _, *parts = _fake_backward(grad, *inputs)
+    for x, part in zip(of_norm, parts, strict=True):
+        if x is not None:  # the whole sum in the first part
+            part.zero_()[:1] = x
+    return grad_x.contiguous(), *parts
 
 
 def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
