@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fused_mha
 from fused_mha import MultiHeadAttention
-from fused_mha.testing import Case, assert_parity
+from fused_mha.testing import assert_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
 
@@ -23,8 +23,7 @@ def forward_calls(monkeypatch) -> list[MultiHeadAttention]:
     forward = MultiHeadAttention.forward
 
     def counting(self, query, *args, **kwargs):
-        if not query.is_nested:  # a nested call makes a padded one
-            calls.append(self)
+        calls.append(self)
         return forward(self, query, *args, **kwargs)
 
     monkeypatch.setattr(MultiHeadAttention, "forward", counting)
@@ -142,64 +141,6 @@ def test_whole_transformer_agrees_with_torch():
     assert_parity(ours, theirs, source, target, **masks)
     with torch.no_grad():
         assert_parity(ours, theirs, source, target, **masks)
-
-
-def _nested(lengths=LENGTHS, embed_dim: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.nested.nested_tensor([torch.randn(n, embed_dim) for n in lengths], dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    ("need_weights", "average"), [(True, True), (True, False), (False, True)], ids=["averaged", "per head", "none"]
-)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_nested_self_attention_agrees_with_torch(mode, need_weights, average):
-    ours, theirs, _, _ = Case(training=False).build()
-    x = _nested()
-    arguments = {"need_weights": need_weights, "average_attn_weights": average}
-    with mode():
-        output, weights = ours(x, x, x, **arguments)
-        expected, expected_weights = theirs(x, x, x, **arguments)
-    assert output.is_nested
-    for row, expected_row in zip(output.unbind(), expected.unbind(), strict=True):
-        torch.testing.assert_close(row, expected_row)
-    assert (weights is None) == (expected_weights is None)
-    if weights is not None:
-        torch.testing.assert_close(weights, expected_weights)
-
-
-def test_nested_self_attention_is_that_of_each_sequence_alone():
-    module = MultiHeadAttention(16, 4, batch_first=True)
-    x = _nested((1, 4, 2))
-    with torch.no_grad():
-        output, _ = module(x, x, x, is_causal=True, need_weights=False)
-        for row, sequence in zip(output.unbind(), x.unbind(), strict=True):
-            torch.testing.assert_close(row, module(sequence, sequence, sequence, is_causal=True)[0])
-
-
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ("cross", "query, key and value must be the same nested tensor"),
-        ("padding", "key_padding_mask and attn_mask must be None"),
-        ("mask", "key_padding_mask and attn_mask must be None"),
-        ("sequence first", "the module must be batch_first=True"),
-        ("with gradients", "it works in inference only"),
-        ("jagged", "the layout must be torch.strided, got torch.jagged"),
-    ],
-)
-def test_other_nested_input_is_an_assertion_error_that_says_why(change, text):
-    module = MultiHeadAttention(16, 4, batch_first=change != "sequence first").eval()
-    x = _nested()
-    if change == "jagged":
-        x = torch.nested.nested_tensor([torch.randn(n, 16) for n in LENGTHS], layout=torch.jagged)
-    y = _nested() if change == "cross" else x
-    arguments = {}
-    if change == "padding":
-        arguments["key_padding_mask"] = PADDING
-    if change == "mask":
-        arguments["attn_mask"] = torch.zeros(7, 7)
-    with torch.set_grad_enabled(change == "with gradients"), pytest.raises(AssertionError, match=text):
-        module(x, y, y, **arguments)
 
 
 def test_frozen_encoder_takes_padding_with_grad_mode_on():

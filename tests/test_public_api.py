@@ -34,10 +34,13 @@ NAMES = [
     "backend",
     "convert",
     "explain",
+    "pack",
     "pool_key_heads",
     "revert",
     "scaled_dot_product_attention",
     "serve_sdpa",
+    "unpack",
+    "varlen_attention",
     "warm_up",
 ]
 TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
@@ -53,6 +56,9 @@ FUNCTIONS = [
     fused_mha.Llama3Scaling,
     fused_mha.pool_key_heads,
     fused_mha.attention,
+    fused_mha.varlen_attention,
+    fused_mha.pack,
+    fused_mha.unpack,
     fused_mha.backend,
     fused_mha.convert,
     fused_mha.explain,

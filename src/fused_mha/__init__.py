@@ -6,6 +6,8 @@ from fused_mha.convert import ConversionReport, convert, revert
 from fused_mha.core.attention import attention
 from fused_mha.core.dispatch import Explanation, backend
 from fused_mha.core.inputs import AttentionResult
+from fused_mha.core.packing import pack, unpack
+from fused_mha.core.varlen import varlen_attention
 from fused_mha.integrations.sdpa import ServedCalls, scaled_dot_product_attention, serve_sdpa
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.explanation import explain
@@ -32,9 +34,12 @@ __all__ = [
     "backend",
     "convert",
     "explain",
+    "pack",
     "pool_key_heads",
     "revert",
     "scaled_dot_product_attention",
     "serve_sdpa",
+    "unpack",
+    "varlen_attention",
     "warm_up",
 ]

@@ -14,6 +14,7 @@ PRODUCT = "tests/native/test_product.py::test_products_match_fp64"
 ONE_CALL = "tests/test_one_call.py"
 CUDA = PACKAGE + "backends/triton/"
 CUDA_MODULE = "tests/triton_kernels/test_module.py"
+PACKED = "tests/test_varlen.py"
 INTERPRETED = "tests/triton_kernels/test_interpreted.py"
 
 
@@ -301,8 +302,8 @@ FAULTS = [
     Fault(
         "a group draws dropout as the first does",
         GENERIC + "module.h",
-        "Forward<P>(g.core, groups.begin(index)).run();",
-        "Forward<P>(g.core, 0).run();",
+        "run_attention<P>(g.core, groups.begin(index));",
+        "run_attention<P>(g.core, 0);",
         ONE_CALL + "::test_groups_of_the_batch_give_the_bits_of_the_composition",
     ),
     Fault(
@@ -311,6 +312,28 @@ FAULTS = [
         "const Group g = group(index, of_workers + uintptr_t(worker * of_worker));",
         "const Group g = group(index, of_workers);",
         ONE_CALL + "::test_every_number_of_threads_gives_the_same_bits",
+    ),
+    # Packed sequences.
+    Fault(
+        "every sequence draws dropout as the first does",
+        GENERIC + "packed_sequences.h",
+        "return with_computation<P>(part, number, [&]",
+        "return with_computation<P>(part, 0, [&]",
+        PACKED + "::test_a_sequence_drops_what_its_element_of_a_padded_batch_drops",
+    ),
+    Fault(
+        "rows behind the last sequence are one more",
+        GENERIC + "packed_sequences.h",
+        "s.is_rest ? NONE : a.last_visible + diagonal",
+        "a.last_visible + diagonal",
+        PACKED + "::test_rows_behind_the_last_sequence_give_zeros_and_get_no_gradient",
+    ),
+    Fault(
+        "sequences share the memory of the first",
+        GENERIC + "packed_sequences.h",
+        "            used += c.shared;\n",
+        "",
+        "tests/native/test_packed_sequences.py::test_the_bits_are_those_of_each_sequence_alone",
     ),
     # Flags and hooks through convert and revert.
     Fault(

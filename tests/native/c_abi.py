@@ -57,7 +57,7 @@ class TensorFields(ctypes.Structure):
 
 
 SHARED = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v", "seed")
-SHARED += ("sinks", "alibi_slopes", "stats", "workspace")
+SHARED += ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "stats", "workspace")
 
 
 class Attention(ctypes.Structure):

@@ -43,7 +43,7 @@ def operands(requires_grad=True, dtype=torch.float32, **case):
             None if mask is None else mask.reshape(*(1,) * (4 - mask.dim()), *mask.shape),
         ),
         *(a.get("key_padding_mask"), a.get("bias_k"), a.get("bias_v"), torch.tensor([3, 4]) if p else None),
-        *(a.get("sinks"), a.get("alibi_slopes"), None if left is None else -left, right, False),
+        *(a.get("sinks"), a.get("alibi_slopes"), None, None, None if left is None else -left, right, False),
         *(bool(a.get("add_zero_attn")), p, 0.5, a.get("softcap")),
         *(a.get("need_weights", False), a.get("average_attn_weights", True)),
     )

@@ -141,6 +141,7 @@ def kernels(
         empty(H_kv, D_v) if virtual else None,
         empty(2, dtype=torch.int64) if dropout else None,
         *(empty(H, dtype=torch.float32) if name in of_heads else None for name in ("sinks", "alibi_slopes")),
+        *(None, None),  # no packed sequences
         None,
         0 if padding else None,
         False,

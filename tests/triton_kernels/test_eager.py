@@ -117,8 +117,9 @@ def test_kernels_are_launched_with_the_strides_of_the_tensors_they_are_given(lau
     step(fused_mha.attention, arguments)
     assert seen(launches) == expected
     for _, _, _, call, _ in launches.by_triton:
-        for x, strides in ((call.query, call[11:14]), (call.key, call[14:17]), (call.value, call[17:20])):
-            assert x.stride()[:3] == strides
+        for i, x in enumerate((call.query, call.key, call.value)):
+            first = launcher.TENSORS + 3 * i
+            assert x.stride()[:3] == call[first : first + 3]
         if call.attn_mask is not None:
             assert readable.strides(call.attn_mask) == (call.mask_n, call.mask_h, call.mask_l)
         if call.padding is not None:

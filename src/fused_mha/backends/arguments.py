@@ -36,8 +36,11 @@ def arguments_of(
         draw(inputs.dropout_p, inputs.query.device),
         inputs.sinks,
         inputs.alibi_slopes,
+        inputs.cu_seqlens_q,
+        inputs.cu_seqlens_k,
         *_band(inputs),
-        inputs.alibi_slopes is not None and inputs.causal_alignment == "bottom_right",
+        (inputs.alibi_slopes is not None or inputs.cu_seqlens_q is not None)
+        and inputs.causal_alignment == "bottom_right",
         inputs.add_zero_attn,
         float(inputs.dropout_p),
         float(inputs.scale),
@@ -48,9 +51,13 @@ def arguments_of(
 
 
 def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
-    """The first and the last key that query i sees, less i; None is no limit. `masks.outside_band` draws the same."""
+    """The first and the last key that query i sees, less i; None is no limit. `masks.outside_band` draws the same.
+
+    Of packed sequences, whose lengths are in a tensor, the operator shifts them.
+    """
     left, right = (None if side is None else min(side, _FAR) for side in inputs.window or (None, None))
     if inputs.is_causal:
         right = 0
-    diagonal = inputs.key.shape[1] - inputs.query.shape[1] if inputs.causal_alignment == "bottom_right" else 0
+    is_shifted = inputs.causal_alignment == "bottom_right" and inputs.cu_seqlens_q is None
+    diagonal = inputs.key.shape[1] - inputs.query.shape[1] if is_shifted else 0
     return None if left is None else diagonal - left, None if right is None else diagonal + right

@@ -24,6 +24,7 @@ class Capability(NamedTuple):
     transforms: bool = True  # torch.func and forward-mode AD
     onnx_export: bool = True
     score_options: bool = True  # softcap, sinks, alibi_slopes
+    packed_sequences: bool = True
     reads_hidden_keys: bool = True  # 0 * NaN = NaN: zeros have to take the place of keys that are hidden from all
     empty_tensors: bool = True
     cpu_dropout: bool = True
@@ -73,6 +74,8 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
         reasons.append("it returns no log-sum-exp (return_lse=True)")
     if (options := inputs.score_options()) and not capability.score_options:
         reasons.append(f"it knows no {' and no '.join(options)}")
+    if inputs.cu_seqlens_q is not None and not capability.packed_sequences:
+        reasons.append("it knows no packed sequences (cu_seqlens_q)")
     if capability.dtypes is not None:
         masks = (inputs.attn_mask, inputs.key_padding_mask)
         dtypes = {inputs.query.dtype, *(mask.dtype for mask in masks if mask is not None)} - {torch.bool}

@@ -141,6 +141,7 @@ BACKEND = Backend(
         weights=False,
         lse=False,
         score_options=False,
+        packed_sequences=False,
         transforms=False,
         empty_tensors=False,
         cpu_dropout=False,

@@ -45,6 +45,8 @@ class AttentionInputs(NamedTuple):
     need_weights: bool
     average_attn_weights: bool
     return_lse: bool
+    cu_seqlens_q: Tensor | None = None  # (sequences + 1), int64: the rows are those of packed sequences, N = 1
+    cu_seqlens_k: Tensor | None = None
 
     def score_options(self) -> list[str]:
         """The names of the options in use that change scores otherwise than a mask does."""

@@ -145,7 +145,8 @@ def forget() -> None:
 def run(inputs: AttentionInputs) -> AttentionResult:
     """Compute attention of inputs that were checked."""
     kind = None
-    if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
+    is_served = inputs.query.device.type == DEVICE and inputs.cu_seqlens_q is None
+    if is_served and not torch.compiler.is_compiling():
         tensors = tensors_of(inputs)
         kind, served = find(tensors, _flags_of(inputs))
         if served is not None:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +58,32 @@ def attention(
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     dropout_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """softmax(cap(query @ key^T * scale) + ALiBi + masks) @ value, dropout between, on checked arguments.
 
     The arguments are those of `fused_mha.attention`, with 4-D ``attn_mask`` and a given ``scale``. ``dropout_mask``,
     bool (N, H, L, S'), True = keep, replaces the random draw; without it dropout draws what `F.dropout` does on an
-    (N * H, L, S') tensor, as torch's module draws.
+    (N * H, L, S') tensor, as torch's module draws. With offsets of packed sequences it has an element for each of them.
     """
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        settings = (
+            is_causal,
+            causal_alignment,
+            window,
+            None,
+            None,
+            sinks,
+            alibi_slopes,
+            False,
+            dropout_p,
+            scale,
+            softcap,
+        )
+        offsets = (cu_seqlens_q, cu_seqlens_k)
+        return _of_sequences(query, key, value, key_padding_mask, settings, offsets, return_lse, dropout_mask)
     N, L, H, _ = query.shape
     S = key.shape[1]
     out_dtype = query.dtype
@@ -126,6 +145,52 @@ def attention(
         weights = weights.view(N, H, L, k.shape[1])
         returned_weights = _visible_weights(weights, empty, average_attn_weights).to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
+
+
+def _of_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    settings: tuple[Any, ...],
+    cu_seqlens: tuple[Tensor, Tensor],
+    return_lse: bool,
+    dropout_mask: Tensor | None,
+) -> tuple[Tensor, None, Tensor | None]:
+    """`attention` of each packed sequence; the rows behind the last see nothing."""
+    queries = _bounds("cu_seqlens_q", cu_seqlens[0], query.shape[1])
+    keys = _bounds("cu_seqlens_k", cu_seqlens[1], key.shape[1])
+    parts = [*zip(map(slice, queries, queries[1:]), map(slice, keys, keys[1:]), strict=True)]
+    outputs, lses = [], []
+    for n, (q, k) in enumerate([*parts, (slice(queries[-1], query.shape[1]), slice(0, 0))]):
+        kept = None
+        if dropout_mask is not None and n < len(parts):
+            kept = dropout_mask[n : n + 1, :, : q.stop - q.start, : k.stop - k.start]
+        output, _, lse = attention(
+            query[:, q],
+            key[:, k],
+            value[:, k],
+            None,
+            None if key_padding_mask is None else key_padding_mask[:, k],
+            *settings,
+            return_lse=return_lse,
+            dropout_mask=kept,
+        )
+        outputs.append(output)
+        lses.append(lse)
+    return torch.cat(outputs, dim=1), None, torch.cat(lses, dim=2) if return_lse else None
+
+
+def _bounds(name: str, offsets: Tensor, rows: int) -> list[int]:
+    bounds = offsets.tolist()
+    if bounds[0] != 0:
+        raise RuntimeError(f"{name} must begin with 0; got {bounds[0]}")
+    for n, (before, bound) in enumerate(itertools.pairwise(bounds), 1):
+        if bound < before:
+            raise RuntimeError(f"{name} must not descend; got {bound} behind {before} at {n}")
+        if bound > rows:
+            raise RuntimeError(f"{name} must not reach beyond the {rows} tokens there are; got {bound} at {n}")
+    return bounds
 
 
 def _visible_weights(weights: Tensor, empty: Tensor | None, average: bool) -> Tensor:

@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-#define FUSED_MHA_ABI_VERSION 6
+#define FUSED_MHA_ABI_VERSION 7
 #define FUSED_MHA_EXPORT __attribute__((visibility("default")))
 
 enum fused_mha_dtype {
@@ -46,6 +46,12 @@ typedef struct {
 } fused_mha_tensor;
 
 // What forward and backward share.
+//
+// With `cu_seqlens_q` and `cu_seqlens_k` the rows of the one batch element, N = 1, are those of packed sequences: number n
+// has the queries cu_seqlens_q[n] to cu_seqlens_q[n + 1] - 1 and the keys likewise, and is attended to as if it were alone.
+// Rows behind the last sequence see nothing, and there are none beside virtual keys. There is no attn_mask and there are no
+// weights then, and visible keys are counted from a query's own position, which `bottom_right` shifts by the lengths of
+// its sequence.
 typedef struct {
     fused_mha_tensor query;             // (N, L, H, D)
     fused_mha_tensor key;               // (N, S, H_kv, D)
@@ -57,6 +63,8 @@ typedef struct {
     fused_mha_tensor seed;              // (2): int64, absent without dropout
     fused_mha_tensor sinks;             // (H): floating, logits beside the keys' in each row; or absent
     fused_mha_tensor alibi_slopes;      // (H): floating, or absent
+    fused_mha_tensor cu_seqlens_q;      // (N' + 1): int64, of N' packed sequences; or absent
+    fused_mha_tensor cu_seqlens_k;      // (N' + 1): int64, likewise
     fused_mha_tensor stats;             // (2, N, H, L): row maxima and sums of the scores, in the accumulator type;
                                         // the forward may do without
     fused_mha_tensor workspace;         // bytes
@@ -89,7 +97,8 @@ typedef struct {
     fused_mha_tensor grad_value;       // (N, S, H_kv, D_v)
     fused_mha_tensor grad_attn_mask;   // (N|1, H|1, L, S) in the accumulator type and zero before the call, or absent
     fused_mha_tensor grad_columns;     // (N, H, S), the scores' gradient summed over the queries, likewise, or absent
-    fused_mha_tensor grad_bias_k;      // (N, H_kv, D) in the accumulator type, or absent
+    fused_mha_tensor grad_bias_k;      // (N, H_kv, D) in the accumulator type, or absent; (N' + 1, H_kv, D) with packed
+                                       // sequences, the last for what is behind them, as the two below
     fused_mha_tensor grad_bias_v;      // (N, H_kv, D_v) in the accumulator type, or absent
     fused_mha_tensor grad_sinks;       // (N, H) in the accumulator type, or absent
     fused_mha_tensor grad_distances;   // (N, H, S), the sum over the queries of what their distances to a key get, of which

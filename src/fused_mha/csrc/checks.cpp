@@ -43,6 +43,36 @@ void check_threads(Checker& checker, int64_t threads) {
 
 namespace {
 
+// Offsets of packed sequences ascend from 0 to no more than `rows`.
+void check_offsets(Checker& checker, const char* name, const fused_mha_tensor& t, int64_t count, int64_t rows) {
+    checker.check(name, t, FUSED_MHA_INT64, 1, {count, 1, 1, 1});
+    if (checker.ok && count < 1) checker.fail_with("%s must have at least one element, 0", name);
+    const int64_t* const offsets = static_cast<const int64_t*>(t.data);
+    int64_t before = 0;
+    for (int64_t n = 0; checker.ok && n < count; ++n) {
+        if (n == 0 && offsets[n] != 0) checker.fail_with("%s must begin with 0; got %lld", name, (long long)offsets[n]);
+        else if (offsets[n] < before)
+            checker.fail_with("%s must not descend; got %lld behind %lld at %lld", name, (long long)offsets[n],
+                              (long long)before, (long long)n);
+        else if (offsets[n] > rows)
+            checker.fail_with("%s must not reach beyond the %lld tokens there are; got %lld at %lld", name, (long long)rows,
+                              (long long)offsets[n], (long long)n);
+        before = offsets[n];
+    }
+}
+
+int64_t last_offset(const fused_mha_tensor& t) { return static_cast<const int64_t*>(t.data)[t.size[0] - 1]; }
+
+void check_sequences(Checker& checker, const fused_mha_attention& a) {
+    if (!checker.ok || (!a.cu_seqlens_q.data && !a.cu_seqlens_k.data)) return;
+    if (a.query.size[0] != 1 || a.attn_mask.data)
+        return checker.fail_with("packed sequences are rows of one batch element, with no attn_mask");
+    check_offsets(checker, "cu_seqlens_q", a.cu_seqlens_q, a.cu_seqlens_q.size[0], a.query.size[1]);
+    check_offsets(checker, "cu_seqlens_k", a.cu_seqlens_k, a.cu_seqlens_q.size[0], a.key.size[1]);
+    if (checker.ok && virtual_keys(a) && last_offset(a.cu_seqlens_q) != a.query.size[1])
+        checker.fail_with("beside virtual keys, packed sequences must have all of the queries");
+}
+
 // Whatever goes beside query, key and value, whose sizes have been checked.
 void check_settings(Checker& checker, const fused_mha_attention& a) {
     const int64_t dtype = a.query.dtype, N = a.query.size[0], L = a.query.size[1], H = a.query.size[2], D = a.query.size[3];
@@ -61,6 +91,7 @@ void check_settings(Checker& checker, const fused_mha_attention& a) {
             checker.check_floating(name, *t);
             checker.check(name, *t, t->dtype, 1, {H, 1, 1, 1});
         }
+    check_sequences(checker, a);
     if (checker.ok && !(a.softcap >= 0 && a.softcap < INFINITY))
         checker.fail_with("softcap must be positive, or 0 for none; got %g", a.softcap);
     if (checker.ok && !(a.dropout_p >= 0 && a.dropout_p <= 1))
@@ -93,6 +124,7 @@ void check_results(Checker& checker, const fused_mha_forward_arguments& call) {
     const int64_t dtype = a.query.dtype, N = a.query.size[0], L = a.query.size[1], H = a.query.size[2];
     const int64_t columns = a.key.size[1] + virtual_keys(a);
     if (a.stats.data) check_stats(checker, a);
+    if (checker.ok && call.weights.data && a.cu_seqlens_q.data) checker.fail_with("packed sequences have no weights");
     if (call.weights.data) {
         if (a.average_weights)
             checker.check("weights", call.weights, dtype, 3, {N, L, columns, 1});
@@ -119,9 +151,11 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
     const int64_t dtype = a.query.dtype, accumulator = accumulator_dtype(dtype);
     const int64_t N = a.query.size[0], L = a.query.size[1], H = a.query.size[2], D = a.query.size[3];
     const int64_t S = a.key.size[1], H_kv = a.key.size[2], D_v = a.value.size[3], columns = S + virtual_keys(a);
+    const int64_t parts_of_batch = a.cu_seqlens_q.data ? a.cu_seqlens_q.size[0] : N;
     check_stats(checker, a);
     checker.check("output", call.output, dtype, 4, {N, L, H, D_v});
     checker.check("grad_output", call.grad_output, dtype, 4, {N, L, H, D_v});
+    if (checker.ok && call.grad_weights.data && a.cu_seqlens_q.data) checker.fail_with("packed sequences have no weights");
     if (call.grad_weights.data) {
         if (a.average_weights)
             checker.check("grad_weights", call.grad_weights, dtype, 3, {N, L, columns, 1});
@@ -138,9 +172,9 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
             checker.fail_with("grad_attn_mask must be of dtype %s", dtype_name(accumulator));
     }
     if (call.grad_columns.data) checker.check("grad_columns", call.grad_columns, accumulator, 3, {N, H, S, 1});
-    if (call.grad_bias_k.data) checker.check("grad_bias_k", call.grad_bias_k, accumulator, 3, {N, H_kv, D, 1});
-    if (call.grad_bias_v.data) checker.check("grad_bias_v", call.grad_bias_v, accumulator, 3, {N, H_kv, D_v, 1});
-    if (call.grad_sinks.data) checker.check("grad_sinks", call.grad_sinks, accumulator, 2, {N, H, 1, 1});
+    if (call.grad_bias_k.data) checker.check("grad_bias_k", call.grad_bias_k, accumulator, 3, {parts_of_batch, H_kv, D, 1});
+    if (call.grad_bias_v.data) checker.check("grad_bias_v", call.grad_bias_v, accumulator, 3, {parts_of_batch, H_kv, D_v, 1});
+    if (call.grad_sinks.data) checker.check("grad_sinks", call.grad_sinks, accumulator, 2, {parts_of_batch, H, 1, 1});
     if (call.grad_distances.data) checker.check("grad_distances", call.grad_distances, accumulator, 3, {N, H, S, 1});
     if (checker.ok && ((call.grad_sinks.data && !a.sinks.data) || (call.grad_distances.data && !a.alibi_slopes.data)))
         checker.fail_with("grad_sinks and grad_distances are of sinks and alibi_slopes, which are absent");

@@ -11,7 +11,7 @@ namespace {
 // them: sequences (N, length, E), masks with all their dimensions, biases by heads.
 struct ModuleCall {
     enum { QUERY, KEY, VALUE, IN_WEIGHT, QUERY_WEIGHT, KEY_WEIGHT, VALUE_WEIGHT, IN_BIAS, OUT_WEIGHT, OUT_BIAS, BIAS_K, BIAS_V,
-           ATTN_MASK, KEY_PADDING_MASK, SEED, TENSORS };
+           ATTN_MASK, KEY_PADDING_MASK, SEED, CU_SEQLENS_Q, CU_SEQLENS_K, TENSORS };
     static constexpr int DIFFERENTIABLE = BIAS_V + 1;
 
     Tensor tensors[TENSORS];
@@ -141,6 +141,8 @@ struct ModuleCall {
         a.bias_k = views[BIAS_K];
         a.bias_v = views[BIAS_V];
         a.seed = views[SEED];
+        a.cu_seqlens_q = views[CU_SEQLENS_Q];
+        a.cu_seqlens_k = views[CU_SEQLENS_K];
         a.first_visible = -FAR;
         a.last_visible = is_causal ? 0 : FAR;
         a.add_zero_attn = adds_zero_attn;
@@ -245,10 +247,12 @@ void multi_head_attention_backward(Value* stack, uint64_t, uint64_t) {
         call.grad_query = given.heads_of(of_projections, 0);
         call.grad_key = given.heads_of(of_projections, 1);
         call.grad_value = given.heads_of(of_projections, 2);
+        const fused_mha_tensor& offsets = call.attention.cu_seqlens_q;
+        const int64_t parts_of_batch = offsets.data ? offsets.size[0] : N;
         fused_mha_tensor* const of_biases[] = {&call.grad_bias_k, &call.grad_bias_v};
         for (int i = 0; i < 2; ++i)
             if (given.views[M::BIAS_K + i].data) {
-                bias_sums[i] = Tensor::empty({N, given.H, given.D}, accumulator_of(dtype));
+                bias_sums[i] = Tensor::empty({parts_of_batch, given.H, given.D}, accumulator_of(dtype));
                 *of_biases[i] = bias_sums[i].fields();
             }
         compute(call, call.attention.workspace, fused_mha_backward_workspace, fused_mha_backward);
@@ -256,7 +260,7 @@ void multi_head_attention_backward(Value* stack, uint64_t, uint64_t) {
             if (wants(M::BIAS_K + i) && bias_sums[i]) {
                 fused_mha_tensor sums = grads[M::BIAS_K + i].fields();
                 sums = {sums.data, sums.dtype, sums.bytes, {E, 1, 1, 1}, {1, 0, 0, 0}};
-                sum_columns(part(bias_sums[i].fields(), 0, {1, N, E}), sums);
+                sum_columns(part(bias_sums[i].fields(), 0, {1, parts_of_batch, E}), sums);
             }
         const bool is_packed = given.views[M::IN_WEIGHT].data != nullptr;
         for (const M::Range& range : given.ranges()) {

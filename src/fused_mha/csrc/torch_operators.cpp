@@ -25,7 +25,7 @@ void product(Value* stack, uint64_t, uint64_t) {
 
 // What the operators of the attention share: their tensors, and the numbers behind them.
 struct AttentionCall {
-    static constexpr int COUNT = 10;
+    static constexpr int COUNT = 12;
     Tensor tensors[COUNT];
     fused_mha_attention fields = {};
     bool needs_weights;
@@ -47,11 +47,12 @@ struct AttentionCall {
     // Fails where a tensor cannot be what it stands for; the C ABI finds what else is wrong.
     void take_fields() {
         constexpr const char* NAMES[COUNT] = {"query",  "key",    "value", "attn_mask", "key_padding_mask",
-                                              "bias_k", "bias_v", "seed",  "sinks",     "alibi_slopes"};
+                                              "bias_k", "bias_v", "seed",  "sinks",     "alibi_slopes",
+                                              "cu_seqlens_q", "cu_seqlens_k"};
         fused_mha_tensor* const targets[COUNT] = {&fields.query,  &fields.key,    &fields.value,
                                                   &fields.attn_mask, &fields.key_padding_mask, &fields.bias_k,
                                                   &fields.bias_v, &fields.seed,   &fields.sinks,
-                                                  &fields.alibi_slopes};
+                                                  &fields.alibi_slopes, &fields.cu_seqlens_q, &fields.cu_seqlens_k};
         for (int i = 0; i < COUNT; ++i) {
             const int64_t count = tensors[i] ? tensors[i].sizes().count : 4;
             if (count > 4 || (count < 4 && i < 4))
@@ -99,6 +100,7 @@ void attention_gradients(Value* stack, uint64_t, uint64_t) {
     make_contiguous(grad_weights, grad_lse, stats);
     const fused_mha_attention& a = given.fields;
     const int64_t dtype = given.dtype(), accumulator = given.accumulator(), N = a.query.size[0];
+    const int64_t parts_of_batch = a.cu_seqlens_q.data ? a.cu_seqlens_q.size[0] : N;
     const auto like = [&](const fused_mha_tensor& t) {
         return Tensor::empty({t.size[0], t.size[1], t.size[2], t.size[3]}, dtype);
     };
@@ -109,13 +111,13 @@ void attention_gradients(Value* stack, uint64_t, uint64_t) {
         return t;
     };
     const auto of_bias = [&](const Tensor& bias, const fused_mha_tensor& t) {
-        return bias ? Tensor::empty({N, t.size[0], t.size[1]}, accumulator) : Tensor::nothing(accumulator);
+        return bias ? Tensor::empty({parts_of_batch, t.size[0], t.size[1]}, accumulator) : Tensor::nothing(accumulator);
     };
     Tensor grad_query = like(a.query), grad_key = like(a.key), grad_value = like(a.value);
     Tensor grad_mask = zeros(wants_mask, {a.attn_mask.size[0], a.attn_mask.size[1], a.query.size[1], a.key.size[1]});
     Tensor grad_columns = zeros(wants_columns, {N, a.query.size[2], a.key.size[1]});
     Tensor grad_bias_k = of_bias(given.tensors[5], a.bias_k), grad_bias_v = of_bias(given.tensors[6], a.bias_v);
-    Tensor grad_sinks = zeros(a.sinks.data, {N, a.query.size[2]});
+    Tensor grad_sinks = zeros(a.sinks.data, {parts_of_batch, a.query.size[2]});
     Tensor grad_distances = zeros(a.alibi_slopes.data, {N, a.query.size[2], a.key.size[1]});
     given.fields.stats = stats.fields();
     const auto if_wanted = [](bool is_wanted, const Tensor& t) { return is_wanted ? t.fields() : fused_mha_tensor{}; };

@@ -13,7 +13,7 @@ from fused_mha.backends import delegation
 from fused_mha.core.dispatch import Explanation, explain_inputs
 from fused_mha.core.inputs import ModuleArguments
 from fused_mha.integrations import sdpa
-from fused_mha.module import linear, one_call, steps
+from fused_mha.module import linear, nested, one_call, steps
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 
@@ -64,12 +64,16 @@ def explain(
     call.apply_defaults()
     positions, cache = call.arguments.pop("positions"), call.arguments.pop("cache")
     arguments = ModuleArguments(**call.arguments)
+    offsets = None
     if any(x.is_nested for x in arguments[:3]):
-        padded, padding, _ = module._unpack_nested(*arguments[:4], arguments.attn_mask)
-        arguments = arguments._replace(query=padded, key=padded, value=padded, key_padding_mask=padding)
+        if arguments.need_weights:
+            arguments, _ = module._padded(arguments)
+        else:
+            packed = nested.packed(arguments, module.batch_first)
+            arguments, offsets = packed.arguments, (packed.cu_seqlens_q, packed.cu_seqlens_k)
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
-        if module.options is not None or positions is not None or cache is not None:
-            prepared = steps.prepare(module, arguments, positions, cache)
+        if module.options is not None or positions is not None or cache is not None or offsets is not None:
+            prepared = steps.prepare(module, arguments, positions, cache, offsets)
             return explain_inputs(prepared.inputs)._replace(projections=_projections(module, arguments, cache))
         N, is_batched, dropout_p = module._checked(arguments)
         projected = steps.project(module, arguments, is_batched)

@@ -349,11 +349,11 @@ class MultiHeadAttention(TorchAttention):
             if positions is not None or cache is not None:
                 name = "positions" if cache is None else "cache"
                 raise ValueError(f"{name} must be None with nested tensors, whose positions are counted from 0")
-            padded, padding, repack = self._unpack_nested(query, key, value, key_padding_mask, attn_mask)
-            output, weights = self.forward(
-                padded, padded, padded, padding, need_weights, None, average_attn_weights, is_causal
+            return self._forward_nested(
+                ModuleArguments(
+                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                )
             )
-            return repack(output, weights)
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
             query, key, value = projections.recordable(query, key, value)
@@ -380,11 +380,23 @@ class MultiHeadAttention(TorchAttention):
         inputs = steps.attention_inputs(self, arguments, N, projected, dropout_p)
         return steps.finish(self, inputs, projected.embedded, is_batched)
 
-    def _unpack_nested(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, nested.Repack]:
-        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, *self.parameters()))
-        return nested.unpack(query, key, value, key_padding_mask, attn_mask, self.batch_first, requires_grad)
+    def _forward_nested(self, arguments: ModuleArguments) -> tuple[Tensor, Tensor | None]:
+        if arguments.need_weights:
+            padded, repack_both = self._padded(arguments)
+            return repack_both(*self.forward(*padded))
+        packed = nested.packed(arguments, self.batch_first)
+        offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
+        if self.options is None:
+            _, _, dropout_p = self._checked(packed.arguments)
+            result = one_call.forward(self, packed.arguments, dropout_p, offsets)
+            if result is not None:
+                return packed.repack(result[0]), None
+        output, _ = steps.with_options(self, packed.arguments, offsets=offsets)
+        return packed.repack(output), None
+
+    def _padded(self, arguments: ModuleArguments) -> tuple[ModuleArguments, nested.Repack]:
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:3], *self.parameters()))
+        return nested.padded(arguments, self.batch_first, requires_grad)
 
     def _checked(self, arguments: ModuleArguments) -> tuple[int, bool, float]:
         """Check what `forward` is called with; N, whether the input is batched, and the probability of dropout."""

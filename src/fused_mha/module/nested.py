@@ -1,63 +1,90 @@
-"""Strided nested tensors: `nn.TransformerEncoder` hands them to `MultiHeadAttention` in inference.
+"""Nested tensors: ragged batches, whose sequences the module projects and attends to as packed rows.
 
-The module's forward, and `explain`, call `unpack`: the ragged batch is padded, attended to with a key_padding_mask, and
-cut back to the same lengths.
+The module's forward, and `explain`, call `packed`. `padded` is for the attention weights, which have no ragged form:
+`nn.TransformerEncoder` may ask for nothing else, but torch's module gives them in inference, and so does ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_mha.core.inputs import ModuleArguments
+
 Repack = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
-def unpack(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    batch_first: bool,
-    requires_grad: bool,
-) -> tuple[Tensor, Tensor, Repack]:
-    """Pad nested self-attention input.
+class Packed(NamedTuple):
+    """The rows of nested input, one sequence behind the other, and where each sequence begins."""
+
+    arguments: ModuleArguments  # with query (T_q, E), key (T_k, kdim) and value (T_k, vdim)
+    cu_seqlens_q: Tensor  # (N + 1), int64
+    cu_seqlens_k: Tensor
+    repack: Callable[[Tensor], Tensor]  # from (T_q, E) to query's layout
+
+
+def packed(arguments: ModuleArguments, batch_first: bool) -> Packed:
+    """The rows of query, key and value.
 
     Args:
-        query: nested, N tensors of shape (L_n, E).
-        key: must be ``query``.
-        value: must be ``query``.
-        key_padding_mask: must be None.
-        attn_mask: must be None.
+        arguments: the module's, of which query, key and value are nested: N tensors of shape (L_n, E), (S_n, kdim) and
+            (S_n, vdim), strided or jagged; key and value have the same lengths.
         batch_first: must be True.
-        requires_grad: whether the output would have to be differentiable; must be False.
 
     Returns:
-        The padded input (N, L, E), its padding mask (N, L), True = padding, and a function that turns the output and
-        the weights on padded tensors into the nested output and the weights with zeros for padded queries.
+        The rows; what is one tensor stays one.
 
     Raises:
         AssertionError: anything else, as torch outside of its fast path.
     """
-    problem = None
-    if not (query is key and key is value):
-        problem = "query, key and value must be the same nested tensor"
-    elif query.layout != torch.strided:
-        problem = f"the layout must be torch.strided, got {query.layout}"
-    elif key_padding_mask is not None or attn_mask is not None:
-        problem = "the lengths are the mask: key_padding_mask and attn_mask must be None"
-    elif not batch_first:
-        problem = "the module must be batch_first=True"
-    elif requires_grad:
-        problem = "it works in inference only, with grad mode off or nothing that requires a gradient"
-    if problem is not None:
-        raise AssertionError(f"MultiHeadAttention takes a NestedTensor for self-attention alone: {problem}")
+    query, key, value = arguments[:3]
+    _check(arguments, batch_first)
+    rows: dict[int, tuple[Tensor, Tensor]] = {}
+    for x in (query, key, value):
+        if id(x) not in rows:
+            rows[id(x)] = _rows(x)
+    (q, of_query), (k, of_key), (v, of_value) = (rows[id(x)] for x in (query, key, value))
+    if of_value is not of_key and not torch.equal(of_value, of_key):
+        raise AssertionError(
+            f"{_TAKES}: key and value must have the same lengths; got {_lengths(key)} and {_lengths(value)}"
+        )
 
-    lengths = [sequence.shape[0] for sequence in query.unbind()]
-    padded = query.to_padded_tensor(0.0)
-    positions = torch.arange(padded.shape[1], device=query.device)
+    def repack(output: Tensor) -> Tensor:
+        if query.layout == torch.jagged:
+            return torch.nested.nested_tensor_from_jagged(output, of_query)
+        return torch.nested.as_nested_tensor([*output.split(_lengths(query))])
+
+    return Packed(arguments._replace(query=q, key=k, value=v), of_query, of_key, repack)
+
+
+def padded(arguments: ModuleArguments, batch_first: bool, requires_grad: bool) -> tuple[ModuleArguments, Repack]:
+    """Nested self-attention input with padding, for a call that wants the weights.
+
+    Args:
+        arguments: the module's, of which query, key and value are the same strided nested tensor.
+        batch_first: must be True.
+        requires_grad: whether the output would have to be differentiable; must be False.
+
+    Returns:
+        The arguments with input (N, L, E) and its key_padding_mask, and a function that turns the output and the
+        weights on padded tensors into the nested output and the weights with zeros for padded queries.
+
+    Raises:
+        AssertionError: anything else.
+    """
+    query, key, value = arguments[:3]
+    _check(arguments, batch_first)
+    if query is not key or key is not value or query.layout != torch.strided or requires_grad:
+        raise AssertionError(
+            f"{_TAKES}: need_weights must be False, since weights have no nested form; torch's padded ones are given "
+            "of strided self-attention in inference alone"
+        )
+    lengths = _lengths(query)
+    x = query.to_padded_tensor(0.0)
+    positions = torch.arange(x.shape[1], device=query.device)
     padding = positions >= torch.tensor(lengths, device=query.device)[:, None]
 
     def repack(output: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -67,4 +94,39 @@ def unpack(
             weights = weights.masked_fill(hidden, 0.0)
         return ragged, weights
 
-    return padded, padding, repack
+    return arguments._replace(query=x, key=x, value=x, key_padding_mask=padding), repack
+
+
+_TAKES = "MultiHeadAttention takes nested tensors as query, key and value"
+
+
+def _check(arguments: ModuleArguments, batch_first: bool) -> None:
+    inputs: tuple[Any, ...] = arguments[:3]  # pyright knows no method of jagged tensors
+    query, key, value, key_padding_mask, _, attn_mask, _, _ = arguments
+    problem = None
+    if not (query.is_nested and key.is_nested and value.is_nested):
+        problem = "all three of them must be nested"
+    elif any(x.dim() != 3 or (x.layout == torch.jagged and x._ragged_idx != 1) for x in inputs):
+        problem = "each must be of N sequences (L, E)"
+    elif not query.size(0) == key.size(0) == value.size(0):
+        problem = f"they must be of as many sequences; got {query.size(0)}, {key.size(0)} and {value.size(0)}"
+    elif key_padding_mask is not None or attn_mask is not None:
+        problem = "the lengths are the mask: key_padding_mask and attn_mask must be None"
+    elif not batch_first:
+        problem = "the module must be batch_first=True"
+    if problem is not None:
+        raise AssertionError(f"{_TAKES}: {problem}")
+
+
+def _lengths(x: Tensor) -> list[int]:
+    return [sequence.shape[0] for sequence in x.unbind()]
+
+
+def _rows(x: Any) -> tuple[Tensor, Tensor]:
+    """The rows, and where each sequence begins."""
+    if x.layout == torch.jagged:
+        x = x.contiguous()  # without holes
+        return x.values(), x.offsets()
+    sequences = x.unbind()
+    lengths = torch.tensor([0, *(sequence.shape[0] for sequence in sequences)], device=x.device)
+    return torch.cat(sequences), lengths.cumsum(0)

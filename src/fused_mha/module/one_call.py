@@ -26,6 +26,7 @@ from fused_mha.ops.module import TENSORS, Call
 
 _IN_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
 _OUT_NAMES = ("weight", "bias")
+Offsets = tuple[Tensor, Tensor]  # `cu_seqlens` of packed sequences
 
 
 def _found_parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
@@ -64,14 +65,18 @@ def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
 
 
 def forward(
-    module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float
+    module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float, offsets: Offsets | None = None
 ) -> tuple[Tensor, Tensor | None] | None:
-    """What `MultiHeadAttention.forward` returns for arguments that it has checked; None where this does not serve."""
+    """What `MultiHeadAttention.forward` returns for arguments that it has checked; None where this does not serve.
+
+    The rows of packed sequences are unbatched input with their offsets.
+    """
     tensors = tensors_of(module, arguments)
     if isinstance(tensors, str):
         return None
     seed = draw_seed(dropout_p, arguments.query.device)
-    output, weights, *_ = cpu.multi_head_attention((*tensors, seed), _numbers(module, arguments, dropout_p))
+    tensors = (*tensors, seed, *(offsets or (None, None)))
+    output, weights, *_ = cpu.multi_head_attention(tensors, _numbers(module, arguments, dropout_p))
     return output, weights if arguments.need_weights else None
 
 
@@ -90,7 +95,7 @@ def _numbers(module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_
 
 
 def tensors_of(module: nn.MultiheadAttention, arguments: ModuleArguments) -> tuple[Tensor | None, ...] | str:
-    """The tensors of `ops.module.Call` but for the seed, cast under autocast; or why one call cannot serve."""
+    """The tensors of `ops.module.Call` before the seed, cast under autocast; or why one call cannot serve."""
     query, key, value, key_padding_mask, _, attn_mask, _, _ = arguments
     if not dispatch.allows(cpu.BACKEND) or cpu.LIBRARY is None:
         return "the back end is not cpu"
@@ -165,7 +170,7 @@ class Kept(NamedTuple):
             key, value = None if key is query else key, None
         if attn_mask is not None:
             attn_mask = masks.per_head(attn_mask, _batch_size(query, batch_first), num_heads)
-        return query, key, value, *self.parameters, attn_mask, padding, seed
+        return query, key, value, *self.parameters, attn_mask, padding, seed, None, None
 
 
 def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | None:

@@ -24,6 +24,7 @@ from fused_mha.module import projections
 from fused_mha.module.cache import Extended, KeyValueCache
 from fused_mha.module.heads import transform_heads
 from fused_mha.module.linear import linear
+from fused_mha.module.one_call import Offsets
 
 if TYPE_CHECKING:
     from fused_mha.module.multi_head_attention import MultiHeadAttention
@@ -126,10 +127,14 @@ class Prepared(NamedTuple):
 
 
 def with_options(
-    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: KeyValueCache | None
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    positions: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `MultiHeadAttention.forward` returns, of a module with options or for a call with a cache."""
-    prepared = prepare(module, arguments, positions, cache)
+    """What `MultiHeadAttention.forward` returns: of a module with options, with a cache, or for packed sequences."""
+    prepared = prepare(module, arguments, positions, cache, offsets)
     result = finish(module, prepared.inputs, prepared.embedded, prepared.is_batched)
     if cache is not None and prepared.extended is not None:
         cache.commit(module, prepared.extended)
@@ -137,7 +142,11 @@ def with_options(
 
 
 def prepare(
-    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: KeyValueCache | None
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    positions: Tensor | None = None,
+    cache: KeyValueCache | None = None,
+    offsets: Offsets | None = None,
 ) -> Prepared:
     """Check such a call, and compute what the core is given."""
     options = module.options
@@ -159,6 +168,8 @@ def prepare(
     if cache is not None:
         cache.check(module, projected.key, projected.value, projected.key_padding_mask, arguments.need_weights)
     if options is not None:
+        if rope is not None and offsets is not None:
+            positions = _positions_in_sequences(offsets, projected.query.shape[1])
         rotation = _rotation(options, projected.query, positions, cache, is_batched)
         of_query, of_key = module_options.norms(module, options)
         projected = projected._replace(
@@ -180,7 +191,18 @@ def prepare(
         )
     if cache is not None:
         inputs = inputs._replace(causal_alignment="bottom_right")
+    if offsets is not None:
+        inputs = inputs._replace(cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1])
     return Prepared(inputs, projected.embedded, is_batched, extended)
+
+
+def _positions_in_sequences(offsets: Offsets, tokens: int) -> Tensor:
+    """Of each row of packed sequences, which both queries and keys have the offsets of."""
+    begins, of_keys = offsets
+    if begins is not of_keys and not torch.equal(begins, of_keys):
+        raise ValueError("rope counts the positions of query and key as one: key must have query's lengths")
+    first = torch.repeat_interleave(begins[:-1], begins.diff(), output_size=tokens)
+    return torch.arange(tokens, device=begins.device) - first
 
 
 def _of_all_keys(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,15 +62,21 @@ def dropout_mask(seed: Tensor, shape: list[int], dropout_p: float) -> Tensor:
 
 
 @register_flop_formula(torch.ops.fused_mha.attention, get_raw=True)
-def attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Two products, as torch counts its own attention: hidden keys count too."""
-    N, L, H, D = query.shape
-    return 2 * N * H * L * key.shape[1] * (D + value.shape[3])
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *others: Any, **_: Any) -> int:
+    """Two products, as torch counts its own: hidden keys count too, those of other packed sequences do not."""
+    return 2 * _scores(query, key, others[7:9]) * (query.shape[3] + value.shape[3])
 
 
 @register_flop_formula(torch.ops.fused_mha.attention_backward, get_raw=True)
 def attention_backward_flops(*inputs: Any, **_: Any) -> int:
     """Five products: the scores again, and the gradients of weights, values, queries and keys."""
-    query, key, value = inputs[7:10]
-    N, L, H, D = query.shape
-    return 2 * N * H * L * key.shape[1] * (3 * D + 2 * value.shape[3])
+    query, key, value, *others = inputs[7:]
+    return 2 * _scores(query, key, others[7:9]) * (3 * query.shape[3] + 2 * value.shape[3])
+
+
+def _scores(query: Tensor, key: Tensor, cu_seqlens: Sequence[Any]) -> int:
+    N, L, H, _ = query.shape
+    if len(cu_seqlens) == 2 and isinstance(cu_seqlens[0], Tensor):  # each sequence by itself
+        queries, keys = (x.diff() for x in cu_seqlens)
+        return H * int((queries * keys).sum())
+    return N * H * L * key.shape[1]

@@ -27,8 +27,12 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
         key, value = masks.without_hidden_keys(key, value, a.key_padding_mask)
     dropout_mask = None
     if a.seed is not None:
-        dropout_mask = schema.dropout_mask(a.seed, (N, H, L, a.columns), a.dropout_p)
-    window, diagonal = None, a.key.shape[1] - L if a.bottom_right else 0
+        shape = (N, H, L, a.columns)
+        if a.cu_seqlens_q is not None and a.cu_seqlens_k is not None:  # as of the padded batch
+            lengths = (a.cu_seqlens_q.diff(), a.cu_seqlens_k.diff())
+            shape = (lengths[0].numel(), H, *(int(x.max()) if x.numel() else 0 for x in lengths))
+        dropout_mask = schema.dropout_mask(a.seed, shape, a.dropout_p)
+    window, diagonal = None, a.key.shape[1] - L if a.bottom_right and a.cu_seqlens_q is None else 0
     if a.first_visible is not None or a.last_visible is not None:
         window = (
             None if a.first_visible is None else diagonal - a.first_visible,
@@ -55,6 +59,8 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
             need_weights=a.need_weights,
             average_attn_weights=a.average_attn_weights,
             return_lse=True,
+            cu_seqlens_q=a.cu_seqlens_q,
+            cu_seqlens_k=a.cu_seqlens_k,
             dropout_mask=dropout_mask,
         )
     assert lse is not None

@@ -18,7 +18,8 @@ from fused_mha.ops.flop_counter import register_flop_formula
 _INPUTS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? in_weight, Tensor? query_weight, Tensor? key_weight, "
     "Tensor? value_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? bias_k, Tensor? bias_v, "
-    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? seed, bool batch_first, int num_heads, "
+    "Tensor? attn_mask, Tensor? key_padding_mask, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "bool batch_first, int num_heads, "
     "bool is_causal, bool add_zero_attn, float dropout_p, float scale, bool need_weights, bool average_attn_weights"
 )
 GRADIENTS = 12  # of the first tensors
@@ -53,6 +54,8 @@ class Call(NamedTuple):
     attn_mask: Tensor | None  # (N|1, H|1, L|1, S)
     key_padding_mask: Tensor | None  # (N, S), or (S) unbatched
     seed: Tensor | None  # (2), int64
+    cu_seqlens_q: Tensor | None  # (sequences + 1), int64: the rows of unbatched input are those of packed sequences
+    cu_seqlens_k: Tensor | None
     batch_first: bool
     num_heads: int
     is_causal: bool

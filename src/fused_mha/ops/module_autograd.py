@@ -119,6 +119,8 @@ def _composed(call: Call) -> tuple[Tensor, Tensor]:
         call.seed,
         None,
         None,
+        call.cu_seqlens_q,
+        call.cu_seqlens_k,
         None,
         0 if call.is_causal else None,
         False,

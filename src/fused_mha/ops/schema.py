@@ -19,9 +19,9 @@ LIBRARY = torch.library.Library("fused_mha", "DEF")
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? bias_k, "
-    "Tensor? bias_v, Tensor? seed, Tensor? sinks, Tensor? alibi_slopes, SymInt? first_visible, SymInt? last_visible, "
-    "bool bottom_right, bool add_zero_attn, float dropout_p, float scale, float? softcap, bool need_weights, "
-    "bool average_attn_weights"
+    "Tensor? bias_v, Tensor? seed, Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt? first_visible, SymInt? last_visible, bool bottom_right, bool add_zero_attn, float dropout_p, float scale, "
+    "float? softcap, bool need_weights, bool average_attn_weights"
 )
 _GRADIENTS = ", ".join(["Tensor"] * 9)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -66,7 +66,7 @@ def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask
 
 
-TENSORS = 10  # the first fields of `Arguments`
+TENSORS = 12  # the first fields of `Arguments`
 
 
 class Arguments(NamedTuple):
@@ -74,6 +74,10 @@ class Arguments(NamedTuple):
 
     Query i sees the keys i + first_visible to i + last_visible; None is no limit. Its position, for `alibi_slopes`,
     is i, or with `bottom_right` i + S - L.
+
+    With `cu_seqlens_q` and `cu_seqlens_k` the rows are those of packed sequences, N = 1: number n has the queries
+    cu_seqlens_q[n] to cu_seqlens_q[n + 1] - 1, and the keys likewise. There is no attn_mask and there are no weights
+    then. i, L and S are those of a sequence, and `bottom_right` holds for the visible keys too.
     """
 
     query: Tensor  # (N, L, H, D)
@@ -86,6 +90,8 @@ class Arguments(NamedTuple):
     seed: Tensor | None  # (2), int64
     sinks: Tensor | None  # (H)
     alibi_slopes: Tensor | None  # (H)
+    cu_seqlens_q: Tensor | None  # (sequences + 1), int64
+    cu_seqlens_k: Tensor | None  # likewise
     first_visible: int | None
     last_visible: int | None
     bottom_right: bool

@@ -51,7 +51,7 @@ class Kept:
         of_heads = () if sinks is None and alibi_slopes is None else (sinks, alibi_slopes)
         learns = query.requires_grad or key.requires_grad or value.requires_grad or _any_learns(of_heads)
         if not torch.is_grad_enabled() or not learns:
-            output, weights, lse, _ = self.plan.forward((query, key, value, *others, sinks, alibi_slopes))
+            output, weights, lse, _ = self.plan.forward((query, key, value, *others, sinks, alibi_slopes, *_NO_OFFSETS))
         elif self.returns_output_alone:
             return AttentionResult(_record(self, others, query, key, value, *of_heads), None, None)
         else:
@@ -104,14 +104,14 @@ class _Attention(torch.autograd.Function):
         *of_heads: Tensor | None,
     ) -> Any:
         sinks, slopes = of_heads or (None, None)
-        output, weights, lse, stats = kept.plan.forward((query, key, value, *others, sinks, slopes))
+        output, weights, lse, stats = kept.plan.forward((query, key, value, *others, sinks, slopes, *_NO_OFFSETS))
         attn_mask, key_padding_mask, bias_k, bias_v, seed = others
         if attn_mask is not None:
             attn_mask = schema.own_mask(attn_mask, query)
         if key_padding_mask is not None:
             key_padding_mask = schema.own_mask(key_padding_mask, query)
-        masks = (attn_mask, key_padding_mask)
-        ctx.save_for_backward(query, key, value, *masks, bias_k, bias_v, seed, sinks, slopes, output, stats)
+        rest = (bias_k, bias_v, seed, sinks, slopes, *_NO_OFFSETS)
+        ctx.save_for_backward(query, key, value, attn_mask, key_padding_mask, *rest, output, stats)
         ctx.kept = kept
         ctx.set_materialize_grads(False)
         if kept.returns_output_alone:
@@ -134,7 +134,9 @@ class _Attention(torch.autograd.Function):
         if plan is not None:
             grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
             found = plan.gradients(tensors, grads, output, stats, False, False, slopes_grad=any(of_heads[1:]))
-            found_of_heads = gradients.of_sinks_and_slopes(*tensors[_SINKS:], *found[-2:]) if of_heads else ()
+            found_of_heads = (
+                gradients.of_sinks_and_slopes(*tensors[_SINKS : _SINKS + 2], *found[-2:]) if of_heads else ()
+            )
         else:
             numbers = ctx.kept.numbers
             found = schema.attention_backward(*grads, output, stats, False, False, *tensors, *numbers)
@@ -150,6 +152,7 @@ class _Attention(torch.autograd.Function):
 
 
 _MASKS, _SINKS = (3, 4), 8  # of the tensors of a call; slopes follow
+_NO_OFFSETS = (None, None)  # of packed sequences
 _RESULTS = 3  # output, weights and log-sum-exp, or the output alone
 # Without what `Function.apply` does for transforms: of those, there is none here.
 _base: Any = super(torch.autograd.Function, _Attention)

@@ -187,12 +187,13 @@ class Kept:
 
     def _attention_tensors(self, tensors: Tensors, projections: Tensor) -> tuple[Any, ...]:
         """The tensors of the operator `attention`."""
-        bias_k, bias_v, attn_mask, padding, seed = tensors[_BIAS_K:TENSORS]
+        bias_k, bias_v, attn_mask, padding, seed, *offsets = tensors[_BIAS_K:TENSORS]
         if padding is not None and padding.dim() == 1:
             padding = padding.unsqueeze(0)
         if bias_k is not None:
             bias_k, bias_v = (x.view(self._heads_shape[2:]) for x in (bias_k, bias_v))
-        return *self._heads_of(projections), attn_mask, padding, bias_k, bias_v, seed, None, None  # no sinks, no slopes
+        no_options = (None, None)  # sinks and slopes
+        return *self._heads_of(projections), attn_mask, padding, bias_k, bias_v, seed, *no_options, *offsets
 
     def _plan(self, attention: tuple[Any, ...]) -> Plan:
         """For masks that lie as these; a backward is given copies."""
@@ -225,7 +226,7 @@ def _described(projections: Tensor, heads: Tensor, stats: Tensor, tensors: Tenso
     memory = memory_of_each((projections, heads, stats, *others), projections.device.type)
     if memory is None:
         return None
-    kept, (*inputs, bias_k, bias_v, attn_mask, padding, seed) = memory[:_KEPT], memory[_KEPT:]
+    kept, (*inputs, bias_k, bias_v, attn_mask, padding, seed, _, _) = memory[:_KEPT], memory[_KEPT:]
     of_any_layout = (None if x is None else (x[0], *x[2:4]) for x in (*inputs, attn_mask, padding))
     return *kept, bias_k, bias_v, seed, *of_any_layout
 

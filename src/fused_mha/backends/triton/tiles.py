@@ -63,6 +63,8 @@ class Call(NamedTuple):
     seed: Any  # (2), int64, or None
     sinks: Any  # (H) or None
     alibi_slopes: Any  # (H) or None
+    cu_seqlens_q: Any  # None: packed sequences are not served
+    cu_seqlens_k: Any
     query_n: Any
     query_l: Any
     query_h: Any

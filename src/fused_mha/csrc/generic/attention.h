@@ -80,6 +80,14 @@ FMHA_INLINE void* row_of(const fused_mha_tensor& t, int64_t i, int64_t j, int64_
     return static_cast<char*>(t.data) + (i * t.stride[0] + j * t.stride[1] + k * t.stride[2]) * item_size(t.dtype);
 }
 
+// `count` places of a dimension from `first` on; an absent tensor stays.
+FMHA_INLINE fused_mha_tensor narrowed(fused_mha_tensor t, int dim, int64_t first, int64_t count) {
+    if (!t.data) return t;
+    t.data = static_cast<char*>(t.data) + first * t.stride[dim] * item_size(t.dtype);
+    t.size[dim] = count;
+    return t;
+}
+
 constexpr int TO_FIRST_LEVEL = 3, TO_SECOND_LEVEL = 2;  // of the caches
 template <int LEVEL = TO_SECOND_LEVEL>
 FMHA_INLINE void prefetch_rows(const void* const* rows, int64_t count, int64_t bytes) {

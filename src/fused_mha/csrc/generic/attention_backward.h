@@ -1,5 +1,5 @@
 // Backward attention (Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 2): P is computed again from the saved row
-// maxima and sums, and dS = P * (dP - delta) gives dQ = dS K, dK = dS^T Q and dV = P^T dO. instantiate.h calls it.
+// maxima and sums, and dS = P * (dP - delta) gives dQ = dS K, dK = dS^T Q and dV = P^T dO. packed_sequences.h calls it.
 //
 // Here are the walk over the blocks of rows, dQ and the gradients of masks; backward_plan.h says how the work is divided,
 // backward_rows.h has P and dS, backward_keys.h dK and dV.
@@ -16,40 +16,36 @@ public:
     using T = typename P::Accumulator;
     static constexpr int COLUMNS = NR<T>;
 
-    explicit Backward(const fused_mha_backward_arguments& call) : plan(call) {
+    Backward(const fused_mha_backward_arguments& call, const Attention<P>& attention) : plan(call, attention) {
         Arena measure{0};
         Worker(plan, measure);
-        worker_bytes = measure.used;
-        Arena shared{0};
-        plan.take_shared(shared);
-        shared_bytes = shared.used;
+        own_bytes = max(measure.used, plan.needs_deltas ? plan.delta.worker_bytes() : 0);
+        place(0);
     }
 
-    int64_t workspace() const {
-        const int64_t of_worker = max(worker_bytes, plan.needs_deltas ? plan.delta.worker_bytes() : 0);
-        return workspace_bytes(shared_bytes, of_worker, plan.attention.a.threads);
-    }
+    int64_t tasks() const { return plan.lanes * plan.chunks; }
+    int64_t shared_bytes() const { return common_bytes; }
+    int64_t worker_bytes() const { return own_bytes; }
 
-    void run() {
-        Arena shared{aligned(plan.attention.a.workspace.data)};
-        plan.take_shared(shared);
-        const uintptr_t base = shared.base + uintptr_t(shared.used);
-        if (plan.needs_deltas) plan.delta.run(plan.deltas, base);
+    void place(uintptr_t shared) {
+        Arena arena{shared};
+        plan.take_shared(arena);
+        common_bytes = arena.used;
+    }
+    void prepare(uintptr_t own) const {
+        if (plan.needs_deltas) plan.delta.run(plan.deltas, own);
         plan.reset_tickets();
-        auto task = [&](int64_t index, int64_t worker) {
-            const unsigned before = flush_subnormals(plan.attention.a);
-            Arena arena{base + uintptr_t(worker * worker_bytes)};
-            // Chunk by chunk: a task waits for the chunk before, which most often is done.
-            Worker(plan, arena).run(index % plan.lanes, index / plan.lanes);
-            keep_subnormals(plan.attention.a, before);
-            release_tiles();
-        };
-        fused_mha::run(plan.lanes * plan.chunks, plan.attention.a.threads, task);
+    }
+    // Chunk by chunk: a task waits for the chunk before, which most often is done.
+    void run_tasks(int64_t begin, int64_t end, uintptr_t own) const {
+        Arena arena{own};
+        Worker worker(plan, arena);
+        for (int64_t index = begin; index < end; ++index) worker.run(index % plan.lanes, index / plan.lanes);
     }
 
 private:
     BackwardPlan<P> plan;
-    int64_t worker_bytes, shared_bytes;
+    int64_t own_bytes, common_bytes;
 
     class Worker {
     public:

@@ -8,7 +8,6 @@
 // added to their mean over the heads.
 #pragma once
 
-#include "generic/few_keys.h"
 #include "generic/online_softmax.h"
 #include "parallel.h"
 
@@ -31,9 +30,9 @@ public:
     using T = typename P::Accumulator;
     static constexpr int COLUMNS = NR<T>;
 
-    explicit Forward(const fused_mha_forward_arguments& call, int64_t first_batch = 0)
+    Forward(const fused_mha_forward_arguments& call, const Attention<P>& attention)
         : call(call),
-          attention(call.attention, first_batch),
+          attention(attention),
           with_weights(call.weights.data != nullptr),
           averages(with_weights && call.attention.average_weights),
           all_panels(ceil_div(attention.masking.keys, COLUMNS)),
@@ -54,40 +53,37 @@ public:
         packs_first = with_weights && chunks.parts > 1;
         Arena measure{0};
         Worker(*this, measure);
-        worker_bytes = measure.used;
+        own_bytes = measure.used;
     }
 
-    int64_t workspace() const {
-        if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).workspace();
-        return workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads);
+    int64_t tasks() const { return lanes * chunks.parts; }
+    int64_t shared_bytes() const {
+        const int64_t tile = KeyTile<P>(attention, tile_panels).size() * int64_t(sizeof(T));
+        return packs_first ? attention.N * attention.H_kv * key_tiles * tile : 0;
     }
+    int64_t worker_bytes() const { return own_bytes; }
 
-    void run() {
-        if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).run();
-        const uintptr_t packed = aligned(call.attention.workspace.data), base = packed + uintptr_t(packed_bytes());
-        auto worker_of = [&](int64_t worker) {
-            Arena arena{base + uintptr_t(worker * worker_bytes)};
-            return Worker(*this, arena, reinterpret_cast<T*>(packed));
-        };
-        // Neighbours in memory are packed one after the other: the heads of the same keys.
+    void place(uintptr_t shared) { packed = reinterpret_cast<T*>(shared); }
+    // Neighbours in memory are packed one after the other: the heads of the same keys.
+    void prepare(uintptr_t own) const {
+        if (!packs_first) return;
         auto pack = [&](int64_t index, int64_t worker) {
             const int64_t of_batch = attention.H_kv * key_tiles, in_batch = index % of_batch;
-            worker_of(worker).pack(index / of_batch, in_batch % attention.H_kv, in_batch / attention.H_kv);
+            Arena arena{own + uintptr_t(worker * own_bytes)};
+            Worker(*this, arena).pack(index / of_batch, in_batch % attention.H_kv, in_batch / attention.H_kv);
         };
-        if (packs_first) fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
-        // The last rows first: causal attention gives them the most work.
-        auto attend = [&](int64_t index, int64_t worker) {
-            const unsigned before = flush_subnormals(call.attention);
-            worker_of(worker).run(index % lanes, chunks.parts - 1 - index / lanes);
-            keep_subnormals(call.attention, before);
-            release_tiles();
-        };
-        fused_mha::run(lanes * chunks.parts, call.attention.threads, attend);
+        fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
+    }
+    // The last rows first: causal attention gives them the most work.
+    void run_tasks(int64_t begin, int64_t end, uintptr_t own) const {
+        Arena arena{own};
+        Worker worker(*this, arena);
+        for (int64_t index = begin; index < end; ++index) worker.run(index % lanes, chunks.parts - 1 - index / lanes);
     }
 
 private:
     const fused_mha_forward_arguments& call;
-    const Attention<P> attention;
+    const Attention<P>& attention;
     const bool with_weights, averages;
     const int64_t all_panels;
     const bool takes_heads;  // a task has single queries of many heads, whose keys lie side by side
@@ -95,12 +91,8 @@ private:
     const int64_t lanes;  // heads of keys in the batch, or batch elements: tasks share no row between them
     Parts chunks;         // of the row tiles of a lane, one for each task
     bool packs_first;     // all keys and values, since many tasks will read them
-    int64_t worker_bytes;
-
-    int64_t packed_bytes() const {
-        const int64_t tile = KeyTile<P>(attention, tile_panels).size() * int64_t(sizeof(T));
-        return packs_first ? attention.N * attention.H_kv * key_tiles * tile : 0;
-    }
+    T* packed = nullptr;
+    int64_t own_bytes;
 
     int64_t tile_keys() const {
         if (attention.reads_in_place) return max(min(SCORES_BUDGET / max(attention.H, 1), MOST_TILE_KEYS), COLUMNS);
@@ -109,13 +101,13 @@ private:
 
     class Worker {
     public:
-        Worker(const Forward& forward, Arena& arena, T* packed = nullptr)
+        Worker(const Forward& forward, Arena& arena)
             : forward(forward),
               attention(forward.attention),
               attender(forward.attention, forward.with_weights),
               keys(forward.attention, forward.tile_panels),
               heads(arena, forward.takes_heads ? attention.H : 0),
-              storage(forward.packs_first ? packed : arena.take<T>(keys.size())),
+              storage(forward.packs_first ? forward.packed : arena.take<T>(keys.size())),
               panels(arena.take<KeyPanel>(forward.all_panels)),
               most_tiles(ceil_div(forward.chunks.count, max(forward.chunks.parts, 1))),
               rows(arena.take<RowTile<P>>(most_tiles)),

@@ -23,16 +23,16 @@ public:
     static constexpr int COLUMNS = NR<T>;
 
     const fused_mha_backward_arguments& call;
-    const Attention<P> attention;
+    const Attention<P>& attention;
     const Delta<P> delta;
     const int64_t all_panels, chunk_panels, chunks, lanes;
     const Parts blocks;  // of the rows of a head
     const bool sees_all_keys, needs_deltas, sums_mask;
     T* deltas;  // [n][h][i], with a gradient of the weights and more than one chunk
 
-    explicit BackwardPlan(const fused_mha_backward_arguments& call)
+    BackwardPlan(const fused_mha_backward_arguments& call, const Attention<P>& attention)
         : call(call),
-          attention(call.attention),
+          attention(attention),
           delta(attention, call),
           all_panels(ceil_div(attention.masking.keys, COLUMNS)),
           chunk_panels(max(CHUNK_BUDGET / max(max(attention.D, attention.D_v), 64) / COLUMNS, 1)),
@@ -49,7 +49,7 @@ public:
         query_sums = arena.take<T>(chunks > 1 ? heads * blocks.parts * block_size() : 0);
         tickets = arena.take<int32_t>(ticket_count());
     }
-    void reset_tickets() { memset(tickets, 0, size_t(ticket_count()) * sizeof *tickets); }
+    void reset_tickets() const { memset(tickets, 0, size_t(ticket_count()) * sizeof *tickets); }
 
     int64_t chunk_rows() const { return chunk_panels * COLUMNS; }
     int64_t block_size() const { return Panels<P>::panels(attention.D) * BLOCK_ROWS * COLUMNS; }
@@ -64,7 +64,7 @@ public:
         const fused_mha_tensor& grad = call.grad_attn_mask;
         if (!sums_mask || (grad.size[0] == attention.N && grad.size[1] == attention.H)) return nullptr;
         const int64_t mask_n = grad.size[0] > 1 ? n : 0, mask_h = grad.size[1] > 1 ? h : 0;
-        return tickets + attention.N * attention.H * blocks.parts +
+        return tickets + query_tickets() +
                ((chunk * grad.size[0] + mask_n) * grad.size[1] + mask_h) * blocks.parts + block;
     }
     // The place of a head among those that share an element of the mask.
@@ -79,10 +79,10 @@ private:
     int32_t* tickets;  // of dQ [n][h][block], then of the mask's gradient [chunk][n of the mask][h of the mask][block]
 
     int64_t block_of_head(int64_t n, int64_t h, int64_t block) const { return (n * attention.H + h) * blocks.parts + block; }
+    int64_t query_tickets() const { return chunks > 1 ? attention.N * attention.H * blocks.parts : 0; }
     int64_t ticket_count() const {
         const fused_mha_tensor& grad = call.grad_attn_mask;
-        const int64_t of_mask = sums_mask ? chunks * grad.size[0] * grad.size[1] : 0;
-        return (attention.N * attention.H + of_mask) * blocks.parts;
+        return query_tickets() + (sums_mask ? chunks * grad.size[0] * grad.size[1] * blocks.parts : 0);
     }
 };
 

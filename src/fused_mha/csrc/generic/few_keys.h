@@ -1,6 +1,6 @@
 // Forward attention to a few keys, as pooling, cross-attention to a summary and very short sequences have them. A panel of
 // keys would be all but empty: here the lanes of a vector are queries, up to COLUMNS of one head, or single queries of
-// neighbouring heads. attention_forward.h asks here first.
+// neighbouring heads. packed_sequences.h asks here first.
 //
 // S^T = K Q^T has the bits of the other path's Q K^T: both sum along D in one order, and Masking::scaled is one for both.
 // So the backward, which computes the scores anew, fits the maxima and sums that are kept here.
@@ -8,7 +8,6 @@
 
 #include "generic/attention.h"
 #include "generic/single_query.h"
-#include "parallel.h"
 
 namespace fused_mha::FMHA_ISA {
 namespace {
@@ -31,25 +30,23 @@ public:
           chunks{tiles, ceil_div(tiles, TILES_OF_TASK)} {
         Arena measure{0};
         Worker(*this, measure);
-        worker_bytes = measure.used;
+        own_bytes = measure.used;
     }
 
-    int64_t workspace() const { return workspace_bytes(0, worker_bytes, call.attention.threads); }
+    int64_t tasks() const { return attention.N * chunks.parts; }
+    int64_t shared_bytes() const { return 0; }
+    int64_t worker_bytes() const { return own_bytes; }
 
-    void run() const {
-        const uintptr_t base = aligned(call.attention.workspace.data);
-        auto attend = [&](int64_t index, int64_t worker) {
-            const unsigned before = flush_subnormals(call.attention);
-            Arena arena{base + uintptr_t(worker * worker_bytes)};
-            Worker of_task(*this, arena);
+    void place(uintptr_t) {}
+    void prepare(uintptr_t) const {}
+    void run_tasks(int64_t begin, int64_t end, uintptr_t own) const {
+        Arena arena{own};
+        Worker worker(*this, arena);
+        for (int64_t index = begin; index < end; ++index)
             if (takes_heads)
-                of_task.attend_heads(index);
+                worker.attend_heads(index);
             else
-                of_task.attend(index % attention.N, chunks.begin(index / attention.N), chunks.size(index / attention.N));
-            keep_subnormals(call.attention, before);
-            release_tiles();
-        };
-        fused_mha::run(attention.N * chunks.parts, call.attention.threads, attend);
+                worker.attend(index % attention.N, chunks.begin(index / attention.N), chunks.size(index / attention.N));
     }
 
 private:
@@ -63,7 +60,7 @@ private:
     const bool takes_heads, averages;
     const int64_t tiles;  // of the queries of a head
     const Parts chunks;   // of tiles, one for each task
-    int64_t worker_bytes;
+    int64_t own_bytes;
 
     // Which query a lane is.
     struct Lane {

@@ -1,8 +1,6 @@
 // Instantiates the algorithms for the instruction set FMHA_ISA; included once by isa/<name>.cpp.
 #pragma once
 
-#include "generic/attention_backward.h"
-#include "generic/attention_forward.h"
 #include "generic/column_sums.h"
 #include "generic/head_transform.h"
 #include "generic/kernels.h"
@@ -30,17 +28,17 @@ auto with_policy([[maybe_unused]] int64_t dtype, F&& f) {
 }
 
 int64_t forward_workspace(const fused_mha_forward_arguments& call) {
-    return with_policy(call.attention.query.dtype, [&](auto policy) { return Forward<decltype(policy)>(call).workspace(); });
+    return with_policy(call.attention.query.dtype, [&](auto policy) { return attention_workspace<decltype(policy)>(call); });
 }
 void forward(const fused_mha_forward_arguments& call) {
-    with_policy(call.attention.query.dtype, [&](auto policy) { Forward<decltype(policy)>(call).run(); });
+    with_policy(call.attention.query.dtype, [&](auto policy) { run_attention<decltype(policy)>(call); });
 }
 
 int64_t backward_workspace(const fused_mha_backward_arguments& call) {
-    return with_policy(call.attention.query.dtype, [&](auto policy) { return Backward<decltype(policy)>(call).workspace(); });
+    return with_policy(call.attention.query.dtype, [&](auto policy) { return attention_workspace<decltype(policy)>(call); });
 }
 void backward(const fused_mha_backward_arguments& call) {
-    with_policy(call.attention.query.dtype, [&](auto policy) { Backward<decltype(policy)>(call).run(); });
+    with_policy(call.attention.query.dtype, [&](auto policy) { run_attention<decltype(policy)>(call); });
 }
 
 template <class P>

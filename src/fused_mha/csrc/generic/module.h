@@ -6,7 +6,7 @@
 // projections and the heads are kept for the backward.
 #pragma once
 
-#include "generic/attention_forward.h"
+#include "generic/packed_sequences.h"
 #include "generic/product.h"
 
 namespace fused_mha::FMHA_ISA {
@@ -15,9 +15,7 @@ namespace {
 // A tensor's part for `count` batch elements; one that broadcasts over them, or is absent, stays.
 FMHA_INLINE fused_mha_tensor of_batch(fused_mha_tensor t, int64_t first, int64_t count, int dim = 0) {
     if (!t.data || t.size[dim] == 1) return t;
-    t.data = static_cast<char*>(t.data) + first * t.stride[dim] * item_size(t.dtype);
-    t.size[dim] = count;
-    return t;
+    return narrowed(t, dim, first, count);
 }
 
 // y = x W^T + b of one of query, key and value, or of neighbours that are joined; y is (N, L, columns).
@@ -104,7 +102,7 @@ public:
         auto task = [&](int64_t index, int64_t worker) {
             const Group g = group(index, of_workers + uintptr_t(worker * of_worker));
             for (int64_t i = 0; i < g.in_count; ++i) project(g, i);
-            Forward<P>(g.core, groups.begin(index)).run();
+            run_attention<P>(g.core, groups.begin(index));
             project(g, g.in_count);
         };
         fused_mha::run(groups.parts, workers, task);
@@ -173,7 +171,7 @@ private:
 
     // Of one group: its own projections and heads, and the workspace of one step at a time.
     int64_t bytes_of(const Group& g) const {
-        int64_t most = Forward<P>(g.core).workspace();
+        int64_t most = attention_workspace<P>(g.core);
         for (int64_t i = 0; i <= g.in_count; ++i) {
             const Product<P> projection = product(g, i);
             const int64_t own = projection.packs_right_alone() ? 0 : projection.packed_bytes();
