@@ -116,6 +116,7 @@ ALLOWED = {
     "module.rotary": {"core.heads", "core.modes", "module.heads"},
     "module.heads": {"backends.cpu", "core.dispatch", "core.heads", "core.modes", "ops.heads"},
     "module.one_call": {
+        "core.packing",
         *("backends.arguments", "backends.capability", "backends.cpu", "ops.module"),
         *(
             "core.dispatch",

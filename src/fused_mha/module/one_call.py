@@ -21,6 +21,7 @@ from fused_mha.backends.capability import ServedModule
 from fused_mha.core import dispatch, masks, plans
 from fused_mha.core.inputs import AttentionInputs, ModuleArguments, default_scale
 from fused_mha.core.modes import PLAIN_TYPES, autocast_is_on, is_eager, is_recorded, is_traced_by_dynamo
+from fused_mha.core.packing import pack
 from fused_mha.module import linear, projections
 from fused_mha.ops.module import TENSORS, Call
 
@@ -74,10 +75,49 @@ def forward(
     tensors = tensors_of(module, arguments)
     if isinstance(tensors, str):
         return None
+    packed = _without_padding(module, arguments, tensors)
+    if packed is not None:
+        tensors, offsets = packed
     seed = draw_seed(dropout_p, arguments.query.device)
     tensors = (*tensors, seed, *(offsets or (None, None)))
     output, weights, *_ = cpu.multi_head_attention(tensors, _numbers(module, arguments, dropout_p))
+    output = output if packed is None else output.view(arguments.query.shape)
     return output, weights if arguments.need_weights else None
+
+
+def _without_padding(
+    module: nn.MultiheadAttention, arguments: ModuleArguments, tensors: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor | None, ...], Offsets] | None:
+    """The same call with its keys as packed rows, which it then projects without the hidden ones; None where that does
+    not pay, or where padding is not at the right of every sequence.
+
+    All queries are there, in as many sequences. The output has the same bits. A sequence of few keys, or one with
+    virtual keys behind it, would be summed in another order.
+    """
+    (query, key, value), padding = tensors[:3], arguments.key_padding_mask
+    if padding is None or padding.dtype != torch.bool or padding.dim() != 2 or not module.batch_first or not is_eager():
+        return None
+    (N, S), E = padding.shape, module.embed_dim
+    if arguments.need_weights or arguments.attn_mask is not None or N * S * E * E < _LEAST_WORK:
+        return None
+    if module.bias_k is not None or module.add_zero_attn:
+        return None
+    lengths = S - padding.sum(dim=1)
+    least, keys = (int(x) for x in torch.stack((lengths.min(), lengths.sum())).tolist())
+    if least < _FEWEST_KEYS or keys > (1 - _LEAST_HIDDEN) * N * S:
+        return None
+    if query is None or not torch.equal(padding, torch.arange(S) >= lengths.unsqueeze(1)):
+        return None
+    of_keys, cu_seqlens_k = pack(query if key is None else key, padding)
+    of_values = None if value is None else of_keys if value is key else pack(value, padding)[0]
+    cu_seqlens_q = torch.arange(0, query.shape[0] * query.shape[1] + 1, query.shape[1])
+    return (query.flatten(0, 1), of_keys, of_values, *tensors[3:-1], None), (cu_seqlens_q, cu_seqlens_k)
+
+
+# Measured by `benchmarks/run.py ragged` and on one thread: packed rows take 0.75 to 0.95 of the time from here on.
+_LEAST_HIDDEN = 0.3  # of all keys
+_LEAST_WORK = 1 << 26  # multiply-adds of a projection, which the padding is a part of
+_FEWEST_KEYS = 9  # of a sequence: `csrc/generic/few_keys.h` has fewer
 
 
 def _numbers(module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float) -> tuple[Any, ...]:
