@@ -160,15 +160,40 @@ struct Call {
     bool add_zero_attn, needs_weights, average_weights;
     double dropout_p, scale;
     Tensor query, key, value, attn_mask, key_padding_mask, bias_k, bias_v, seed;
+    Tensor cu_seqlens_q, cu_seqlens_k;  // the rows are those of packed sequences
+    bool bottom_right = false;
     Tensor grad_output, grad_weights, grad_lse;
-    bool needs_mask_gradient, needs_column_gradient, needs_bias_gradient;
+    bool needs_mask_gradient, needs_column_gradient, needs_bias_gradient, is_packed;
 
     explicit Call(uint64_t index) : random(index) {
         draw_sizes(index);
+        is_packed = index % 4 == 2;
+        if (is_packed) draw_sequences();
         draw_numbers();
         draw_tensors();
         draw_masks();
         draw_gradients();
+    }
+
+    // How many batch elements dropout tells apart.
+    int64_t elements() const { return is_packed ? cu_seqlens_q.c.size[0] - 1 : N; }
+
+    // The sequence that a query is of, and where that begins and ends; `number` is -1 behind the last one.
+    struct Sequence {
+        int64_t number, first_query, queries, first_key, keys;
+    };
+    Sequence sequence_of(int64_t query) const {
+        const auto offset = [](const Tensor& t, int64_t n) {
+            int64_t x;
+            memcpy(&x, t.at(n, 0, 0, 0), 8);
+            return x;
+        };
+        for (int64_t n = 0; n < elements(); ++n)
+            if (query < offset(cu_seqlens_q, n + 1)) {
+                const int64_t q = offset(cu_seqlens_q, n), k = offset(cu_seqlens_k, n);
+                return {n, q, offset(cu_seqlens_q, n + 1) - q, k, offset(cu_seqlens_k, n + 1) - k};
+            }
+        return {-1, 0, 0, 0, 0};
     }
 
     // The (N, H, L, S') sizes of the weights, without H where they are averaged.
@@ -220,12 +245,27 @@ private:
         }
     }
 
+    void draw_sequences() {
+        N = 1;
+        bottom_right = random.chance(0.5);
+        const int64_t count = random.integer(0, 6);
+        const std::pair<Tensor*, int64_t> all[] = {{&cu_seqlens_q, L}, {&cu_seqlens_k, S}};
+        for (const auto& [tensor, rows] : all) {
+            tensor->allocate(random, FUSED_MHA_INT64, {count + 1}, Layout::ROWS);
+            std::vector<int64_t> offsets(size_t(count), 0);
+            for (int64_t& x : offsets) x = random.chance(0.2) ? rows : random.integer(0, rows);
+            offsets.push_back(0);
+            std::sort(offsets.begin(), offsets.end());
+            for (int64_t n = 0; n <= count; ++n) memcpy(tensor->at(n, 0, 0, 0), &offsets[size_t(n)], 8);
+        }
+    }
+
     void draw_numbers() {
-        const int64_t far = int64_t(1) << 60, diagonal = random.chance(0.5) ? S - L : 0;
+        const int64_t far = int64_t(1) << 60, diagonal = !is_packed && random.chance(0.5) ? S - L : 0;
         first_visible = random.chance(0.7) ? -far : diagonal - random.integer(0, 40);
         last_visible = random.chance(0.5) ? far : diagonal + (random.chance(0.6) ? 0 : random.integer(-30, 40));
-        add_zero_attn = random.chance(0.2);
-        needs_weights = random.chance(0.4);
+        add_zero_attn = !is_packed && random.chance(0.2);
+        needs_weights = !is_packed && random.chance(0.4);
         average_weights = random.chance(0.5);
         dropout_p = random.chance(0.7) ? 0 : random.pick({0.1, 0.5, 0.9, 1.0});
         scale = random.chance(0.8) ? 1 / std::sqrt(double(D)) : random.pick({0.25, 0.0, -0.25});
@@ -239,7 +279,7 @@ private:
         draw(query, {N, L, H, D});
         draw(key, {N, S, H_kv, D});
         draw(value, {N, S, H_kv, D_v});
-        if (random.chance(0.2)) {
+        if (!is_packed && random.chance(0.2)) {
             draw(bias_k, {H_kv, D});
             draw(bias_v, {H_kv, D_v});
         }
@@ -263,7 +303,7 @@ private:
             const bool is_bool = mask.c.dtype == FUSED_MHA_BOOL;
             mask.fill([&] { return random.chance(hidden) ? (is_bool ? 1 : HIDES) : is_bool ? 0 : random.number(); });
         };
-        if (shares_mask || random.chance(0.5)) {
+        if (shares_mask || (!is_packed && random.chance(0.5))) {
             const auto one_of = [&](int64_t n) { return random.chance(0.5) ? 1 : n; };
             attn_mask.allocate(random, shares_mask ? dtype : mask_dtype(), {one_of(N), shares_mask ? 1 : one_of(H), one_of(L), S},
                                random.pick({Layout::ROWS, Layout::PERMUTED, Layout::EXPANDED}));

@@ -45,6 +45,9 @@ public:
         attention.bias_k = call.bias_k.c;
         attention.bias_v = call.bias_v.c;
         attention.seed = call.seed.c;
+        attention.cu_seqlens_q = call.cu_seqlens_q.c;
+        attention.cu_seqlens_k = call.cu_seqlens_k.c;
+        attention.bottom_right = call.bottom_right;
         attention.first_visible = call.first_visible;
         attention.last_visible = call.last_visible;
         attention.add_zero_attn = call.add_zero_attn;
@@ -93,7 +96,7 @@ public:
         finish("backward", backward, fused_mha_backward_workspace, fused_mha_backward, tries_short_tensors);
 
         if (call.dropout_p > 0) {
-            const fused_mha_tensor mask = results.add("kept", layouts, FUSED_MHA_BOOL, {call.N, call.H, call.L, call.columns});
+            const fused_mha_tensor mask = results.add("kept", layouts, FUSED_MHA_BOOL, {call.elements(), call.H, call.L, call.columns});
             if (fused_mha_dropout_mask(&call.seed.c, &mask, call.dropout_p, threads) != 0) fail_with_error("dropout_mask");
         }
         for (const auto& [name, tensor] : results.tensors)

@@ -169,6 +169,9 @@ private:
         f.attention.bias_k = call.bias_k.c;
         f.attention.bias_v = call.bias_v.c;
         f.attention.seed = call.seed.c;
+        f.attention.cu_seqlens_q = call.cu_seqlens_q.c;
+        f.attention.cu_seqlens_k = call.cu_seqlens_k.c;
+        f.attention.bottom_right = call.bottom_right;
         f.attention.stats = results[3].c;
         f.attention.first_visible = call.first_visible;
         f.attention.last_visible = call.last_visible;

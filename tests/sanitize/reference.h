@@ -84,8 +84,22 @@ private:
     // Added to the score; -inf where the key is hidden.
     double mask_of(int64_t n, int64_t h, int64_t i, int64_t j) const {
         if (j >= call.S) return 0;
+        if (call.is_packed) return mask_of_sequence(n, i, j);
         if (j < i + call.first_visible || j > i + call.last_visible) return HIDES;
         return mask_value(call.attn_mask, n, h, i, j) + mask_value(call.key_padding_mask, n, j, 0, 0);
+    }
+
+    double mask_of_sequence(int64_t n, int64_t i, int64_t j) const {
+        const Call::Sequence s = call.sequence_of(i);
+        if (s.number < 0 || j < s.first_key || j >= s.first_key + s.keys) return HIDES;
+        const int64_t position = i - s.first_query + (call.bottom_right ? s.keys - s.queries : 0), of_key = j - s.first_key;
+        if (of_key < position + call.first_visible || of_key > position + call.last_visible) return HIDES;
+        return mask_value(call.key_padding_mask, n, j, 0, 0);
+    }
+    // Of the dropout mask; packed sequences have a part each.
+    int64_t kept_index(int64_t n, int64_t h, int64_t i, int64_t j) const {
+        const Call::Sequence s = call.is_packed ? call.sequence_of(i) : Call::Sequence{n, 0, 0, 0, 0};
+        return ((s.number * call.H + h) * call.L + i - s.first_query) * call.columns + j - s.first_key;
     }
 
     void attend(int64_t n, int64_t h, int64_t i) {
@@ -116,7 +130,7 @@ private:
             if (x == 0) continue;
             x /= sum;
             if (call.dropout_p > 0)
-                factor[size_t(j)] = call.dropout_p < 1 && kept[size_t(((n * H + h) * call.L + i) * columns + j)] != 0
+                factor[size_t(j)] = call.dropout_p < 1 && kept[size_t(kept_index(n, h, i, j))] != 0
                                         ? 1 / (1 - std::round(call.dropout_p * 65536) / 65536)
                                         : 0;
             const double dropped = x * factor[size_t(j)];
