@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ISA_VARIABLE = "FUSED_MHA_ISA"
 TILE_ISA = "avx512_amx"  # which multiplies bfloat16 by tiles
 NAMES = ("libfused_mha.so", "libfused_mha.dylib")

@@ -5,7 +5,8 @@
 // output stay in the second-level cache. Without weights a task has one key/value head and all query heads that share
 // it, and packs what it reads. With weights it has all heads of a few rows, which is why keys and values are packed
 // beforehand, and keeps the exponentials of a head over all keys, until their sum makes them weights: these are written, or
-// added to their mean over the heads.
+// added to their mean over the heads. Where the weights of some heads are asked for, those heads come first, and then the
+// others without weights.
 #pragma once
 
 #include "generic/few_keys.h"
@@ -25,6 +26,8 @@ constexpr int64_t STRIP_BUDGET = 256 * 1024;  // rows * keys, where all scores o
 constexpr int64_t MOST_STRIP = 512 * 1024;    // the same, where FEWEST_TILES would have more
 constexpr int64_t FEWEST_TILES = 4;           // of a task; below, packing shows
 
+enum class Heads { ALL, NAMED, OTHERS };  // by weights_of_heads
+
 template <class P>
 class Forward {
 public:
@@ -32,9 +35,14 @@ public:
     static constexpr int COLUMNS = NR<T>;
 
     explicit Forward(const fused_mha_forward_arguments& call, int64_t first_batch = 0)
+        : Forward(call, first_batch,
+                  call.weights.data && call.attention.weights_of_heads.data ? Heads::NAMED : Heads::ALL) {}
+
+    Forward(const fused_mha_forward_arguments& call, int64_t first_batch, Heads heads)
         : call(call),
           attention(call.attention, first_batch),
-          with_weights(call.weights.data != nullptr),
+          heads(heads),
+          with_weights(call.weights.data && heads != Heads::OTHERS),
           averages(with_weights && call.attention.average_weights),
           all_panels(ceil_div(attention.masking.keys, COLUMNS)),
           takes_heads(attention.reads_in_place && !with_weights),
@@ -59,7 +67,8 @@ public:
 
     int64_t workspace() const {
         if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).workspace();
-        return workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads);
+        const int64_t own = workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads);
+        return heads == Heads::NAMED ? max(own, of_others().workspace()) : own;
     }
 
     void run() {
@@ -72,7 +81,8 @@ public:
         // Neighbours in memory are packed one after the other: the heads of the same keys.
         auto pack = [&](int64_t index, int64_t worker) {
             const int64_t of_batch = attention.H_kv * key_tiles, in_batch = index % of_batch;
-            worker_of(worker).pack(index / of_batch, in_batch % attention.H_kv, in_batch / attention.H_kv);
+            if (reads_keys_of(in_batch % attention.H_kv))
+                worker_of(worker).pack(index / of_batch, in_batch % attention.H_kv, in_batch / attention.H_kv);
         };
         if (packs_first) fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
         // The last rows first: causal attention gives them the most work.
@@ -83,11 +93,13 @@ public:
             release_tiles();
         };
         fused_mha::run(lanes * chunks.parts, call.attention.threads, attend);
+        if (heads == Heads::NAMED) of_others().run();
     }
 
 private:
     const fused_mha_forward_arguments& call;
     const Attention<P> attention;
+    const Heads heads;
     const bool with_weights, averages;
     const int64_t all_panels;
     const bool takes_heads;  // a task has single queries of many heads, whose keys lie side by side
@@ -96,6 +108,16 @@ private:
     Parts chunks;         // of the row tiles of a lane, one for each task
     bool packs_first;     // all keys and values, since many tasks will read them
     int64_t worker_bytes;
+
+    Forward of_others() const { return Forward(call, attention.first_batch, Heads::OTHERS); }
+    bool takes(int64_t head) const {
+        return heads == Heads::ALL || (index_of_weights(call.attention, head) >= 0) == (heads == Heads::NAMED);
+    }
+    bool reads_keys_of(int64_t head) const {
+        for (int64_t h = head * attention.group; h < (head + 1) * attention.group; ++h)
+            if (takes(h)) return true;
+        return false;
+    }
 
     int64_t packed_bytes() const {
         const int64_t tile = KeyTile<P>(attention, tile_panels).size() * int64_t(sizeof(T));
@@ -148,22 +170,20 @@ private:
         }
 
         void run(int64_t lane, int64_t chunk) {
-            tiles = forward.chunks.size(chunk);
             for (int64_t i = 0; i < strip_count; ++i) {
                 T* const s = scores + i * strip_size;
                 strips[i] = {s, P::KSTEP == 1 ? s : rounded, kept, maxima + i * MR, active + i * forward.tile_panels, 0};
             }
             const int64_t n = forward.lanes == attention.N ? lane : lane / attention.H_kv;
-            const int64_t first_tile = forward.chunks.begin(chunk);
             const int64_t count = attention.masking.visible_panels(n, panels, 0, forward.all_panels);
             if (forward.with_weights) {
-                attend_with_weights(n, first_tile, count);
+                attend_with_weights(n, chunk, count);
             } else if (forward.takes_heads) {
-                place_rows(n, 0, first_tile);
-                attend_heads(n, count);
+                place_rows(n, 0, chunk);
+                if (tiles > 0) attend_heads(n, count);
             } else {
-                place_rows(n, lane % attention.H_kv * attention.group, first_tile);
-                attend(n, lane % attention.H_kv, count);
+                place_rows(n, lane % attention.H_kv * attention.group, chunk);
+                if (tiles > 0) attend(n, lane % attention.H_kv, count);
             }
         }
 
@@ -189,14 +209,16 @@ private:
         T* const mean;  // [tile][row][mean_width], where the weights are of a narrower type
         int64_t tiles;  // of the task
 
-        // Makes `rows` the row tiles of the task, which are those from `first` on of the heads from `first_head` on.
-        void place_rows(int64_t n, int64_t first_head, int64_t first) {
+        // Makes `rows` the row tiles of the task, which are a chunk of those of the heads from `first_head` on.
+        void place_rows(int64_t n, int64_t first_head, int64_t chunk) {
             const Parts parts = attention.rows_of_head();
-            for (int64_t t = 0; t < tiles; ++t) {
-                const int64_t part = (first + t) % parts.parts;
+            tiles = 0;
+            for (int64_t i = forward.chunks.begin(chunk); i < forward.chunks.begin(chunk + 1); ++i) {
+                const int64_t head = first_head + i / parts.parts, part = i % parts.parts, t = tiles;
+                if (!forward.takes(head)) continue;
                 T* const s = statistics + t * 2 * MR;
-                rows[t] = {n, first_head + (first + t) / parts.parts, parts.begin(part), parts.size(part),
-                           queries + t * query_size, outputs + t * output_size, s, s + MR};
+                rows[tiles++] = {n, head, parts.begin(part), parts.size(part), queries + t * query_size,
+                                 outputs + t * output_size, s, s + MR};
             }
         }
 
@@ -241,15 +263,17 @@ private:
             return false;
         }
 
-        void attend_with_weights(int64_t n, int64_t first_tile, int64_t count) {
+        void attend_with_weights(int64_t n, int64_t chunk, int64_t count) {
             const int64_t used = ceil_div(count, forward.tile_panels);
-            place_rows(n, 0, first_tile);
-            if (forward.averages)
+            if (forward.averages) {
+                place_rows(n, 0, chunk);
                 for (int64_t t = 0; t < tiles; ++t)
                     for (int64_t r = 0; r < rows[t].rows; ++r)
                         zero(mean_row(t, r), attention.masking.keys * int64_t(sizeof(T)));
+            }
             for (int64_t h = 0; h < attention.H; ++h) {
-                place_rows(n, h, first_tile);
+                if (!forward.takes(h)) continue;
+                place_rows(n, h, chunk);
                 attend(n, h / attention.group, count);
                 for (int64_t t = 0; t < tiles; ++t)
                     for (int64_t r = 0; r < rows[t].rows; ++r)
@@ -300,7 +324,8 @@ private:
         void write_weights(int64_t t, int64_t r, int64_t used) const {
             const fused_mha_tensor& weights = forward.call.weights;
             const int64_t columns = attention.masking.keys, item = item_size(weights.dtype);
-            char* row = static_cast<char*>(row_of(weights, rows[t].n, rows[t].h, rows[t].first + r));
+            const int64_t index = index_of_weights(attention.a, rows[t].h);
+            char* row = static_cast<char*>(row_of(weights, rows[t].n, index, rows[t].first + r));
             int64_t written = 0;
             for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* of_panel, T factor) {
                 zero(row + written * item, (panel.first - written) * item);

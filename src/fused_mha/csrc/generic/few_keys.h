@@ -309,8 +309,10 @@ private:
             with_data<T>(weights.dtype, [&](auto data) {
                 using Data = decltype(data);
                 for (int64_t i = 0; i < lanes; ++i) {
+                    const int64_t index = few.averages ? 0 : index_of_weights(a, lane[i].head);
+                    if (index < 0) continue;
                     void* const row = few.averages ? row_of(weights, n, lane[i].row, 0)
-                                                   : row_of(weights, n, lane[i].head, lane[i].row);
+                                                   : row_of(weights, n, index, lane[i].row);
                     for (int64_t first = 0; first < keys; first += W) {
                         T of_row[W] = {};
                         for (int64_t j = first; j < min(first + W, keys); ++j) of_row[j - first] = from[j * COLUMNS + i];
