@@ -133,12 +133,15 @@ public:
         for (int64_t r = 0; r < rows; ++r) delta[r] += reduce_add(delta_parts[r]);
     }
 
-    // Of a head's sink, whose dP is 0. `delta` is known then.
+    // Of a head's sink, whose dP is 0, and which is the log-sum-exp of a row that sees nothing. `delta` is known then.
     T grad_of_sink() const {
         const Vec<T> sink = splat(masking.sink(h)), exponent_factor = splat(masking.exponent_factor);
         T sum = 0;
         for (int64_t r = 0; r < rows; ++r)
-            if (inverse_sum[r] != 0) sum -= exp2((sink - splat(row_max[r])) * exponent_factor)[0] * inverse_sum[r] * delta[r];
+            if (inverse_sum[r] != 0)
+                sum -= exp2((sink - splat(row_max[r])) * exponent_factor)[0] * inverse_sum[r] * delta[r];
+            else
+                sum += plan.delta.of_lse(n, h, first_row + r);
         return sum;
     }
 
