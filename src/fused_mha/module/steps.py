@@ -24,6 +24,7 @@ from fused_mha.module import projections
 from fused_mha.module.cache import Extended, KeyValueCache
 from fused_mha.module.heads import transform_heads
 from fused_mha.module.linear import linear
+from fused_mha.module.rotary import check_positions
 
 if TYPE_CHECKING:
     from fused_mha.module.multi_head_attention import MultiHeadAttention
@@ -201,18 +202,10 @@ def _rotation(
     rope = options.rope
     if rope is None:
         return None
-    N, L = query.shape[:2]
     if positions is None:
-        positions = None if cache is None else cache.positions(L)
+        positions = None if cache is None else cache.positions(query.shape[1])
         if positions is None:
             return rope.counted(0 if cache is None else cache.length, query)
         return rope.at(positions, query)
-    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
-        kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
-        raise TypeError(f"positions must be a tensor of an integer dtype; got {kind}")
-    if positions.shape != (L,) and not (is_batched and positions.shape == (N, L)):
-        shapes = f"(L) = {(L,)}" + (f" or (N, L) = {(N, L)}" if is_batched else "")
-        raise ValueError(f"positions must have shape {shapes}; got {tuple(positions.shape)}")
-    if positions.device != query.device:
-        raise RuntimeError(f"positions must be on query's device, {query.device}; got {positions.device}")
+    check_positions(positions, query, is_batched)
     return rope.at(positions, query)
