@@ -77,8 +77,15 @@ class ModuleArguments(NamedTuple):
 class AttentionResult(NamedTuple):
     """What `attention` returns.
 
-    `output` is (N, L, H, D_v); `weights` is (N, L, S'), or (N, H, L, S') per head, or (N, n, L, S') of the n heads that
-    were named, after dropout, with S' = S plus the virtual keys, or None; `lse` is (N, H, L), the natural logarithm of the sum of the exponentiated scores, or None.
+    `output` is (N, L, H, D_v); `weights` is (N, L, S'), or (N, H, L, S') per head, or (N, n, L, S') of n heads that
+    were named, after dropout, with S' = S plus the virtual keys, or None; `lse` is (N, H, L), the natural logarithm of
+    the sum of the exponentiated scores, or None.
+
+    Examples:
+        >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
+        >>> result = fused_mha.attention(query, key, value, return_lse=True)
+        >>> result.output.shape, result.weights, result.lse.shape
+        (torch.Size([2, 5, 4, 8]), None, torch.Size([2, 4, 5]))
     """
 
     output: Tensor
