@@ -78,6 +78,16 @@ class TestByHand:
         assert result.lse.item() == pytest.approx(3.0)
 
     @each_back_end
+    def test_a_nan_in_a_value_reaches_no_row_that_sees_a_sink_alone(self, backend):
+        arguments = of_scores(0.0, 1.0, sinks=torch.tensor([3.0]), attn_mask=torch.ones(1, 2, dtype=torch.bool))
+        arguments["value"] = torch.full((1, 2, 1, 1), math.nan, dtype=torch.float64)
+        with fused_mha.backend(backend):
+            result = fused_mha.attention(**arguments, need_weights=True, return_lse=True)
+        assert result.output.item() == 0.0
+        assert result.weights.abs().sum() == 0.0
+        assert result.lse.item() == 3.0
+
+    @each_back_end
     @pytest.mark.parametrize("sink", [1e4, -1e4, -math.inf])
     def test_a_sink_far_from_the_scores(self, backend, sink):
         with fused_mha.backend(backend):

@@ -17,6 +17,7 @@ from fused_mha.core.inputs import (
     ModuleArguments,
     check_module_attn_mask,
     check_same_device,
+    checked_weights_of_heads,
     default_scale,
 )
 from fused_mha.module import options as module_options
@@ -27,6 +28,8 @@ from fused_mha.module.linear import linear
 from fused_mha.module.rotary import check_positions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fused_mha.module.multi_head_attention import MultiHeadAttention
     from fused_mha.module.options import ModuleOptions
 
@@ -118,7 +121,7 @@ def finish(
 
 
 class Prepared(NamedTuple):
-    """A call up to the attention, by a module with options or with a cache."""
+    """A call up to the attention, of a module with options or with what torch's forward has not."""
 
     inputs: AttentionInputs
     embedded: Tensor
@@ -127,10 +130,14 @@ class Prepared(NamedTuple):
 
 
 def with_options(
-    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: KeyValueCache | None
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    positions: Tensor | None,
+    cache: KeyValueCache | None,
+    weights_of_heads: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `MultiHeadAttention.forward` returns, of a module with options or for a call with a cache."""
-    prepared = prepare(module, arguments, positions, cache)
+    """What `MultiHeadAttention.forward` returns, of a module with options or for a call with what torch's has not."""
+    prepared = prepare(module, arguments, positions, cache, weights_of_heads)
     result = finish(module, prepared.inputs, prepared.embedded, prepared.is_batched)
     if cache is not None and prepared.extended is not None:
         cache.commit(module, prepared.extended)
@@ -138,7 +145,11 @@ def with_options(
 
 
 def prepare(
-    module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: KeyValueCache | None
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    positions: Tensor | None,
+    cache: KeyValueCache | None,
+    weights_of_heads: Sequence[int] | None,
 ) -> Prepared:
     """Check such a call, and compute what the core is given."""
     options = module.options
@@ -148,6 +159,11 @@ def prepare(
             raise TypeError(f"cache must be a fused_mha.KeyValueCache; got {type(cache).__name__}")
         arguments = arguments._replace(attn_mask=None)  # of which the cache's keys have columns
     N, is_batched, dropout_p = module._checked(arguments)
+    heads = None
+    if weights_of_heads is not None:
+        averages = arguments.need_weights and arguments.average_attn_weights
+        heads = checked_weights_of_heads(weights_of_heads, module.num_heads, averages)
+        arguments = arguments._replace(need_weights=True, average_attn_weights=False)
     rope = None if options is None else options.rope
     if rope is None and positions is not None:
         raise ValueError("positions are for rope=RotaryEmbedding(...), which this module does not have; got positions")
@@ -172,7 +188,7 @@ def prepare(
         projected = projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden)
         mask = _of_all_keys(given_mask, module.num_heads, projected, cache.length + extended.new, is_batched)
         arguments = arguments._replace(attn_mask=mask)
-    inputs = attention_inputs(module, arguments, N, projected, dropout_p)
+    inputs = attention_inputs(module, arguments, N, projected, dropout_p)._replace(weights_of_heads=heads)
     if options is not None:
         slopes = options.alibi_slopes
         slopes = None if slopes is None else module_options.slopes_for(slopes, projected.query)
