@@ -12,8 +12,8 @@ CASES = {
     "plain": {},
     "averaged weights": EVERYTHING,
     "weights per head": PER_HEAD,
-    "weights of some heads": {"weights_of_heads": (1, 0), "return_lse": True},
-    "weights of a head, causal, padding, dropout, virtual keys": {"weights_of_heads": (1,), "is_causal": True}
+    "weights of a head": {"weights_of_heads": (0,), "return_lse": True},
+    "weights of a head, causal, padding, dropout, virtual keys": {"weights_of_heads": (0,), "is_causal": True}
     | {"padding_dtype": torch.bool, "dropout_p": 0.3, "bias_kv": True},
     "causal": EVERYTHING | {"is_causal": True},
     "causal, bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},

@@ -24,7 +24,6 @@ ON_SM_80 = {
     "fp32, virtual keys": {"dtype": "float32", "D": 64, "virtual": True},
     "fp32, large heads": {"dtype": "float32", "D": 256, "padding": True},
     "softcap": {"D": 64, "softcap": 30.0},
-    "weights of some heads": {"D": 64, "weights": True, "weights_of_heads": [3, 0], "padding": True},
     "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
     "fp32, softcap, sinks": {"dtype": "float32", "D": 64, "softcap": 30.0, "of_heads": ["sinks"]},
 }
@@ -48,6 +47,7 @@ ON_SM_90 = {
     "large heads": {"D": 256},
     "fp32": {"dtype": "float32", "D": 40, "D_v": 24, "H": 2, "H_kv": 1},
     "softcap, 128": {"D": 128, "softcap": 30.0, "padding": True, "weights": True},
+    "weights of some heads": {"D": 64, "weights": True, "weights_of_heads": [3, 0], "padding": True},
     "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
     "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
     "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},

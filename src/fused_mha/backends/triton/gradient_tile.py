@@ -80,15 +80,15 @@ def place_of_weights(given, head):
 @triton.jit
 def _grad_weights(call, given, head, weights, rows, columns, TILE: tl.constexpr):
     """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
-    is_read = (rows < call.L) & (columns < call.columns)
     if given.named is not None:
-        place = place_of_weights(given, head)
-        matrix = head.n * tl.load(given.named) + place
-        is_read = is_read & (place >= 0)
+        matrix = head.n * tl.load(given.named) + place_of_weights(given, head)
     else:
         matrix = head.n if TILE.AVERAGED else head.n * call.H + head.h
     row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)
     at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * row_stride + columns
+    is_read = (rows < call.L) & (columns < call.columns)
+    if given.named is not None:
+        is_read = is_read & (place_of_weights(given, head) >= 0)
     grad = tl.load(at, mask=is_read, other=0.0).to(tl.float32)
     if TILE.AVERAGED:
         grad /= call.H
