@@ -15,9 +15,9 @@ RESULTS = {
     "output": ({}, ("output",)),
     "averaged weights": (AVERAGED, ("output", "weights")),
     "weights per head": (PER_HEAD, ("output", "weights")),
-    "weights of a head": ({"weights_of_heads": (1,)}, ("output", "weights")),
     "weights alone": (AVERAGED, ("weights",)),
     "everything": (PER_HEAD | {"return_lse": True}, ("output", "weights", "lse")),
+    "weights of a head": ({"weights_of_heads": (1,)}, ("output", "weights")),
 }
 OPTIONS = {
     "plain": {},

@@ -5,8 +5,8 @@
 // output stay in the second-level cache. Without weights a task has one key/value head and all query heads that share
 // it, and packs what it reads. With weights it has all heads of a few rows, which is why keys and values are packed
 // beforehand, and keeps the exponentials of a head over all keys, until their sum makes them weights: these are written, or
-// added to their mean over the heads. Where the weights of some heads are asked for, those heads come first, and then the
-// others without weights.
+// added to their mean over the heads. Where the weights of some heads are asked for, the others have tasks without weights
+// beside theirs, and a task packs what it reads in both: the threads meet once.
 #pragma once
 
 #include "generic/few_keys.h"
@@ -59,7 +59,7 @@ public:
         const int64_t tiles_of_task = max(min(ceil_div(most, MR), ceil_div(tiles, tasks_of_lane)), fewest);
         chunks = {tiles, takes_heads ? min(ceil_div(call.attention.threads, max(attention.N, 1)), tiles)
                                      : ceil_div(tiles, tiles_of_task)};
-        packs_first = with_weights && chunks.parts > 1;
+        packs_first = with_weights && heads == Heads::ALL && chunks.parts > 1;
         Arena measure{0};
         Worker(*this, measure);
         worker_bytes = measure.used;
@@ -67,36 +67,44 @@ public:
 
     int64_t workspace() const {
         if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).workspace();
-        const int64_t own = workspace_bytes(packed_bytes(), worker_bytes, call.attention.threads);
-        return heads == Heads::NAMED ? max(own, of_others().workspace()) : own;
+        const int64_t of_worker = heads == Heads::NAMED ? max(worker_bytes, others().worker_bytes) : worker_bytes;
+        return workspace_bytes(packed_bytes(), of_worker, call.attention.threads);
     }
 
     void run() {
         if (FewKeys<P>::serves(attention)) return FewKeys<P>(call, attention).run();
+        if (heads == Heads::NAMED) return run_with(others());
+        run_with(*this);
+    }
+
+private:
+    // Runs the tasks, and those of what has the other heads.
+    void run_with(const Forward& others) const {
         const uintptr_t packed = aligned(call.attention.workspace.data), base = packed + uintptr_t(packed_bytes());
-        auto worker_of = [&](int64_t worker) {
-            Arena arena{base + uintptr_t(worker * worker_bytes)};
-            return Worker(*this, arena, reinterpret_cast<T*>(packed));
+        const int64_t of_worker = max(worker_bytes, others.worker_bytes), count = lanes * chunks.parts;
+        auto worker_of = [&](const Forward& forward, int64_t worker) {
+            Arena arena{base + uintptr_t(worker * of_worker)};
+            return Worker(forward, arena, reinterpret_cast<T*>(packed));
         };
         // Neighbours in memory are packed one after the other: the heads of the same keys.
         auto pack = [&](int64_t index, int64_t worker) {
             const int64_t of_batch = attention.H_kv * key_tiles, in_batch = index % of_batch;
-            if (reads_keys_of(in_batch % attention.H_kv))
-                worker_of(worker).pack(index / of_batch, in_batch % attention.H_kv, in_batch / attention.H_kv);
+            worker_of(*this, worker).pack(index / of_batch, in_batch % attention.H_kv, in_batch / attention.H_kv);
         };
         if (packs_first) fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
         // The last rows first: causal attention gives them the most work.
         auto attend = [&](int64_t index, int64_t worker) {
             const unsigned before = flush_subnormals(call.attention);
-            worker_of(worker).run(index % lanes, chunks.parts - 1 - index / lanes);
+            const Forward& forward = index < count ? *this : others;
+            const int64_t task = index < count ? index : index - count;
+            worker_of(forward, worker).run(task % forward.lanes, forward.chunks.parts - 1 - task / forward.lanes);
             keep_subnormals(call.attention, before);
             release_tiles();
         };
-        fused_mha::run(lanes * chunks.parts, call.attention.threads, attend);
-        if (heads == Heads::NAMED) of_others().run();
+        const int64_t of_others = &others == this ? 0 : others.lanes * others.chunks.parts;
+        fused_mha::run(count + of_others, call.attention.threads, attend);
     }
 
-private:
     const fused_mha_forward_arguments& call;
     const Attention<P> attention;
     const Heads heads;
@@ -109,14 +117,9 @@ private:
     bool packs_first;     // all keys and values, since many tasks will read them
     int64_t worker_bytes;
 
-    Forward of_others() const { return Forward(call, attention.first_batch, Heads::OTHERS); }
+    Forward others() const { return Forward(call, attention.first_batch, Heads::OTHERS); }
     bool takes(int64_t head) const {
         return heads == Heads::ALL || (index_of_weights(call.attention, head) >= 0) == (heads == Heads::NAMED);
-    }
-    bool reads_keys_of(int64_t head) const {
-        for (int64_t h = head * attention.group; h < (head + 1) * attention.group; ++h)
-            if (takes(h)) return true;
-        return false;
     }
 
     int64_t packed_bytes() const {
@@ -294,30 +297,35 @@ private:
                         : element<T>(forward.call.weights, rows[t].n, rows[t].first + r);
         }
 
-        // Calls f(panel, its weights before the factor, factor) for what a row sees, in the first `used` strips.
+        // Calls f(first key, panels, weights of the first before the factor, factor) for what a row sees, in the first `used`
+        // strips: panels whose keys follow each other, of which the weights are rows[t].rows * COLUMNS apart.
         template <class F>
         void for_weights_of_row(int64_t t, int64_t r, int64_t used, F&& f) const {
             for (int64_t k = 0; k < used; ++k) {
                 const Strip<P>& strip = strips[t * forward.key_tiles + k];
+                const KeyPanel* const of_strip = panels + k * forward.tile_panels;
                 const T factor = attender.weight_factor(rows[t], strip, r);
-                for (int64_t s = 0; s < strip.active_count; ++s) {
-                    const int64_t p = strip.active[s];
-                    f(panels[k * forward.tile_panels + p], strip.scores + (p * rows[t].rows + r) * COLUMNS, factor);
+                for (int64_t s = 0, run; s < strip.active_count; s += run) {
+                    const int64_t p = strip.active[s], first = of_strip[p].first;
+                    for (run = 1; s + run < strip.active_count && strip.active[s + run] == p + run; ++run)
+                        if (of_strip[p + run].first != first + run * COLUMNS) break;
+                    f(first, run, strip.scores + (p * rows[t].rows + r) * COLUMNS, factor);
                 }
             }
         }
 
         void add_to_mean(int64_t t, int64_t r, int64_t used) const {
             T* row = mean_row(t, r);
-            const int64_t columns = attention.masking.keys;
-            for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* weights, T factor) {
+            const int64_t columns = attention.masking.keys, stride = rows[t].rows * COLUMNS;
+            for_weights_of_row(t, r, used, [&](int64_t first, int64_t run, const T* weights, T factor) {
                 const Vec<T> share = splat(factor / T(attention.H));
-                for (int64_t v = 0; v < COLUMNS; v += LANES<T>) {
-                    const int64_t column = panel.first + v;
-                    if (column >= columns) break;
-                    const Vec<T> before = load_some<T, OwnData<T>>(row + column, columns - column);
-                    store_some<T, OwnData<T>>(row + column, load(weights + v) * share + before, columns - column);
-                }
+                for (int64_t p = 0; p < run; ++p, first += COLUMNS, weights += stride)
+                    for (int64_t v = 0; v < COLUMNS; v += LANES<T>) {
+                        const int64_t column = first + v;
+                        if (column >= columns) break;
+                        const Vec<T> before = load_some<T, OwnData<T>>(row + column, columns - column);
+                        store_some<T, OwnData<T>>(row + column, load(weights + v) * share + before, columns - column);
+                    }
             });
         }
 
@@ -327,10 +335,10 @@ private:
             const int64_t index = index_of_weights(attention.a, rows[t].h);
             char* row = static_cast<char*>(row_of(weights, rows[t].n, index, rows[t].first + r));
             int64_t written = 0;
-            for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* of_panel, T factor) {
-                zero(row + written * item, (panel.first - written) * item);
-                written = min(panel.first + COLUMNS, columns);
-                unpack_row(of_panel, 0, written - panel.first, factor, weights.dtype, row + panel.first * item);
+            for_weights_of_row(t, r, used, [&](int64_t first, int64_t run, const T* of_run, T factor) {
+                zero(row + written * item, (first - written) * item);
+                written = min(first + run * COLUMNS, columns);
+                unpack_row(of_run, rows[t].rows * COLUMNS, written - first, factor, weights.dtype, row + first * item);
             });
             zero(row + written * item, (columns - written) * item);
         }
