@@ -105,7 +105,7 @@ ALLOWED = {
     },
     "module.steps": {
         *("core.heads", "core.inputs", "core.masks", "core.plans"),
-        *(f"module.{name}" for name in ("cache", "heads", "linear", "options", "projections")),
+        *(f"module.{name}" for name in ("cache", "heads", "linear", "options", "projections", "rotary")),
     },
     "module.cache": {"core.modes"},
     "module.loading": {"module.options"},

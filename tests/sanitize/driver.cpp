@@ -45,6 +45,7 @@ public:
         attention.bias_k = call.bias_k.c;
         attention.bias_v = call.bias_v.c;
         attention.seed = call.seed.c;
+        attention.weights_of_heads = call.weights_of_heads.c;
         attention.first_visible = call.first_visible;
         attention.last_visible = call.last_visible;
         attention.add_zero_attn = call.add_zero_attn;
