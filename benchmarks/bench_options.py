@@ -1,7 +1,7 @@
-"""softcap, sinks and ALiBi of `fused_mha.attention`: `python benchmarks/run.py options`.
+"""softcap, sinks and ALiBi of `fused_mha.attention`, and the weights of some heads: `python benchmarks/run.py options`.
 
-Against the same call without the option, which says what the option costs, and against torch's operators, which is what
-a model does without us: torch's fused function knows none of the three but ALiBi, as a mask tensor.
+Against the same call without the option, which says what the option costs, and the first three against torch's
+operators, which is what a model does without us: torch's fused function knows none of them but ALiBi, as a mask tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fused_mha
 from fused_mha.benchmark.attention_cases import check_errors
-from fused_mha.benchmark.attention_cells import Cell, forward, forward_backward
+from fused_mha.benchmark.attention_cells import Cell, forward, forward_backward, tensors
 from fused_mha.benchmark.harness import BAR, BenchCase, Contender, GroupBar
 
 CELLS = (Cell(8, 12, 512, 512, 64), Cell(1, 8, 2048, 2048, 64), Cell(1, 8, 2048, 2048, 128))
@@ -79,7 +79,10 @@ def groups() -> Iterator[tuple[str, str, torch.dtype, bool, str, GroupBar]]:
                     yield f"{option}, {named} {what}, against {against}", option, dtype, training, against, bar
 
 
-GROUPS = {group: bar for group, *_, bar in groups()}
+HEADS = (0, 3)
+CELL_OF_WEIGHTS, QUICK_CELL_OF_WEIGHTS = Cell(1, 16, 2048, 2048, 64), Cell(1, 4, 200, 200, 64)
+OF_WEIGHTS = {f"weights of 2 of 16 heads, {named} forward, against none": dtype for named, dtype in DTYPES.items()}
+GROUPS = {group: bar for group, *_, bar in groups()} | dict.fromkeys(OF_WEIGHTS, GroupBar(0.9, 0.95))
 
 
 def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
@@ -87,6 +90,8 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
     for group, option, dtype, training, against, _ in groups():
         for cell in QUICK if options.quick else CELLS:
             yield _case(group, OPTIONS[option], cell, dtype, training, against)
+    for group, dtype in OF_WEIGHTS.items():
+        yield _case_of_weights(group, QUICK_CELL_OF_WEIGHTS if options.quick else CELL_OF_WEIGHTS, dtype)
 
 
 def _case(group: str, option: Option, cell: Cell, dtype: torch.dtype, training: bool, against: str) -> BenchCase:
@@ -117,3 +122,28 @@ def _case(group: str, option: Option, cell: Cell, dtype: torch.dtype, training: 
 
     baseline, bar = (contender(ours), OFF.at_least) if against == "off" else (contender(theirs), BAR)
     return BenchCase(group, str(cell), contender(ours, **given), {against: baseline}, bar, verify)
+
+
+def _case_of_weights(group: str, cell: Cell, dtype: torch.dtype) -> BenchCase:
+    inputs = tensors(cell, dtype).inputs
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        output, weights, _ = fused_mha.attention(query, key, value, weights_of_heads=HEADS)
+        assert weights is not None
+        return output, weights
+
+    def without(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return (fused_mha.attention(query, key, value).output,)
+
+    def theirs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        weights = _scores(q, k).softmax(-1)
+        return (weights @ v).transpose(1, 2), weights[:, list(HEADS)]
+
+    def verify() -> None:
+        wider = [x.to(torch.float64 if dtype == torch.float32 else torch.float32) for x in inputs]
+        both = forward(ours, inputs), forward(theirs, inputs), forward(theirs, wider)
+        check_errors(f"{group}, {cell}", dtype, ["output", "weights"], *both)
+
+    bar = GROUPS[group].at_least
+    return BenchCase(group, str(cell), forward(ours, inputs), {"none": forward(without, inputs)}, bar, verify)

@@ -31,7 +31,17 @@ DEFAULTS = {
     "need_weights": False,
     "average_attn_weights": True,
     "return_lse": False,
+    "weights_of_heads": None,
 }
+
+
+def returned_weights(a, weights):
+    """What a call returns of its weights (N, H, L, S')."""
+    if a["weights_of_heads"] is not None:
+        return torch.stack([weights[:, h] for h in a["weights_of_heads"]], dim=1)
+    if not a["need_weights"]:
+        return None
+    return weights.mean(1) if a["average_attn_weights"] else weights
 
 
 def is_visible(i, j, L, S, is_causal=False, causal_alignment="top_left", window=None):
@@ -121,7 +131,7 @@ def naive_attention(keep=None, **arguments):
     all_weights = stack(weights, width)
     return AttentionResult(
         stack(outputs, D_v).transpose(1, 2),
-        (all_weights.mean(1) if a["average_attn_weights"] else all_weights) if a["need_weights"] else None,
+        returned_weights(a, all_weights),
         stack(lses) if a["return_lse"] else None,
     )
 
@@ -157,7 +167,8 @@ def torch_attention(**arguments):
         position = torch.arange(L)[:, None] + (S - L if a["causal_alignment"] == "bottom_right" else 0)
         distances = F.pad((position - torch.arange(S)).abs(), (0, key.shape[1] - S))
         bias = bias - slopes.to(query.dtype)[:, None, None] * distances
-    if not (a["need_weights"] or a["return_lse"] or softcap or sinks is not None):
+    wants_more = a["need_weights"] or a["weights_of_heads"] or a["return_lse"]
+    if not (wants_more or softcap or sinks is not None):
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=a["scale"])
         return AttentionResult(output.transpose(1, 2), None, None)
     empty = hidden.all(dim=-1, keepdim=True)
@@ -172,7 +183,7 @@ def torch_attention(**arguments):
     lse = torch.where(empty, of_empty, torch.logsumexp(scores, dim=-1, keepdim=True))[..., 0]
     return AttentionResult(
         (weights @ v).transpose(1, 2),
-        (weights.mean(1) if a["average_attn_weights"] else weights) if a["need_weights"] else None,
+        returned_weights(a, weights),
         lse if a["return_lse"] else None,
     )
 

@@ -20,6 +20,7 @@ WITH_WEIGHTS = {
     "averaged weights": {"need_weights": True},
     "averaged weights, virtual keys": {"need_weights": True, "bias_kv": True, "add_zero_attn": True},
     "everything, window": EVERYTHING | {"window": (2, 1), "causal_alignment": "bottom_right"},
+    "weights of some heads": {"weights_of_heads": (2, 0), "bias_kv": True, "return_lse": True},
     "softcap, sinks and ALiBi": {
         "softcap": 1.5,
         "of_heads": ("sinks", "alibi_slopes"),

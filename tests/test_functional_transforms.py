@@ -22,10 +22,15 @@ from fused_mha.testing.tolerances import tolerance
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 
 EVERYTHING = {"need_weights": True, "average_attn_weights": False, "return_lse": True}
+OF_A_HEAD = {"weights_of_heads": (1,), "return_lse": True}
 each_that_serves_everything = pytest.mark.parametrize("backend", SERVE_EVERYTHING)
 
 
-@pytest.mark.parametrize("wanted", [{}, {"need_weights": True}, EVERYTHING], ids=["output", "averaged", "everything"])
+@pytest.mark.parametrize(
+    "wanted",
+    [{}, {"need_weights": True}, EVERYTHING, OF_A_HEAD],
+    ids=["output", "averaged", "everything", "weights of a head"],
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_the_numeric_ones(backend, case, wanted):
@@ -36,15 +41,16 @@ def test_gradients_are_the_numeric_ones(backend, case, wanted):
 
 
 @each_that_serves_everything
+@pytest.mark.parametrize("wanted", [EVERYTHING, OF_A_HEAD], ids=["everything", "weights of a head"])
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
-def test_second_derivatives_are_the_numeric_ones(backend, case):
+def test_second_derivatives_are_the_numeric_ones(backend, case, wanted):
     shape = {"N": 1, "L": 2, "S": 3, "H": 2, "H_kv": 1, "D": 2, "D_v": 2, "dtype": torch.float64}
-    function, values = as_function(fused_mha.attention, make_arguments(**shape | CASES[case] | EVERYTHING))
+    function, values = as_function(fused_mha.attention, make_arguments(**shape | CASES[case] | wanted))
     with fused_mha.backend(backend):
         assert torch.autograd.gradgradcheck(function, values)
 
 
-@pytest.mark.parametrize("wanted", [{}, EVERYTHING], ids=["output", "everything"])
+@pytest.mark.parametrize("wanted", [{}, EVERYTHING, OF_A_HEAD], ids=["output", "everything", "weights of a head"])
 @pytest.mark.parametrize("case", ["plain", "float mask", "virtual keys"])
 def test_jvp_is_the_numeric_derivative(case, wanted):
     function, values = as_function(fused_mha.attention, make_arguments(dtype=torch.float64, **CASES[case], **wanted))

@@ -108,7 +108,7 @@ ALLOWED = {
     },
     "module.steps": {
         *("core.heads", "core.inputs", "core.masks", "core.plans"),
-        *(f"module.{name}" for name in ("cache", "heads", "linear", "one_call", "options", "projections")),
+        *(f"module.{name}" for name in ("cache", "heads", "linear", "one_call", "options", "projections", "rotary")),
     },
     "module.cache": {"core.modes"},
     "module.loading": {"module.options"},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import fused_mha
 from attention_oracle import assert_matches_oracle, can_serve, make_arguments
 from fused_mha.core import dispatch
+from native.call_space import weights_of_some
 
 from search import examples
 
@@ -36,6 +37,7 @@ CALLS = {
     "virtual keys": {"bias_kv": True, "add_zero_attn": True, "mask_dtype": torch.bool},
     "weights": {"need_weights": True, "return_lse": True, "padding_dtype": torch.bool, "hidden": 0.6},
     "weights per head": {"need_weights": True, "average_attn_weights": False},
+    "weights of some heads": {"weights_of_heads": (3, 0), "return_lse": True},
     "one query": {"L": 1, "S": 40, "causal_alignment": "bottom_right"},
     "few keys": {"L": 40, "S": 2},
     "several tiles": {"L": 70, "S": 150, "D": 8, "D_v": 8, "return_lse": True},
@@ -74,6 +76,16 @@ class TestByHand:
         assert result.output.item() == 0.0
         assert result.weights.abs().sum() == 0.0
         assert result.lse.item() == pytest.approx(3.0)
+
+    @each_back_end
+    def test_a_nan_in_a_value_reaches_no_row_that_sees_a_sink_alone(self, backend):
+        arguments = of_scores(0.0, 1.0, sinks=torch.tensor([3.0]), attn_mask=torch.ones(1, 2, dtype=torch.bool))
+        arguments["value"] = torch.full((1, 2, 1, 1), math.nan, dtype=torch.float64)
+        with fused_mha.backend(backend):
+            result = fused_mha.attention(**arguments, need_weights=True, return_lse=True)
+        assert result.output.item() == 0.0
+        assert result.weights.abs().sum() == 0.0
+        assert result.lse.item() == 3.0
 
     @each_back_end
     @pytest.mark.parametrize("sink", [1e4, -1e4, -math.inf])
@@ -120,11 +132,13 @@ def test_results_and_gradients_match_the_oracle(call, option, dtype, backend):
 def test_any_call(backend, data):
     draw = data.draw
     H_kv = draw(st.integers(1, 3))
+    H = H_kv * draw(st.integers(1, 3))
+    heads = draw(st.none() | weights_of_some(H))
     arguments = make_arguments(
         N=draw(st.integers(1, 2)),
         L=draw(st.sampled_from([1, 2, 5, 17])),
         S=draw(st.sampled_from([1, 3, 8, 18, 33])),
-        H=H_kv * draw(st.integers(1, 3)),
+        H=H,
         H_kv=H_kv,
         D=draw(st.integers(4, 9)),
         dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
@@ -138,9 +152,10 @@ def test_any_call(backend, data):
         window=draw(st.sampled_from([None, (3, None), (2, 2)])),
         softcap=draw(st.sampled_from([None, 0.5, 30.0])),
         of_heads=draw(st.sampled_from([(), ("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")])),
-        need_weights=draw(st.booleans()),
+        need_weights=heads is None and draw(st.booleans()),
         average_attn_weights=draw(st.booleans()),
         return_lse=draw(st.booleans()),
+        weights_of_heads=heads,
         seed=draw(st.integers(0, 1000)),
     )
     assert_matches_oracle(arguments, backend)

@@ -150,7 +150,8 @@ def test_without_a_core_for_cuda_it_says_so_and_does_nothing(capsys, monkeypatch
             [64],
             {"calls": [{"padding": torch.bool}]},
             "calls must name attn_mask, key_padding_mask, sinks, alibi_slopes, is_causal, dropout_p, softcap, "
-            "need_weights, average_attn_weights, return_lse, add_zero_attn, bias_kv, grouped; got 'padding'",
+            "need_weights, average_attn_weights, weights_of_heads, return_lse, add_zero_attn, bias_kv, grouped; got "
+            "'padding'",
         ),
         (
             [64],

@@ -17,7 +17,8 @@ from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 HeadSize = int | tuple[int, int]
 _BY_DTYPE = ("attn_mask", "key_padding_mask", "sinks", "alibi_slopes")
-_FLAGS = ("is_causal", "dropout_p", "softcap", "need_weights", "average_attn_weights", "return_lse", "add_zero_attn")
+_FLAGS = ("is_causal", "dropout_p", "softcap", "need_weights", "average_attn_weights", "weights_of_heads", "return_lse")
+_FLAGS += ("add_zero_attn",)
 _OPTIONS = (*_BY_DTYPE, *_FLAGS, "bias_kv", "grouped")
 _HEADS = 8  # of head sizes that are given without a number
 CALLS: tuple[Mapping[str, object], ...] = (
@@ -62,8 +63,8 @@ def warm_up(
         calls: what is given to each call beside query, key and value: the dtypes of ``attn_mask``,
             ``key_padding_mask``, ``sinks`` and ``alibi_slopes`` (slopes that learn take one kernel more), and of
             `attention`'s flags ``is_causal``, ``dropout_p``, ``softcap`` (one serves all), ``need_weights``,
-            ``average_attn_weights``, ``return_lse``, ``add_zero_attn``; ``bias_kv=True`` gives both biases, and
-            ``grouped=True`` two query heads to each key head.
+            ``average_attn_weights``, ``weights_of_heads`` (one choice serves all), ``return_lse``, ``add_zero_attn``;
+            ``bias_kv=True`` gives both biases, and ``grouped=True`` two query heads to each key head.
         lengths: L = S of calls that are made of each.
         batch_size: N of these.
         backward: compile the gradients of a loss of the output too; if None, those of a model in training mode.

@@ -26,6 +26,9 @@ OF_THE_CONSTRUCTOR = [
     ({"rope": RotaryEmbedding(4)}, ValueError, "rope must rotate at most head_dim = 3 components; got dim = 4"),
     ({"qk_norm": "batch"}, ValueError, r"qk_norm must be one of \('rms', 'layer', 'l2'\) or None; got 'batch'"),
     ({"alibi": [0.5, 0.25]}, ValueError, r"alibi must be True, False or 4 finite slopes.*; got shape \(2,\)"),
+    ({"alibi": None}, TypeError, "alibi must be True, False or 4 finite slopes, one for each head; got None"),
+    ({"alibi": "all"}, TypeError, "alibi must be .* 4 finite slopes.*; got 'all'"),
+    ({"alibi": [[0.5], 0.25, 1.0, 1.0]}, TypeError, r"alibi must be .* 4 finite slopes.*; got \[\[0.5\], 0.25"),
     ({"alibi": [0.5, 0.25, float("nan"), 1.0]}, ValueError, "alibi must be .* 4 finite slopes.*; got .*nan"),
 ]
 
@@ -49,7 +52,7 @@ OF_A_CALL = [
     ({"positions": torch.zeros(L)}, TypeError, "positions must be a tensor of an integer dtype; got torch.float32"),
     ({"positions": torch.zeros(L).bool()}, TypeError, "positions must be .*; got torch.bool"),
     ({"positions": [0, 1, 2, 3, 4]}, TypeError, "positions must be .*; got list"),
-    ({"positions": torch.zeros(L, device="meta").long()}, RuntimeError, "positions must be on query's device, cpu; g"),
+    ({"positions": torch.zeros(L, device="meta").long()}, RuntimeError, "positions must be on the heads' device, cpu"),
     ({"key": X[:, :1], "value": X[:, :1]}, ValueError, r"self-attention: key must have query's shape, .*; got"),
     ({"attn_mask": torch.zeros(4, 4)}, RuntimeError, r"attn_mask must have shape \(L, S\) = \(5, 5\)"),
 ]

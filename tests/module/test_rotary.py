@@ -182,3 +182,36 @@ def test_a_description_cannot_be_changed():
 def test_a_mistake_is_named(arguments, error, text):
     with pytest.raises(error, match=text):
         fused_mha.RotaryEmbedding(**{"dim": 8} | arguments)
+
+
+HEADS = torch.randn(2, 5, 3, 8)
+
+
+@pytest.mark.parametrize(
+    ("x", "positions", "error", "text"),
+    [
+        (HEADS.long(), None, TypeError, "x must be a tensor of a floating dtype; got torch.int64"),
+        ([1.0], None, TypeError, "x must be a tensor of a floating dtype; got list"),
+        (HEADS[..., :4], None, ValueError, r"x must have .* D of at least dim = 6; got \(2, 5, 3, 4\)"),
+        (HEADS[0], None, ValueError, r"x must have shape \(N, L, H, D\) with .*; got \(5, 3, 8\)"),
+        (HEADS, torch.arange(5.0), TypeError, "positions must be a tensor of an integer dtype; got torch.float32"),
+        (HEADS, torch.ones(5, dtype=torch.bool), TypeError, "positions must be .* an integer dtype; got torch.bool"),
+        (HEADS, [0, 1, 2, 3, 4], TypeError, "positions must be a tensor of an integer dtype; got list"),
+        (
+            HEADS,
+            torch.arange(4),
+            ValueError,
+            r"positions must have shape \(L\) = \(5,\) or \(N, L\) = \(2, 5\); got \(4,\)",
+        ),
+        (HEADS, torch.zeros(3, 5).long(), ValueError, r"positions must have shape .*; got \(3, 5\)"),
+        (HEADS, torch.arange(5) - 2, ValueError, "positions must be 0 or more; got -2"),
+        (HEADS, torch.arange(5, device="meta"), RuntimeError, "positions must be on the heads' device, cpu; got meta"),
+    ],
+)
+def test_a_mistake_in_a_call_is_named(x, positions, error, text):
+    with pytest.raises(error, match=text):
+        RotaryEmbedding(6)(x, positions)
+
+
+def test_no_token_has_no_position():
+    assert RotaryEmbedding(6)(HEADS[:, :0], torch.arange(0)).shape == (2, 0, 3, 8)

@@ -57,7 +57,7 @@ class TensorFields(ctypes.Structure):
 
 
 SHARED = ("query", "key", "value", "attn_mask", "key_padding_mask", "bias_k", "bias_v", "seed")
-SHARED += ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "stats", "workspace")
+SHARED += ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "weights_of_heads", "stats", "workspace")
 
 
 class Attention(ctypes.Structure):
@@ -129,16 +129,17 @@ class Call:
             "seed": torch.tensor([1, 2]),
             "sinks": torch.zeros(H, dtype=dtype),
             "alibi_slopes": torch.zeros(H, dtype=dtype),
+            "weights_of_heads": torch.tensor([3, 1, 0]),
             "stats": torch.ones(2, N, H, L, dtype=accumulator),
             "output": torch.zeros(N, L, H, D_v, dtype=dtype),
         }
         if function == "forward":
-            self.tensors["weights"] = torch.zeros(N, H, L, S + 2, dtype=dtype)
+            self.tensors["weights"] = torch.zeros(N, 3, L, S + 2, dtype=dtype)
             self.tensors["lse"] = torch.zeros(N, H, L, dtype=accumulator)
         else:
             self.tensors |= {
                 "grad_output": torch.zeros(N, L, H, D_v, dtype=dtype),
-                "grad_weights": torch.zeros(N, H, L, S + 2, dtype=dtype),
+                "grad_weights": torch.zeros(N, 3, L, S + 2, dtype=dtype),
                 "grad_lse": torch.zeros(N, H, L, dtype=accumulator),
                 "grad_query": torch.zeros(N, L, H, D, dtype=dtype),
                 "grad_key": torch.zeros(N, S, H_kv, D, dtype=dtype),

@@ -62,6 +62,11 @@ class Call(NamedTuple):
         return torch.ops.fused_mha.dropout_mask(seed, (N, H, L, width), self.arguments["dropout_p"])
 
 
+def weights_of_some(H):
+    """Heads whose weights a call may return alone, in any order."""
+    return st.permutations(range(H)).flatmap(lambda heads: st.integers(1, H).map(lambda n: tuple(heads[:n])))
+
+
 @st.composite
 def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
     """Any call; sizes around the edges of vectors, of row tiles (3, 6, 14), panels (8, 16, 32) and key tiles (256)."""
@@ -70,6 +75,8 @@ def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
         return draw(st.sampled_from(options))
 
     H_kv = pick(1, 1, 2, 3)
+    H = H_kv * pick(1, 1, 2, 3)
+    heads = draw(weights_of_some(H)) if draw(st.integers(0, 3)) == 0 else None
     L = draw(sizes(smallest, 12, 13, 14, 15, 28, 29, 43, 56, 57))
     S = draw(sizes(smallest, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 255, 257, 300))
     D = draw(sizes(1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 80))
@@ -79,7 +86,7 @@ def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
         L=L,
         S=S,
         H_kv=H_kv,
-        H=H_kv * pick(1, 1, 2, 3),
+        H=H,
         D=D,
         D_v=D_v,
         dtype=pick(*dtypes),
@@ -96,8 +103,9 @@ def calls(draw, dtypes=DTYPES, dropout=(0.0,), smallest=0):
         softcap=pick(None, None, None, 0.4, 20.0),
         of_heads=pick((), (), ("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")),
         dropout_p=pick(*dropout),
-        need_weights=draw(st.booleans()),
+        need_weights=heads is None and draw(st.booleans()),
         average_attn_weights=draw(st.booleans()),
+        weights_of_heads=heads,
         return_lse=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_mha
-from attention_oracle import DEFAULTS, longest_sums, run_with_gradients
+from attention_oracle import DEFAULTS, longest_sums, returned_weights, run_with_gradients
 from closeness import assert_close_to_oracle
 from fused_mha.core.inputs import AttentionResult
 from native.philox import drawn_probability
@@ -82,7 +82,8 @@ def dense_attention(keep=None, **arguments):
         position = torch.arange(L)[:, None] + (S - L if a["causal_alignment"] == "bottom_right" else 0)
         distances = _padded((position - torch.arange(S)).abs(), k.shape[2])
         added = added - slopes.to(torch.promote_types(dtype, torch.float32))[:, None, None] * distances
-    wants_more = softcap is not None or sinks is not None or a["need_weights"] or a["return_lse"] or keep is not None
+    wants_more = a["need_weights"] or a["weights_of_heads"] or a["return_lse"]
+    wants_more = wants_more or softcap is not None or sinks is not None or keep is not None
     if not wants_more and dtype != torch.float64 and q.numel() and k.numel():  # fp64: the oracle, by formula
         bias = added.to(dtype).masked_fill(hidden, -INF)
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
@@ -100,13 +101,10 @@ def dense_attention(keep=None, **arguments):
     if keep is not None:
         p = drawn_probability(a["dropout_p"])
         weights = weights * keep.to(dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
-    returned = None
-    if a["need_weights"]:
-        returned = weights.mean(1) if a["average_attn_weights"] else weights
     lse = None
     if a["return_lse"]:
         lse = torch.where(empty, of_empty, torch.logsumexp(scores, dim=-1, keepdim=True))[..., 0]
-    return AttentionResult((weights @ v).transpose(1, 2), returned, lse)
+    return AttentionResult((weights @ v).transpose(1, 2), returned_weights(a, weights), lse)
 
 
 @contextlib.contextmanager

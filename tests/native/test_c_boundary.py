@@ -70,8 +70,8 @@ def test_a_larger_size_within_its_storage_is_refused(function, name):
         fields = call.fields(name)
         fields.bytes *= 4
         fields.size[dimension] += 1
-        if name == "workspace":
-            continue
+        if name in ("workspace", "weights_of_heads"):
+            continue  # the elements of the latter are read
         # query, key and value say what the others must be
         assert_refused(call, name, *(DEPENDENT if name in SHARED[:3] else ()))
 
@@ -84,7 +84,8 @@ def test_a_smaller_size_than_the_calls_is_refused(function, name):
         fields.size[dimension] -= 1
         if name in ("attn_mask", "grad_attn_mask") and fields.size[dimension] == 1 and dimension < 3:
             continue  # it broadcasts
-        assert_refused(call, name, *(DEPENDENT if name in SHARED[:3] else ()))
+        dependent = ("weights", "grad_weights") if name == "weights_of_heads" else DEPENDENT
+        assert_refused(call, name, *(dependent if name in (*SHARED[:3], "weights_of_heads") else ()))
 
 
 @each_argument
@@ -140,6 +141,8 @@ def test_a_missing_tensor_is_refused_or_left_out(function, name):
         assert call.error() is None
     elif name in ("bias_k", "bias_v"):  # the weights have a column for them
         assert_refused(call, "bias_k", "bias_v")
+    elif name == "weights_of_heads":  # then they are of all heads
+        assert_refused(call, "weights", "grad_weights")
     else:
         assert_refused(call, name)
 
@@ -176,6 +179,27 @@ def test_a_band_that_would_overflow_is_refused(function, side, far):
     call = Call(function)
     setattr(call.arguments.attention, side, far)
     assert_refused(call, "first_visible", "last_visible")
+
+
+@each_function
+@pytest.mark.parametrize("heads", [(0, 4, 1), (-1, 0, 1), (0, 1, 2**62), (2, 0, 2), (-(2**63), 1, 2)], ids=str)
+def test_heads_that_are_not_there_or_come_twice_are_refused(function, heads):
+    call = Call(function)
+    call.tensors["weights_of_heads"].copy_(torch.tensor(heads))
+    assert_refused(call, "weights_of_heads")
+
+
+@each_function
+def test_the_weights_of_no_head_of_too_many_or_averaged_ones_are_refused(function):
+    for count in (0, 5):
+        call = Call(function)
+        call.tensors["weights_of_heads"] = torch.tensor([0, 1, 2, 3, 0])
+        call.fields("weights_of_heads").fill(call.tensors["weights_of_heads"])
+        call.fields("weights_of_heads").size[0] = count
+        assert_refused(call, "weights_of_heads")
+    call = Call(function)
+    call.arguments.attention.average_weights = 1
+    assert_refused(call, "weights_of_heads")
 
 
 @each_function

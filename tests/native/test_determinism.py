@@ -28,6 +28,8 @@ CASES = {
     "averaged weights": SHORT | {"need_weights": True, "bias_kv": True},
     "long averaged weights": LONG | {"need_weights": True},
     "weights per head and dropout": SHORT | PER_HEAD | {"dropout_p": 0.3},
+    "weights of some heads": SHORT | {"weights_of_heads": (3, 0), "is_causal": True},
+    "long weights of a head": LONG | {"weights_of_heads": (1,), "dropout_p": 0.3},
     "softcap, sinks and ALiBi": SHORT | {"softcap": 2.0, "of_heads": ("sinks", "alibi_slopes"), "return_lse": True},
     "long softcap, sinks and ALiBi": LONG | {"softcap": 2.0, "of_heads": ("sinks", "alibi_slopes"), "N": 2},
     "one query": ONE_QUERY | {"need_weights": True, "dropout_p": 0.3, "mask_dtype": torch.float32, "mask_shape": "HLS"},
@@ -155,7 +157,8 @@ def test_python_threads_at_once_get_the_same_bits(base_isa, set_num_threads):
 def test_weights_change_no_bit_of_the_output(isa, case, dtype):
     arguments = make_arguments(**case, dtype=dtype, return_lse=True, mask_dtype=torch.bool, padding_dtype=torch.bool)
     without = native_attention(**arguments)
-    for average in (True, False):
-        result = native_attention(**arguments | {"need_weights": True, "average_attn_weights": average})
+    averaged, per_head = ({"need_weights": True, "average_attn_weights": average} for average in (True, False))
+    for wanted in (averaged, per_head, {"weights_of_heads": (1,)}):
+        result = native_attention(**arguments | wanted)
         expected = {"output": without.output, "lse": without.lse}
         assert_same_bits({"output": result.output, "lse": result.lse}, expected)

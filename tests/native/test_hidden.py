@@ -179,3 +179,21 @@ def test_a_nan_gradient_of_a_hidden_rows_lse_reaches_nothing(isa, S, dtype):
     for x, y in zip(dirty[:2], clean[:2], strict=True):
         assert torch.equal(x, y)
     assert dirty[2] is clean[2] is None  # the log-sum-exp is no function of the values
+
+
+@each_dtype
+@pytest.mark.parametrize(("L", "S"), [(17, 5), (17, 70), (1, 5), (1, 70)])
+def test_a_row_that_sees_a_sink_alone_is_that_sink_whatever_the_values_are(isa, L, S, dtype):
+    row = min(4, L - 1)
+    arguments = make_arguments(L=L, S=S, dtype=dtype, of_heads=("sinks",), weights_of_heads=(2, 0), return_lse=True)
+    arguments["attn_mask"] = torch.zeros(L, S, dtype=torch.bool).index_fill(0, torch.tensor([row]), True)
+    sinks = arguments["sinks"].requires_grad_()
+    dirty = native_attention(**arguments | {"value": torch.full_like(arguments["value"], NAN)})
+    assert not dirty.output[:, row].any()
+    assert not dirty.weights[:, :, row].any()
+    assert torch.equal(dirty.lse[:, :, row], sinks.detach().to(dirty.lse.dtype).expand(2, 4))
+    clean = native_attention(**arguments)
+    cotangents = [torch.zeros_like(clean.output), torch.zeros_like(clean.weights), torch.zeros_like(clean.lse)]
+    for cotangent, of_row in zip(cotangents, (3.0, NAN, 0.5), strict=True):
+        cotangent.select(1 if cotangent is cotangents[0] else 2, row).fill_(of_row)
+    assert torch.equal(torch.autograd.grad(clean, sinks, cotangents)[0], torch.full_like(sinks, 2 * 0.5))

@@ -19,6 +19,7 @@ PER_HEAD = {"need_weights": True, "average_attn_weights": False, "return_lse": T
 LARGE = {"N": 1, "L": 1024, "S": 1024, "H": 8, "H_kv": 8, "D": 32, "D_v": 32}
 CASES = {
     "averaged weights": {"need_weights": True},
+    "weights of a head": {"weights_of_heads": (1,)},
     "causal": {"is_causal": True, "return_lse": True},
     "masks": {"mask_dtype": torch.bool, "padding_dtype": torch.bool, "need_weights": True},
     "float mask": {"mask_dtype": torch.float32, "padding_dtype": torch.float32, "need_weights": True},

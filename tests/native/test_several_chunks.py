@@ -17,6 +17,7 @@ RESULTS = {
     "weights per head": (PER_HEAD, ("output", "weights")),
     "weights alone": (AVERAGED, ("weights",)),
     "everything": (PER_HEAD | {"return_lse": True}, ("output", "weights", "lse")),
+    "weights of a head": ({"weights_of_heads": (1,)}, ("output", "weights")),
 }
 OPTIONS = {
     "plain": {},

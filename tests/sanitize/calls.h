@@ -159,7 +159,8 @@ struct Call {
     int64_t N, H, H_kv, L, S, D, D_v, dtype, columns, first_visible, last_visible;
     bool add_zero_attn, needs_weights, average_weights;
     double dropout_p, scale;
-    Tensor query, key, value, attn_mask, key_padding_mask, bias_k, bias_v, seed;
+    std::vector<int64_t> heads;  // whose weights are given
+    Tensor query, key, value, attn_mask, key_padding_mask, bias_k, bias_v, seed, weights_of_heads;
     Tensor cu_seqlens_q, cu_seqlens_k;  // the rows are those of packed sequences
     bool bottom_right = false;
     Tensor grad_output, grad_weights, grad_lse;
@@ -196,9 +197,15 @@ struct Call {
         return {-1, 0, 0, 0, 0};
     }
 
-    // The (N, H, L, S') sizes of the weights, without H where they are averaged.
+    // The (N, n, L, S') sizes of the weights of n heads, without n where they are averaged.
     std::vector<int64_t> weights_size() const {
-        return average_weights ? std::vector<int64_t>{N, L, columns} : std::vector<int64_t>{N, H, L, columns};
+        if (average_weights) return {N, L, columns};
+        return {N, int64_t(heads.size()), L, columns};
+    }
+    // Of a head's weights among those; -1 for none.
+    int64_t index_of_weights(int64_t head) const {
+        const auto found = std::find(heads.begin(), heads.end(), head);
+        return found == heads.end() ? -1 : found - heads.begin();
     }
 
 private:
@@ -267,8 +274,18 @@ private:
         add_zero_attn = !is_packed && random.chance(0.2);
         needs_weights = !is_packed && random.chance(0.4);
         average_weights = random.chance(0.5);
+        draw_heads();
         dropout_p = random.chance(0.7) ? 0 : random.pick({0.1, 0.5, 0.9, 1.0});
         scale = random.chance(0.8) ? 1 / std::sqrt(double(D)) : random.pick({0.25, 0.0, -0.25});
+    }
+
+    void draw_heads() {
+        for (int64_t h = 0; h < H; ++h) heads.push_back(h);
+        if (average_weights || random.chance(0.5)) return;
+        for (int64_t h = 0; h < H; ++h) std::swap(heads[size_t(h)], heads[size_t(random.integer(h, H - 1))]);
+        heads.resize(size_t(random.integer(1, H)));
+        weights_of_heads.allocate(random, FUSED_MHA_INT64, {int64_t(heads.size())}, Layout::ROWS);
+        for (size_t i = 0; i < heads.size(); ++i) memcpy(weights_of_heads.at(int64_t(i), 0, 0, 0), &heads[i], 8);
     }
 
     void draw_tensors() {

@@ -48,6 +48,7 @@ public:
         attention.cu_seqlens_q = call.cu_seqlens_q.c;
         attention.cu_seqlens_k = call.cu_seqlens_k.c;
         attention.bottom_right = call.bottom_right;
+        attention.weights_of_heads = call.weights_of_heads.c;
         attention.first_visible = call.first_visible;
         attention.last_visible = call.last_visible;
         attention.add_zero_attn = call.add_zero_attn;

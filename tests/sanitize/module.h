@@ -177,6 +177,7 @@ private:
         f.attention.last_visible = call.last_visible;
         f.attention.add_zero_attn = call.add_zero_attn;
         f.attention.average_weights = call.average_weights;
+        f.attention.weights_of_heads = call.weights_of_heads.c;
         f.attention.threads = threads;
         f.attention.dropout_p = call.dropout_p;
         f.attention.scale = call.scale;

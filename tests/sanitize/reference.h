@@ -22,7 +22,7 @@ public:
         const int64_t N = call.N, H = call.H, H_kv = call.H_kv, L = call.L, S = call.S, D = call.D, D_v = call.D_v;
         const auto& mask_size = call.attn_mask.c.size;
         output.resize(size_t(N * L * H * D_v));
-        weights.resize(size_t(N * L * (call.average_weights ? 1 : H) * call.columns));
+        weights.resize(size_t(N * L * (call.average_weights ? 1 : int64_t(call.heads.size())) * call.columns));
         lse.resize(size_t(N * H * L));
         grad_query.resize(size_t(N * L * H * D));
         grad_key.resize(size_t(N * S * H_kv * D));
@@ -123,7 +123,8 @@ private:
 
         double delta = grad_lse.empty() ? 0 : -grad_lse[size_t((n * H + h) * call.L + i)];
         double* out = output.data() + ((n * call.L + i) * H + h) * D_v;
-        const int64_t weights_row = call.average_weights ? n * call.L + i : (n * H + h) * call.L + i;
+        const int64_t index = call.average_weights ? 0 : call.index_of_weights(h);
+        const int64_t weights_row = (n * (call.average_weights ? 1 : int64_t(call.heads.size())) + index) * call.L + i;
         const double share = call.average_weights ? 1 / double(H) : 1;
         for (int64_t j = 0; j < columns; ++j) {
             double& x = p[size_t(j)];
@@ -134,8 +135,11 @@ private:
                                         ? 1 / (1 - std::round(call.dropout_p * 65536) / 65536)
                                         : 0;
             const double dropped = x * factor[size_t(j)];
-            weights[size_t(weights_row * columns + j)] += dropped * share;
-            double d_weight = grad_weights.empty() ? 0 : grad_weights[size_t(weights_row * columns + j)] * share;
+            double d_weight = 0;
+            if (index >= 0) {
+                weights[size_t(weights_row * columns + j)] += dropped * share;
+                if (!grad_weights.empty()) d_weight = grad_weights[size_t(weights_row * columns + j)] * share;
+            }
             for (int64_t d = 0; d < D_v; ++d) {
                 out[d] += dropped * value[size_t(row(j) * D_v + d)];
                 d_weight += grad[d] * value[size_t(row(j) * D_v + d)];

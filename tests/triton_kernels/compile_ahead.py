@@ -111,6 +111,7 @@ def kernels(
     dropout=False,
     virtual=False,
     weights=False,
+    weights_of_heads=(),
     softcap=None,
     of_heads=(),
     newer_assembler=True,
@@ -150,7 +151,8 @@ def kernels(
         D**-0.5,
         softcap,
         weights,
-        True,
+        not weights_of_heads,
+        weights_of_heads,
     )
     output, returned, lse, stats = launch.attention(*arguments)
     through = (output, returned if weights else None, lse if weights else None)

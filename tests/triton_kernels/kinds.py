@@ -12,6 +12,9 @@ CASES = {
     "plain": {},
     "averaged weights": EVERYTHING,
     "weights per head": PER_HEAD,
+    "weights of a head": {"weights_of_heads": (0,), "return_lse": True},
+    "weights of a head, causal, padding, dropout, virtual keys": {"weights_of_heads": (0,), "is_causal": True}
+    | {"padding_dtype": torch.bool, "dropout_p": 0.3, "bias_kv": True},
     "causal": EVERYTHING | {"is_causal": True},
     "causal, bottom right": {"is_causal": True, "causal_alignment": "bottom_right"},
     "window": EVERYTHING | {"window": (40, 20)},

@@ -47,6 +47,7 @@ ON_SM_90 = {
     "large heads": {"D": 256},
     "fp32": {"dtype": "float32", "D": 40, "D_v": 24, "H": 2, "H_kv": 1},
     "softcap, 128": {"D": 128, "softcap": 30.0, "padding": True, "weights": True},
+    "weights of some heads": {"D": 64, "weights": True, "weights_of_heads": [3, 0], "padding": True},
     "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
     "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
     "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},
@@ -98,6 +99,7 @@ def test_without_the_newer_assembler_the_code_is_whole_too():
         {"padding": True},
         {"dropout": True, "weights": True, "virtual": True},
         {"softcap": 30.0, "of_heads": ["sinks", "alibi_slopes"]},
+        {"weights": True, "weights_of_heads": [0]},
     ],
     ids=str,
 )
@@ -111,6 +113,10 @@ def test_one_variant_of_each_kernel_serves_all_lengths_batches_and_heads(kind):
     ]
     if "weights" in kind:  # whose rows are of 16 bytes or not
         calls = [call | {"S": call["S"] // 8 * 8 + 6} for call in calls]
+    if "weights_of_heads" in kind:
+        calls = [
+            call | {"weights_of_heads": draw.sample(range(call["H"]), draw.randint(1, call["H"]))} for call in calls
+        ]
     if "softcap" in kind:
         calls = [call | {"softcap": draw.choice([1.0, 16.0, 30.0])} for call in calls]
     assert set(printed("variants", json.dumps(calls)).values()) == {1}

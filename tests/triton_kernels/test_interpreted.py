@@ -156,6 +156,16 @@ def test_a_sink_far_from_the_scores(attention, sink, hidden, dtype):
         torch.testing.assert_close(found.lse, without.lse)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_in_a_value_reaches_no_row_that_sees_a_sink_alone(attention, dtype):
+    arguments = make_arguments(N=1, L=5, S=40, H=1, H_kv=1, D=16, dtype=dtype, of_heads=SINKS)
+    arguments["value"] = torch.full_like(arguments["value"], torch.nan)
+    hidden = torch.zeros(5, 40, dtype=torch.bool).index_fill(0, torch.tensor([2]), True)
+    result = attention(**arguments, attn_mask=hidden, return_lse=True)
+    assert not result.output[:, 2].any()
+    assert result.lse[0, 0, 2] == arguments["sinks"][0]
+
+
 @pytest.mark.parametrize("layout", ["strided", "unaligned", "expanded", "fp64", "fp16"])
 def test_sinks_and_slopes_in_any_memory(attention, layout):
     arguments = make_arguments(N=2, L=5, S=40, H=4, H_kv=2, D=16, of_heads=SINKS + SLOPES)

@@ -74,6 +74,8 @@ def test_every_flag_makes_another(launches):
         {"need_weights": True},
         {"average_attn_weights": False},
         {"return_lse": True},
+        {"weights_of_heads": (1, 0)},
+        {"weights_of_heads": (0, 1)},
     ]
     arguments = make_arguments()
     for count, given in enumerate(flags, 1):

@@ -47,6 +47,7 @@ def arguments_of(
         None if inputs.softcap is None else float(inputs.softcap),
         inputs.need_weights,
         inputs.average_attn_weights,
+        inputs.weights_of_heads or (),
     )
 
 

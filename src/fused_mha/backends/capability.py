@@ -69,7 +69,9 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
     if not capability.is_installed:
         return reasons or ["it is not in this installation"]
     if inputs.need_weights and not capability.weights:
-        reasons.append("it returns no attention weights (need_weights=True)")
+        heads = inputs.weights_of_heads
+        asked = "need_weights=True" if heads is None else f"weights_of_heads={heads}"
+        reasons.append(f"it returns no attention weights ({asked})")
     if inputs.return_lse and not capability.lse:
         reasons.append("it returns no log-sum-exp (return_lse=True)")
     if (options := inputs.score_options()) and not capability.score_options:

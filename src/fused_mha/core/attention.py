@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ def attention(
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
+    weights_of_heads: Sequence[int] | None = None,
 ) -> AttentionResult:
     """Scaled dot-product attention of split heads: softmax(query @ key^T * scale + masks) @ value.
 
@@ -70,6 +73,8 @@ def attention(
         need_weights: return the attention weights too, after dropout.
         average_attn_weights: the weights' mean over the heads, (N, L, S'), not per head, (N, H, L, S').
         return_lse: return the log-sum-exp of the scores too, (N, H, L), before dropout.
+        weights_of_heads: heads of the query, each once, such as ``(0, 3)``: return the weights of these n heads alone,
+            (N, n, L, S'), in this order and at a price in proportion. ``need_weights`` may be left out.
 
     Returns:
         ``AttentionResult(output, weights, lse)``: output (N, L, H, D_v) in query's dtype; weights in query's dtype,
@@ -78,7 +83,10 @@ def attention(
     Raises:
         RuntimeError: ranks, shapes, dtypes or devices that disagree, or no back end can serve the call.
         ValueError: ``dropout_p`` outside [0, 1], an unknown ``causal_alignment``, a negative ``window``, a ``softcap``
-            that is not positive.
+            that is not positive, ``weights_of_heads`` that are empty, name a head twice, or stand beside averaged
+            weights.
+        IndexError: ``weights_of_heads`` has a head that is not there.
+        TypeError: ``weights_of_heads`` is no sequence of ints.
 
     Examples:
         >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
@@ -99,7 +107,7 @@ def attention(
     if device == plans.DEVICE and not torch.compiler.is_compiling():
         tensors = (query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k, bias_v)
         flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale, softcap)
-        kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse))
+        kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse, weights_of_heads))
         if served is not None:
             if attn_mask is not None and attn_mask.dim() == 2:  # as the checks of a first call leave it
                 attn_mask = attn_mask[None, None]
@@ -124,6 +132,7 @@ def attention(
         need_weights=need_weights,
         average_attn_weights=average_attn_weights,
         return_lse=return_lse,
+        weights_of_heads=weights_of_heads,
     )
     back_end = dispatch.choose(inputs)
     if (served := plans.keep(kind, back_end, inputs)) is not None:

@@ -59,6 +59,11 @@ class Explanation(NamedTuple):
     cannot serve, empty where it can. `notes` says what the chosen one does that costs memory. `projections` says how a
     module's inputs and output are projected; it is None for a call without a module. `left` says why a back end leaves
     a call that it could serve to the next.
+
+    Examples:
+        >>> explanation = fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16))
+        >>> explanation.reasons["sdpa"]
+        ['it returns no attention weights (need_weights=True)']
     """
 
     chosen: str | None

@@ -45,6 +45,7 @@ class AttentionInputs(NamedTuple):
     need_weights: bool
     average_attn_weights: bool
     return_lse: bool
+    weights_of_heads: tuple[int, ...] | None = None  # whose weights are returned alone, not averaged; all if None
     cu_seqlens_q: Tensor | None = None  # (sequences + 1), int64: the rows are those of packed sequences, N = 1
     cu_seqlens_k: Tensor | None = None
 
@@ -78,8 +79,15 @@ class ModuleArguments(NamedTuple):
 class AttentionResult(NamedTuple):
     """What `attention` returns.
 
-    `output` is (N, L, H, D_v); `weights` is (N, L, S'), or (N, H, L, S') per head, after dropout, with S' = S plus the
-    virtual keys, or None; `lse` is (N, H, L), the natural logarithm of the sum of the exponentiated scores, or None.
+    `output` is (N, L, H, D_v); `weights` is (N, L, S'), or (N, H, L, S') per head, or (N, n, L, S') of n heads that
+    were named, after dropout, with S' = S plus the virtual keys, or None; `lse` is (N, H, L), the natural logarithm of
+    the sum of the exponentiated scores, or None.
+
+    Examples:
+        >>> query, key, value = (torch.randn(2, 5, 4, 8) for _ in range(3))
+        >>> result = fused_mha.attention(query, key, value, return_lse=True)
+        >>> result.output.shape, result.weights, result.lse.shape
+        (torch.Size([2, 5, 4, 8]), None, torch.Size([2, 4, 5]))
     """
 
     output: Tensor
@@ -163,6 +171,7 @@ def check_attention(
     need_weights: bool,
     average_attn_weights: bool,
     return_lse: bool,
+    weights_of_heads: Sequence[int] | None = None,
 ) -> AttentionInputs:
     """Check the arguments of `attention` and resolve its defaults; RuntimeError and ValueError as torch's SDPA."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -239,6 +248,9 @@ def check_attention(
     if window is not None and not _is_window(window):
         raise ValueError(f"window must be (left, right), each None or a count of keys >= 0; got {window}")
     check_dropout(dropout_p)
+    if weights_of_heads is not None:
+        weights_of_heads = checked_weights_of_heads(weights_of_heads, H, need_weights and average_attn_weights)
+        need_weights, average_attn_weights = True, False
     return AttentionInputs(
         query,
         key,
@@ -259,7 +271,42 @@ def check_attention(
         need_weights,
         average_attn_weights,
         return_lse,
+        weights_of_heads,
     )
+
+
+def checked_weights_of_heads(weights_of_heads: object, H: int, averages: bool) -> tuple[int, ...]:
+    """The heads whose weights a call returns alone; raise unless they are some of H, each once, and not averaged.
+
+    Args:
+        weights_of_heads: what the call was given.
+        H: of heads of the query.
+        averages: whether the call asks for the mean over the heads too.
+
+    Returns:
+        The heads, in the order in which they were named.
+
+    Raises:
+        TypeError: they are no sequence of ints.
+        ValueError: there are none, one comes twice, or ``averages``.
+        IndexError: one is not from 0 to H - 1.
+    """
+    is_list = isinstance(weights_of_heads, (tuple, list, range))
+    if not is_list or any(isinstance(head, bool) or not isinstance(head, int) for head in weights_of_heads):
+        raise TypeError(f"weights_of_heads must be a tuple of ints, such as (0, 3); got {weights_of_heads!r}")
+    heads = tuple(weights_of_heads)
+    if not heads:
+        raise ValueError("weights_of_heads must name a head at least, or be None for the weights of all; got none")
+    if any(head < 0 or head >= H for head in heads):
+        raise IndexError(f"weights_of_heads must name heads from 0 to H - 1 = {H - 1}; got {heads}")
+    if len(set(heads)) < len(heads):
+        raise ValueError(f"weights_of_heads must name a head once; got {heads}")
+    if averages:
+        raise ValueError(
+            "weights_of_heads returns the weights of each head that it names, and no mean over heads: give "
+            f"average_attn_weights=False beside it; got average_attn_weights=True and weights_of_heads={heads}"
+        )
+    return heads
 
 
 def _is_window(window: object) -> bool:

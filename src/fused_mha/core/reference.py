@@ -16,6 +16,8 @@ from fused_mha.core import masks
 from fused_mha.core.modes import is_plain
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fused_mha.core.inputs import CausalAlignment, Window
 
 
@@ -58,6 +60,7 @@ def attention(
     need_weights: bool = False,
     average_attn_weights: bool = True,
     return_lse: bool = False,
+    weights_of_heads: Sequence[int] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dropout_mask: Tensor | None = None,
@@ -143,6 +146,9 @@ def attention(
     returned_weights = None
     if need_weights:
         weights = weights.view(N, H, L, k.shape[1])
+        if weights_of_heads is not None:
+            weights = weights[:, list(weights_of_heads)]
+            empty = empty if empty is None or empty.shape[1] == 1 else empty[:, list(weights_of_heads)]
         returned_weights = _visible_weights(weights, empty, average_attn_weights).to(out_dtype)
     return output.to(out_dtype), returned_weights, lse
 

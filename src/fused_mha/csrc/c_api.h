@@ -65,6 +65,8 @@ typedef struct {
     fused_mha_tensor alibi_slopes;      // (H): floating, or absent
     fused_mha_tensor cu_seqlens_q;      // (N' + 1): int64, of N' packed sequences; or absent
     fused_mha_tensor cu_seqlens_k;      // (N' + 1): int64, likewise
+    fused_mha_tensor weights_of_heads;  // (n): int64, the heads whose weights are given, and have a gradient, in this order;
+                                        // absent for all
     fused_mha_tensor stats;             // (2, N, H, L): row maxima and sums of the scores, in the accumulator type;
                                         // the forward may do without
     fused_mha_tensor workspace;         // bytes
@@ -82,7 +84,8 @@ typedef struct {
 typedef struct {
     fused_mha_attention attention;
     fused_mha_tensor output;   // (N, L, H, D_v)
-    fused_mha_tensor weights;  // (N, L, S') averaged, (N, H, L, S') per head, or absent; S' = S + virtual keys
+    fused_mha_tensor weights;  // (N, L, S') averaged, (N, H, L, S') per head, (N, n, L, S') of weights_of_heads, or absent;
+                               // S' = S + virtual keys
     fused_mha_tensor lse;      // (N, H, L), or absent
 } fused_mha_forward_arguments;
 

@@ -33,6 +33,37 @@ namespace {
 
 int64_t virtual_keys(const fused_mha_attention& a) { return (a.bias_k.data != nullptr) + (a.add_zero_attn != 0); }
 
+// The heads whose weights are given: some of H, each once.
+void check_weights_of_heads(Checker& checker, const fused_mha_attention& a) {
+    const fused_mha_tensor& t = a.weights_of_heads;
+    const int64_t H = a.query.size[2], count = t.size[0];
+    if (!t.data) return;
+    checker.check("weights_of_heads", t, FUSED_MHA_INT64, 1, {-1, 1, 1, 1});
+    if (checker.ok && (count < 1 || count > H || a.average_weights))
+        return checker.fail_with("weights_of_heads must have 1 to H = %lld heads, and no average_weights beside it; got %lld",
+                                 (long long)H, (long long)count);
+    const int64_t* const heads = static_cast<const int64_t*>(t.data);
+    for (int64_t i = 0; checker.ok && i < count; ++i) {
+        bool fits = heads[i] >= 0 && heads[i] < H;
+        for (int64_t j = 0; j < i; ++j) fits = fits && heads[j] != heads[i];
+        if (!fits)
+            checker.fail_with("weights_of_heads must name heads from 0 to H - 1 = %lld, each once; got %lld at %lld",
+                              (long long)H - 1, (long long)heads[i], (long long)i);
+    }
+}
+
+// The weights, or their gradient.
+void check_weights(Checker& checker, const char* name, const fused_mha_tensor& t, const fused_mha_attention& a) {
+    if (!t.data) return;
+    const int64_t N = a.query.size[0], L = a.query.size[1], columns = a.key.size[1] + virtual_keys(a);
+    if (checker.ok && a.cu_seqlens_q.data) checker.fail_with("packed sequences have no weights");
+    const int64_t heads = a.weights_of_heads.data ? a.weights_of_heads.size[0] : a.query.size[2];
+    if (a.average_weights)
+        checker.check(name, t, a.query.dtype, 3, {N, L, columns, 1});
+    else
+        checker.check(name, t, a.query.dtype, 4, {N, heads, L, columns});
+}
+
 }  // namespace
 
 void check_threads(Checker& checker, int64_t threads) {
@@ -92,6 +123,7 @@ void check_settings(Checker& checker, const fused_mha_attention& a) {
             checker.check(name, *t, t->dtype, 1, {H, 1, 1, 1});
         }
     check_sequences(checker, a);
+    check_weights_of_heads(checker, a);
     if (checker.ok && !(a.softcap >= 0 && a.softcap < INFINITY))
         checker.fail_with("softcap must be positive, or 0 for none; got %g", a.softcap);
     if (checker.ok && !(a.dropout_p >= 0 && a.dropout_p <= 1))
@@ -122,15 +154,8 @@ void check_stats(Checker& checker, const fused_mha_attention& a) {
 void check_results(Checker& checker, const fused_mha_forward_arguments& call) {
     const fused_mha_attention& a = call.attention;
     const int64_t dtype = a.query.dtype, N = a.query.size[0], L = a.query.size[1], H = a.query.size[2];
-    const int64_t columns = a.key.size[1] + virtual_keys(a);
     if (a.stats.data) check_stats(checker, a);
-    if (checker.ok && call.weights.data && a.cu_seqlens_q.data) checker.fail_with("packed sequences have no weights");
-    if (call.weights.data) {
-        if (a.average_weights)
-            checker.check("weights", call.weights, dtype, 3, {N, L, columns, 1});
-        else
-            checker.check("weights", call.weights, dtype, 4, {N, H, L, columns});
-    }
+    check_weights(checker, "weights", call.weights, a);
     if (call.lse.data) checker.check("lse", call.lse, accumulator_dtype(dtype), 3, {N, H, L, 1});
 }
 
@@ -150,18 +175,12 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
     if (!checker.ok) return;
     const int64_t dtype = a.query.dtype, accumulator = accumulator_dtype(dtype);
     const int64_t N = a.query.size[0], L = a.query.size[1], H = a.query.size[2], D = a.query.size[3];
-    const int64_t S = a.key.size[1], H_kv = a.key.size[2], D_v = a.value.size[3], columns = S + virtual_keys(a);
+    const int64_t S = a.key.size[1], H_kv = a.key.size[2], D_v = a.value.size[3];
     const int64_t parts_of_batch = a.cu_seqlens_q.data ? a.cu_seqlens_q.size[0] : N;
     check_stats(checker, a);
     checker.check("output", call.output, dtype, 4, {N, L, H, D_v});
     checker.check("grad_output", call.grad_output, dtype, 4, {N, L, H, D_v});
-    if (checker.ok && call.grad_weights.data && a.cu_seqlens_q.data) checker.fail_with("packed sequences have no weights");
-    if (call.grad_weights.data) {
-        if (a.average_weights)
-            checker.check("grad_weights", call.grad_weights, dtype, 3, {N, L, columns, 1});
-        else
-            checker.check("grad_weights", call.grad_weights, dtype, 4, {N, H, L, columns});
-    }
+    check_weights(checker, "grad_weights", call.grad_weights, a);
     if (call.grad_lse.data) checker.check("grad_lse", call.grad_lse, accumulator, 3, {N, H, L, 1});
     checker.check("grad_query", call.grad_query, dtype, 4, {N, L, H, D});
     checker.check("grad_key", call.grad_key, dtype, 4, {N, S, H_kv, D});

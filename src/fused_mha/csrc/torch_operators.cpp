@@ -29,6 +29,7 @@ struct AttentionCall {
     Tensor tensors[COUNT];
     fused_mha_attention fields = {};
     bool needs_weights;
+    std::vector<int64_t> weights_of_heads;  // empty for all
 
     explicit AttentionCall(Arguments& arguments) {
         for (int i = 0; i < COUNT; ++i) tensors[i] = i < 3 ? arguments.tensor() : arguments.optional_tensor();
@@ -41,6 +42,7 @@ struct AttentionCall {
         fields.softcap = arguments.optional_number().value_or(0);
         needs_weights = arguments.boolean();
         fields.average_weights = arguments.boolean();
+        weights_of_heads = arguments.integers();
         fields.threads = thread_count();
     }
 
@@ -61,6 +63,8 @@ struct AttentionCall {
             *targets[i] = tensors[i].fields();
             if (targets[i]->dtype < 0) fail("%s is of an unsupported dtype", NAMES[i]);
         }
+        if (const int64_t count = int64_t(weights_of_heads.size()))
+            fields.weights_of_heads = {weights_of_heads.data(), FUSED_MHA_INT64, count * 8, {count, 1, 1, 1}, {1, 0, 0, 0}};
     }
 
     static constexpr int SEED = 7;
@@ -77,9 +81,10 @@ void attention(Value* stack, uint64_t, uint64_t) {
     const int64_t(&size)[4] = given.fields.query.size;
     const int64_t N = size[0], L = size[1], H = size[2], dtype = given.dtype(), accumulator = given.accumulator();
     Tensor output = Tensor::empty({N, L, H, given.fields.value.size[3]}, dtype);
+    const int64_t heads = given.weights_of_heads.empty() ? H : int64_t(given.weights_of_heads.size());
     Tensor weights = !given.needs_weights            ? Tensor::nothing(dtype)
                      : given.fields.average_weights ? Tensor::empty({N, L, given.columns()}, dtype)
-                                                    : Tensor::empty({N, H, L, given.columns()}, dtype);
+                                                    : Tensor::empty({N, heads, L, given.columns()}, dtype);
     Tensor lse = Tensor::empty({N, H, L}, accumulator), stats = Tensor::empty({2, N, H, L}, accumulator);
     given.fields.stats = stats.fields();
     fused_mha_forward_arguments call = {given.fields, output.fields(), {}, lse.fields()};

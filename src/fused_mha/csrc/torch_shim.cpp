@@ -210,15 +210,22 @@ std::optional<T> Arguments::optional() {
     return found;
 }
 
-Sizes Arguments::sizes() {
+std::vector<int64_t> Arguments::integers() {
     const List list = reinterpret_cast<List>(*next++);
-    Sizes sizes;
     size_t count = 0;
     check(torch.torch_list_size(list, &count), "count a list");
-    for (sizes.count = int64_t(count); count-- > 0;)
-        if (Value item; int64_t(count) < Sizes::MOST && torch.torch_list_get_item(list, count, &item) == 0)
-            sizes.at[count] = int64_t(item);
+    std::vector<int64_t> found(count);
+    for (size_t i = 0; i < count; ++i)
+        if (Value item; torch.torch_list_get_item(list, i, &item) == 0) found[i] = int64_t(item);
     torch.torch_delete_list(list);
+    return found;
+}
+
+Sizes Arguments::sizes() {
+    const std::vector<int64_t> found = integers();
+    Sizes sizes;
+    sizes.count = int64_t(found.size());
+    for (size_t d = 0; d < found.size() && d < size_t(Sizes::MOST); ++d) sizes.at[d] = found[d];
     return sizes;
 }
 

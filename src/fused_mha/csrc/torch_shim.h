@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <vector>
 
 #include "c_api.h"
 
@@ -77,6 +78,7 @@ public:
     Tensor optional_tensor();
     int64_t integer() { return int64_t(*next++); }
     std::optional<int64_t> optional_integer();
+    std::vector<int64_t> integers();
     Sizes sizes();
     bool boolean() { return (*next++ & 0xff) != 0; }
     double number();

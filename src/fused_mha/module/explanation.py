@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,19 +62,19 @@ def explain(
         )
     call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
     call.apply_defaults()
-    positions, cache = call.arguments.pop("positions"), call.arguments.pop("cache")
+    positions, cache, heads = own = [call.arguments.pop(name) for name in ("positions", "cache", "weights_of_heads")]
     arguments = ModuleArguments(**call.arguments)
     offsets = None
     if any(x.is_nested for x in arguments[:3]):
-        if arguments.need_weights:
+        if arguments.need_weights or heads is not None:
             arguments, _ = module._padded(arguments)
         else:
             packed = nested.packed(arguments, module.batch_first)
             arguments, offsets = packed.arguments, (packed.cu_seqlens_q, packed.cu_seqlens_k)
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
-        if module.options is not None or positions is not None or cache is not None or offsets is not None:
-            prepared = steps.prepare(module, arguments, positions, cache, offsets)
-            return explain_inputs(prepared.inputs)._replace(projections=_projections(module, arguments, cache))
+        if module.options is not None or offsets is not None or any(x is not None for x in own):
+            inputs = steps.prepare(module, arguments, positions, cache, heads, offsets).inputs
+            return explain_inputs(inputs)._replace(projections=_projections(module, arguments, cache, heads))
         N, is_batched, dropout_p = module._checked(arguments)
         projected = steps.project(module, arguments, is_batched)
         inputs = steps.attention_inputs(module, arguments, N, projected, dropout_p)
@@ -84,15 +84,22 @@ def explain(
         rule = delegation.MODULE_RULE
         by = str(rule) if explanation.chosen == rule.serves else "torch's products"
         return explanation._replace(projections=f"in one step with the attention, by {by}")
-    return explanation._replace(projections=_projections(module, arguments, None))
+    return explanation._replace(projections=_projections(module, arguments))
 
 
-def _projections(module: MultiHeadAttention, arguments: ModuleArguments, cache: KeyValueCache | None) -> str:
+def _projections(
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    cache: KeyValueCache | None = None,
+    weights_of_heads: Sequence[int] | None = None,
+) -> str:
     """How `one_call` and `linear` decide, and why."""
     if cache is not None:
         reason = "one call serves no cache"
     elif module.options is not None:
         reason = f"one call serves no {module.options.described()}"
+    elif weights_of_heads is not None:
+        reason = "one call gives the weights of no head by name"
     else:
         reason = one_call.tensors_of(module, arguments)
     if not isinstance(reason, str):

@@ -297,6 +297,7 @@ class MultiHeadAttention(TorchAttention):
         *,
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        weights_of_heads: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from ``query`` to ``key`` and ``value``.
 
@@ -318,21 +319,25 @@ class MultiHeadAttention(TorchAttention):
             cache: a `KeyValueCache` of this module, whose keys and values are attended to before those of the call,
                 which it then keeps too. Causality, window and ALiBi are aligned at the bottom right, ``attn_mask``
                 and the weights have columns for all tokens so far, ``key_padding_mask``, bool, for the new ones.
+            weights_of_heads: heads, each once, such as ``(0, 3)``, whose weights alone are returned, in this order and
+                at a price in proportion; with ``average_attn_weights=False`` or ``need_weights=False``.
 
         Returns:
             The output, of query's layout and contiguous, and the weights after dropout or None: (N, L, S'), or
-            (N, num_heads, L, S') per head, without N if unbatched; S' = S plus one for each of ``add_bias_kv`` and
-            ``add_zero_attn``.
+            (N, num_heads, L, S') per head, (N, n, L, S') of n heads that were named, without N if unbatched; S' = S
+            plus one for each of ``add_bias_kv`` and ``add_zero_attn``.
 
         Raises:
             AssertionError: ranks, embedding sizes, mask types or ``key_padding_mask``'s shape do not fit.
             RuntimeError: ``attn_mask``'s shape does not fit; batch sizes, dtypes or devices disagree; key and value
                 both have one wrong size beside a packed weight.
             ValueError: ``dropout`` is outside [0, 1] in training; ``key`` is not ``query`` in a module with ``rope``;
-                ``positions`` without ``rope`` or of a wrong shape; a ``cache`` that is not of this module or call.
+                ``positions`` without ``rope`` or of a wrong shape; a ``cache`` that is not of this module or call;
+                ``weights_of_heads`` that are empty, name a head twice, or stand beside averaged weights.
+            IndexError: ``weights_of_heads`` has a head that is not there.
             AttributeError: ``query``, ``key`` or ``value`` is no tensor.
-            TypeError: a mask is no tensor, ``num_heads`` no int, ``positions`` not of integers, or
-                ``key_padding_mask`` not bool beside a cache.
+            TypeError: a mask is no tensor, ``num_heads`` no int, ``positions`` not of integers, ``weights_of_heads``
+                no sequence of ints, or ``key_padding_mask`` not bool beside a cache.
 
         Source:
             `torch.nn.MultiheadAttention.forward`.
@@ -340,9 +345,10 @@ class MultiHeadAttention(TorchAttention):
         given = (query, key, value, key_padding_mask, attn_mask)
         if not PLAIN_OR_NONE.issuperset(map(type, given)) or query is None or key is None or value is None:
             if any(isinstance(x, fx.Proxy) for x in given):
+                own = {"positions": positions, "cache": cache, "weights_of_heads": weights_of_heads}
                 return self._traced_call(
                     *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal),
-                    **{name: x for name, x in (("positions", positions), ("cache", cache)) if x is not None},
+                    **{name: x for name, x in own.items() if x is not None},
                 )
             check_are_tensors(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
@@ -352,7 +358,8 @@ class MultiHeadAttention(TorchAttention):
             return self._forward_nested(
                 ModuleArguments(
                     query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                )
+                ),
+                weights_of_heads,
             )
 
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
@@ -360,8 +367,8 @@ class MultiHeadAttention(TorchAttention):
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-        if self.options is not None or positions is not None or cache is not None:
-            return steps.with_options(self, arguments, positions, cache)
+        if not (self.options is positions is cache is weights_of_heads is None):
+            return steps.with_options(self, arguments, positions, cache, weights_of_heads)
         kept = one_call.kept(self, arguments)
         if kept is not None and kept.served is not None:
             return one_call.serve(kept, kept.served)
@@ -380,10 +387,12 @@ class MultiHeadAttention(TorchAttention):
         inputs = steps.attention_inputs(self, arguments, N, projected, dropout_p)
         return steps.finish(self, inputs, projected.embedded, is_batched)
 
-    def _forward_nested(self, arguments: ModuleArguments) -> tuple[Tensor, Tensor | None]:
-        if arguments.need_weights:
+    def _forward_nested(
+        self, arguments: ModuleArguments, weights_of_heads: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if arguments.need_weights or weights_of_heads is not None:
             padded, repack_both = self._padded(arguments)
-            return repack_both(*self.forward(*padded))
+            return repack_both(*self.forward(*padded, weights_of_heads=weights_of_heads))
         packed = nested.packed(arguments, self.batch_first)
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         if self.options is None:

@@ -138,7 +138,11 @@ def _slopes(alibi: bool | Tensor | Sequence[float], num_heads: int) -> tuple[flo
         return None
     if alibi is True:
         return alibi_slopes(num_heads)
-    slopes = torch.as_tensor(alibi, dtype=torch.float64, device="cpu")  # whatever the default device
+    try:
+        slopes = torch.as_tensor(alibi, dtype=torch.float64, device="cpu")  # whatever the default device
+    except (TypeError, ValueError, RuntimeError) as error:
+        text = f"alibi must be True, False or {num_heads} finite slopes, one for each head; got {alibi!r}"
+        raise TypeError(text) from error
     if slopes.shape != (num_heads,) or not bool(slopes.isfinite().all()):
         raise ValueError(
             f"alibi must be True, False or {num_heads} finite slopes, one for each head; got "

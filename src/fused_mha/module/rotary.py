@@ -206,12 +206,28 @@ class RotaryEmbedding:
         """Rotate heads.
 
         Args:
-            x: (N, L, H, D), D at least ``dim``.
-            positions: (L) or (N, L), of an integer dtype; counted from 0 if None.
+            x: (N, L, H, D), of a floating dtype, D at least ``dim``.
+            positions: (L) or (N, L), of an integer dtype and none negative, which is looked at on the CPU alone;
+                counted from 0 if None.
 
         Returns:
             (N, L, H, D).
+
+        Raises:
+            TypeError: ``x`` or ``positions`` is no tensor or of another dtype.
+            ValueError: ``x`` or ``positions`` is of another shape, or a position is negative.
+            RuntimeError: they are on different devices.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a tensor of a floating dtype; got {_kind(x)}")
+        if x.dim() != 4 or x.shape[3] < self.dim:
+            raise ValueError(
+                f"x must have shape (N, L, H, D) with D of at least dim = {self.dim}; got {tuple(x.shape)}"
+            )
+        if positions is not None:
+            check_positions(positions, x)
+            if is_eager() and positions.is_cpu and positions.numel() and (least := int(positions.min())) < 0:
+                raise ValueError(f"positions must be 0 or more; got {least}")
         return transform_heads(x, None, self.at(positions, x) if positions is not None else self.counted(0, x))
 
     def at(self, positions: Tensor, x: Tensor) -> Rotation:
@@ -238,6 +254,22 @@ class RotaryEmbedding:
         angles = positions.unsqueeze(-1).to(torch.float64) * frequencies
         magnitude = self.scaling.magnitude() if isinstance(self.scaling, YaRNScaling) else 1.0
         return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
+
+
+def check_positions(positions: object, heads: Tensor, is_batched: bool = True) -> None:
+    """Raise unless these are positions for heads (N, L, H, D): (L) or, of batched ones, (N, L), of an integer dtype."""
+    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be a tensor of an integer dtype; got {_kind(positions)}")
+    N, L = heads.shape[:2]
+    if positions.shape != (L,) and not (is_batched and positions.shape == (N, L)):
+        shapes = f"(L) = {(L,)}" + (f" or (N, L) = {(N, L)}" if is_batched else "")
+        raise ValueError(f"positions must have shape {shapes}; got {tuple(positions.shape)}")
+    if positions.device != heads.device:
+        raise RuntimeError(f"positions must be on the heads' device, {heads.device}; got {positions.device}")
+
+
+def _kind(x: object) -> object:
+    return x.dtype if isinstance(x, Tensor) else type(x).__name__
 
 
 def _dtype_for(x: Tensor) -> torch.dtype:

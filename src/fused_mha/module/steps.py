@@ -17,6 +17,7 @@ from fused_mha.core.inputs import (
     ModuleArguments,
     check_module_attn_mask,
     check_same_device,
+    checked_weights_of_heads,
     default_scale,
 )
 from fused_mha.module import options as module_options
@@ -25,8 +26,11 @@ from fused_mha.module.cache import Extended, KeyValueCache
 from fused_mha.module.heads import transform_heads
 from fused_mha.module.linear import linear
 from fused_mha.module.one_call import Offsets
+from fused_mha.module.rotary import check_positions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fused_mha.module.multi_head_attention import MultiHeadAttention
     from fused_mha.module.options import ModuleOptions
 
@@ -118,7 +122,7 @@ def finish(
 
 
 class Prepared(NamedTuple):
-    """A call up to the attention, by a module with options or with a cache."""
+    """A call up to the attention, of a module with options or with what torch's forward has not."""
 
     inputs: AttentionInputs
     embedded: Tensor
@@ -131,10 +135,11 @@ def with_options(
     arguments: ModuleArguments,
     positions: Tensor | None = None,
     cache: KeyValueCache | None = None,
+    weights_of_heads: Sequence[int] | None = None,
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `MultiHeadAttention.forward` returns: of a module with options, with a cache, or for packed sequences."""
-    prepared = prepare(module, arguments, positions, cache, offsets)
+    """What `MultiHeadAttention.forward` returns: of a module with options, or for a call with what torch's has not."""
+    prepared = prepare(module, arguments, positions, cache, weights_of_heads, offsets)
     result = finish(module, prepared.inputs, prepared.embedded, prepared.is_batched)
     if cache is not None and prepared.extended is not None:
         cache.commit(module, prepared.extended)
@@ -146,6 +151,7 @@ def prepare(
     arguments: ModuleArguments,
     positions: Tensor | None = None,
     cache: KeyValueCache | None = None,
+    weights_of_heads: Sequence[int] | None = None,
     offsets: Offsets | None = None,
 ) -> Prepared:
     """Check such a call, and compute what the core is given."""
@@ -156,6 +162,11 @@ def prepare(
             raise TypeError(f"cache must be a fused_mha.KeyValueCache; got {type(cache).__name__}")
         arguments = arguments._replace(attn_mask=None)  # of which the cache's keys have columns
     N, is_batched, dropout_p = module._checked(arguments)
+    heads = None
+    if weights_of_heads is not None:
+        averages = arguments.need_weights and arguments.average_attn_weights
+        heads = checked_weights_of_heads(weights_of_heads, module.num_heads, averages)
+        arguments = arguments._replace(need_weights=True, average_attn_weights=False)
     rope = None if options is None else options.rope
     if rope is None and positions is not None:
         raise ValueError("positions are for rope=RotaryEmbedding(...), which this module does not have; got positions")
@@ -182,7 +193,7 @@ def prepare(
         projected = projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden)
         mask = _of_all_keys(given_mask, module.num_heads, projected, cache.length + extended.new, is_batched)
         arguments = arguments._replace(attn_mask=mask)
-    inputs = attention_inputs(module, arguments, N, projected, dropout_p)
+    inputs = attention_inputs(module, arguments, N, projected, dropout_p)._replace(weights_of_heads=heads)
     if options is not None:
         slopes = options.alibi_slopes
         slopes = None if slopes is None else module_options.slopes_for(slopes, projected.query)
@@ -223,18 +234,10 @@ def _rotation(
     rope = options.rope
     if rope is None:
         return None
-    N, L = query.shape[:2]
     if positions is None:
-        positions = None if cache is None else cache.positions(L)
+        positions = None if cache is None else cache.positions(query.shape[1])
         if positions is None:
             return rope.counted(0 if cache is None else cache.length, query)
         return rope.at(positions, query)
-    if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
-        kind = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
-        raise TypeError(f"positions must be a tensor of an integer dtype; got {kind}")
-    if positions.shape != (L,) and not (is_batched and positions.shape == (N, L)):
-        shapes = f"(L) = {(L,)}" + (f" or (N, L) = {(N, L)}" if is_batched else "")
-        raise ValueError(f"positions must have shape {shapes}; got {tuple(positions.shape)}")
-    if positions.device != query.device:
-        raise RuntimeError(f"positions must be on query's device, {query.device}; got {positions.device}")
+    check_positions(positions, query, is_batched)
     return rope.at(positions, query)

@@ -9,7 +9,7 @@ element, (N, H_kv, D) and (N, H), and of the distances that ALiBi goes by, summe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? bias_k, "
     "Tensor? bias_v, Tensor? seed, Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt? first_visible, SymInt? last_visible, bool bottom_right, bool add_zero_attn, float dropout_p, float scale, "
-    "float? softcap, bool need_weights, bool average_attn_weights"
+    "float? softcap, bool need_weights, bool average_attn_weights, int[] weights_of_heads"
 )
 _GRADIENTS = ", ".join(["Tensor"] * 9)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -101,6 +101,7 @@ class Arguments(NamedTuple):
     softcap: float | None
     need_weights: bool
     average_attn_weights: bool
+    weights_of_heads: Sequence[int] = ()  # whose weights are returned, in this order; all without
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None], numbers: Iterable[Any]) -> Arguments:
@@ -119,7 +120,8 @@ class Arguments(NamedTuple):
         N, L, H, _ = self.query.shape
         if not self.need_weights:
             return (0,)
-        return (N, L, self.columns) if self.average_attn_weights else (N, H, L, self.columns)
+        heads = len(self.weights_of_heads) or H
+        return (N, L, self.columns) if self.average_attn_weights else (N, heads, L, self.columns)
 
     @property
     def accumulator_dtype(self) -> torch.dtype:

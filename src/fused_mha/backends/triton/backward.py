@@ -15,6 +15,7 @@ from fused_mha.backends.triton.gradient_tile import (
     Queries,
     load_queries,
     merged_rows,
+    place_of_weights,
     terms_of,
     weights_and_gradients,
 )
@@ -141,15 +142,22 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
         output = merged_rows(given.output, call, head, rows, rows < call.L, TILE)
         delta += tl.sum(output.to(tl.float32) * grad_output.to(tl.float32), 1)
     if not BY_OUTPUT or given.grad_weights is not None:
-        for chunk in range(tiles.whole_begin, tiles.whole_end, chunk_size(TILE.BLOCK_N, BITS)):
-            found = look_up(call, head, first_row, chunk, tiles.whole_end, TILE, True, BITS)
+        OF_NAMED: tl.constexpr = BY_OUTPUT and given.named is not None
+        whole_end = tiles.whole_end
+        if OF_NAMED:
+            whole_end = tl.where(place_of_weights(given, head) >= 0, whole_end, tiles.whole_begin)
+        for chunk in range(tiles.whole_begin, whole_end, chunk_size(TILE.BLOCK_N, BITS)):
+            found = look_up(call, head, first_row, chunk, whole_end, TILE, True, BITS)
             for KIND in tl.static_range(2):  # PLAIN, MASKED
                 bits, count = found[KIND]
                 for i in range(count):
                     start = chunk + next_tile(i, bits, BITS) * TILE.BLOCK_N
                     delta = _add_to_delta(call, given, head, queries, start, delta, TILE, KIND, BY_OUTPUT)
                     bits &= bits - 1
-        for i in range(edge_count(tiles, call, TILE)):
+        edges = edge_count(tiles, call, TILE)
+        if OF_NAMED:
+            edges = tl.where(place_of_weights(given, head) >= 0, edges, 0)
+        for i in range(edges):
             start = edge(i, tiles, call, TILE)
             delta = _add_to_delta(call, given, head, queries, start, delta, TILE, EDGE, BY_OUTPUT)
     if given.grad_lse is not None:

@@ -24,6 +24,7 @@ class Given(NamedTuple):
     stats: Any  # (2, N, H, L)
     terms: Any  # (N, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
     cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
+    named: Any  # the heads that have a gradient of weights, as `preparation.named_heads` writes them; None: all
 
 
 class Queries(NamedTuple):
@@ -71,12 +72,24 @@ def merged_rows(tensor, call, head, rows, is_read, TILE: tl.constexpr):
 
 
 @triton.jit
+def place_of_weights(given, head):
+    """Of a head among the named ones; -1 if it is none of them."""
+    return tl.load(given.named + 1 + head.h)
+
+
+@triton.jit
 def _grad_weights(call, given, head, weights, rows, columns, TILE: tl.constexpr):
     """The gradient of the weights of one head where they are not 0; rows and columns broadcast."""
-    matrix = head.n if TILE.AVERAGED else head.n * call.H + head.h
+    if given.named is not None:
+        matrix = head.n * tl.load(given.named) + place_of_weights(given, head)
+    else:
+        matrix = head.n if TILE.AVERAGED else head.n * call.H + head.h
     row_stride = multiple(call.columns, TILE.WEIGHTS_UNIT)
     at = given.grad_weights + (matrix * call.L + rows.to(tl.int64)) * row_stride + columns
-    grad = tl.load(at, mask=(rows < call.L) & (columns < call.columns), other=0.0).to(tl.float32)
+    is_read = (rows < call.L) & (columns < call.columns)
+    if given.named is not None:
+        is_read = is_read & (place_of_weights(given, head) >= 0)
+    grad = tl.load(at, mask=is_read, other=0.0).to(tl.float32)
     if TILE.AVERAGED:
         grad /= call.H
     return tl.where(weights == 0.0, 0.0, grad)  # that of log(0) is infinite

@@ -92,7 +92,8 @@ def plan_of(arguments: Arguments) -> Plan:
     if arguments.query.device.type != DEVICE:
         return Plan(arguments)
     memory = (None if x is None else memory_of(x) for x in arguments[:TENSORS])
-    kind = (*memory, *arguments[TENSORS:], preparation.allows_tf32())
+    *numbers, heads = arguments[TENSORS:]  # the dispatcher makes a list of these
+    kind = (*memory, *numbers, tuple(heads), preparation.allows_tf32())
     plan = _plans.get(kind)
     if plan is None:
         if len(_plans) >= MOST_PLANS:
@@ -151,6 +152,7 @@ class Plan:
         self._output = self._maker((N, L, H, D_v), a.query.dtype, (*layout.output, D_v, 1))
         self._lse, self._stats = (self._maker((*two, N, H, L), torch.float32) for two in ((), (2,)))
         self._search = self._weights = None
+        self._named = preparation.named_heads(a)
         if (squares := squares_shape(a)) is not None and a.attn_mask is not None:
             programs = math.prod(squares[:3]) * blocks(self._call.S, MASK.BLOCK_N)
             searched = Searched(MASK.BLOCK_N, GROUPED=False, MASK_UNIT=readable.unit_of_mask(a.attn_mask))
@@ -179,7 +181,7 @@ class Plan:
             if self._weights is not None:
                 launcher, maker = self._weights
                 weights = maker()
-                launcher(given, stats, weights)
+                launcher(given, stats, weights, self._named)
         return readable.first(output, self._head_sizes[1]) if self._fills_up else output, weights, lse, stats
 
     def gradients(
@@ -214,12 +216,13 @@ class Plan:
                 rows(stats.contiguous(), 1),
                 plan.terms(),
                 None if plan.cleaned is None else plan.cleaned(),
+                None if grad_weights is None else self._named,
             )
             grad_query, grad_key, grad_value = results or (maker() for maker in plan.grads)
             grad_sinks, grad_slopes = (None if maker is None else maker() for maker in plan.of_heads)
             plan.grad_query(call, given, grad_query, grad_sinks, grad_slopes)
             if given.cleaned is not None:
-                given = Given(given.cleaned, *given[1:6], None)
+                given = given._replace(grad_output=given.cleaned, cleaned=None)
             grad_mask = None
             if plan.grad_mask is not None and plan.of_mask is not None:
                 grad_mask = plan.of_mask()

@@ -134,6 +134,18 @@ def with_weights(tile: Tile, arguments: Arguments) -> Tile:
     return tile._replace(AVERAGED=arguments.average_attn_weights, WEIGHTS_UNIT=unit if rows_are_aligned else 1)
 
 
+def named_heads(a: Arguments) -> Tensor | None:
+    """The heads whose weights are asked for: their number n, the place of each of H among them or -1, and the n heads.
+
+    None where there is no choice of heads.
+    """
+    if not a.weights_of_heads:
+        return None
+    heads = list(a.weights_of_heads)
+    places = [heads.index(h) if h in heads else -1 for h in range(a.query.shape[2])]
+    return torch.tensor([len(heads), *places, *heads], dtype=torch.int32, device=a.query.device)
+
+
 def may_hide_queries(a: Arguments) -> bool:
     """Whether there may be a query that sees no key."""
     has_mask = a.attn_mask is not None or a.key_padding_mask is not None

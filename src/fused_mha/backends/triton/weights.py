@@ -24,14 +24,19 @@ from fused_mha.backends.triton.visibility import tile_is_visible
 
 
 @triton.jit
-def weights(call, stats, result, TILE: tl.constexpr):
-    """One tile of the weights after dropout: (N, L, S') as means over the heads if AVERAGED, else (N, H, L, S')."""
+def weights(call, stats, result, named, TILE: tl.constexpr):
+    """One tile of the weights after dropout: (N, L, S') as means over the heads if AVERAGED, else (N, H, L, S') or of
+    the n heads that are named, (N, n, L, S').
+    """
     matrix, first_row, first_column = tile_of_matrices(call, call.columns, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
     total = zeros(TILE.BLOCK_M, TILE.BLOCK_N)
     if TILE.AVERAGED:
         n, first_head, heads = matrix, 0, call.H
+    elif named is not None:
+        count = tl.load(named)
+        n, first_head, heads = matrix // count, tl.load(named + 1 + call.H + matrix % count), 1
     else:
         n, first_head, heads = matrix // call.H, matrix % call.H, 1
     differ = (call.squares_h != 0) & (heads > 1)

@@ -104,6 +104,14 @@ FMHA_INLINE const void* key_row(const fused_mha_tensor& keys, const fused_mha_te
     return bias.data && j == keys.size[1] ? row_of(bias, head, 0, 0) : nullptr;
 }
 
+// Where a head's weights are among those that are given, and so their gradient; -1 for a head whose are not.
+FMHA_INLINE int64_t index_of_weights(const fused_mha_attention& a, int64_t head) {
+    if (!a.weights_of_heads.data) return head;
+    for (int64_t i = 0; i < a.weights_of_heads.size[0]; ++i)
+        if (*element<int64_t>(a.weights_of_heads, i) == head) return i;
+    return -1;
+}
+
 // What forward and backward share: sizes, masks, and the pointers to the rows of a panel of keys.
 template <class P>
 struct Attention {

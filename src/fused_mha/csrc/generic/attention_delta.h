@@ -60,13 +60,14 @@ public:
         return call.grad_lse.data ? *element<T>(call.grad_lse, n, h, i) : T(0);
     }
 
-    // The gradient of the weights of one row from column j on, a vector with zeros behind the last column.
-    FMHA_INLINE Vec<T> grad_of_weights(int64_t n, int64_t h, int64_t i, int64_t j) const {
+    // The gradient of the weights of one row from column j on, a vector with zeros behind the last column; `index` is that
+    // of the head's weights.
+    FMHA_INLINE Vec<T> grad_of_weights(int64_t n, int64_t index, int64_t i, int64_t j) const {
         const fused_mha_tensor& grad = call.grad_weights;
         const int64_t left = attention.masking.keys - j;
         if (left <= 0) return Vec<T>{};
         const bool averages = attention.a.average_weights != 0;
-        const char* row = static_cast<const char*>(averages ? row_of(grad, n, i, 0) : row_of(grad, n, h, i));
+        const char* row = static_cast<const char*>(averages ? row_of(grad, n, i, 0) : row_of(grad, n, index, i));
         Vec<T> values{};
         with_data<T>(grad.dtype, [&](auto data) {
             using Data = decltype(data);
@@ -95,7 +96,8 @@ private:
             const Parts rows = attention.rows_of_head();
             for (int64_t i = rows.begin(first_tile); i < rows.begin(last_tile); ++i)
                 deltas[i] = delta.of_output(n, h, i) - delta.of_lse(n, h, i);
-            add_weights(n, h, first_tile, last_tile, deltas);
+            index = index_of_weights(attention.a, h);
+            if (index >= 0) add_weights(n, h, first_tile, last_tile, deltas);
         }
 
     private:
@@ -103,6 +105,7 @@ private:
         const Delta& delta;
         const Attention<P>& attention;
         const DropoutSeed seed;
+        int64_t index;  // of the head's weights
         KeyPanel* panels;
         T *keys, *queries, *scores;
 
@@ -155,7 +158,7 @@ private:
                 Vec<T> total{};
                 for (int v = 0; v < 2; ++v) {
                     const Vec<T> x = exp2((load(scores + r * COLUMNS + v * W) - shift) * splat(attention.masking.exponent_factor));
-                    total = total + select(~kept[r] >> (v * W), x * delta.grad_of_weights(n, h, i, panel.first + v * W), Vec<T>{});
+                    total = total + select(~kept[r] >> (v * W), x * delta.grad_of_weights(n, index, i, panel.first + v * W), Vec<T>{});
                 }
                 deltas[i] += reduce_add(total) * (attention.kept_factor() / sum);
             }

@@ -5,7 +5,8 @@
 // output stay in the second-level cache. Without weights a task has one key/value head and all query heads that share
 // it, and packs what it reads. With weights it has all heads of a few rows, which is why keys and values are packed
 // beforehand, and keeps the exponentials of a head over all keys, until their sum makes them weights: these are written, or
-// added to their mean over the heads.
+// added to their mean over the heads. Where the weights of some heads are asked for, the others have tasks without weights
+// beside theirs, and a task packs what it reads in both: the threads meet once.
 #pragma once
 
 #include "generic/online_softmax.h"
@@ -24,6 +25,8 @@ constexpr int64_t STRIP_BUDGET = 256 * 1024;  // rows * keys, where all scores o
 constexpr int64_t MOST_STRIP = 512 * 1024;    // the same, where FEWEST_TILES would have more
 constexpr int64_t FEWEST_TILES = 4;           // of a task; below, packing shows
 
+enum class Heads { ALL, NAMED, OTHERS };  // by weights_of_heads
+
 template <class P>
 class Forward {
 public:
@@ -31,9 +34,13 @@ public:
     static constexpr int COLUMNS = NR<T>;
 
     Forward(const fused_mha_forward_arguments& call, const Attention<P>& attention)
+        : Forward(call, attention, call.weights.data && call.attention.weights_of_heads.data ? Heads::NAMED : Heads::ALL) {}
+
+    Forward(const fused_mha_forward_arguments& call, const Attention<P>& attention, Heads heads)
         : call(call),
           attention(attention),
-          with_weights(call.weights.data != nullptr),
+          heads(heads),
+          with_weights(call.weights.data && heads != Heads::OTHERS),
           averages(with_weights && call.attention.average_weights),
           all_panels(ceil_div(attention.masking.keys, COLUMNS)),
           takes_heads(attention.reads_in_place && !with_weights),
@@ -50,18 +57,18 @@ public:
         const int64_t tiles_of_task = max(min(ceil_div(most, MR), ceil_div(tiles, tasks_of_lane)), fewest);
         chunks = {tiles, takes_heads ? min(ceil_div(call.attention.threads, max(attention.N, 1)), tiles)
                                      : ceil_div(tiles, tiles_of_task)};
-        packs_first = with_weights && chunks.parts > 1;
+        packs_first = with_weights && heads == Heads::ALL && chunks.parts > 1;
         Arena measure{0};
         Worker(*this, measure);
         own_bytes = measure.used;
     }
 
-    int64_t tasks() const { return lanes * chunks.parts; }
+    int64_t tasks() const { return own_tasks() + (heads == Heads::NAMED ? others().own_tasks() : 0); }
     int64_t shared_bytes() const {
         const int64_t tile = KeyTile<P>(attention, tile_panels).size() * int64_t(sizeof(T));
         return packs_first ? attention.N * attention.H_kv * key_tiles * tile : 0;
     }
-    int64_t worker_bytes() const { return own_bytes; }
+    int64_t worker_bytes() const { return heads == Heads::NAMED ? max(own_bytes, others().own_bytes) : own_bytes; }
 
     void place(uintptr_t shared) { packed = reinterpret_cast<T*>(shared); }
     // Neighbours in memory are packed one after the other: the heads of the same keys.
@@ -74,16 +81,16 @@ public:
         };
         fused_mha::run(attention.N * attention.H_kv * key_tiles, call.attention.threads, pack);
     }
-    // The last rows first: causal attention gives them the most work.
     void run_tasks(int64_t begin, int64_t end, uintptr_t own) const {
-        Arena arena{own};
-        Worker worker(*this, arena);
-        for (int64_t index = begin; index < end; ++index) worker.run(index % lanes, chunks.parts - 1 - index / lanes);
+        const int64_t count = own_tasks();
+        if (begin < count) run_own_tasks(begin, min(end, count), own);
+        if (end > count) others().run_own_tasks(max(begin, count) - count, end - count, own);
     }
 
 private:
     const fused_mha_forward_arguments& call;
     const Attention<P>& attention;
+    const Heads heads;
     const bool with_weights, averages;
     const int64_t all_panels;
     const bool takes_heads;  // a task has single queries of many heads, whose keys lie side by side
@@ -93,6 +100,18 @@ private:
     bool packs_first;     // all keys and values, since many tasks will read them
     T* packed = nullptr;
     int64_t own_bytes;
+
+    Forward others() const { return Forward(call, attention, Heads::OTHERS); }
+    bool takes(int64_t head) const {
+        return heads == Heads::ALL || (index_of_weights(call.attention, head) >= 0) == (heads == Heads::NAMED);
+    }
+    int64_t own_tasks() const { return lanes * chunks.parts; }
+    // The last rows first: causal attention gives them the most work.
+    void run_own_tasks(int64_t begin, int64_t end, uintptr_t own) const {
+        Arena arena{own};
+        Worker worker(*this, arena);
+        for (int64_t index = begin; index < end; ++index) worker.run(index % lanes, chunks.parts - 1 - index / lanes);
+    }
 
     int64_t tile_keys() const {
         if (attention.reads_in_place) return max(min(SCORES_BUDGET / max(attention.H, 1), MOST_TILE_KEYS), COLUMNS);
@@ -140,22 +159,20 @@ private:
         }
 
         void run(int64_t lane, int64_t chunk) {
-            tiles = forward.chunks.size(chunk);
             for (int64_t i = 0; i < strip_count; ++i) {
                 T* const s = scores + i * strip_size;
                 strips[i] = {s, P::KSTEP == 1 ? s : rounded, kept, maxima + i * MR, active + i * forward.tile_panels, 0};
             }
             const int64_t n = forward.lanes == attention.N ? lane : lane / attention.H_kv;
-            const int64_t first_tile = forward.chunks.begin(chunk);
             const int64_t count = attention.masking.visible_panels(n, panels, 0, forward.all_panels);
             if (forward.with_weights) {
-                attend_with_weights(n, first_tile, count);
+                attend_with_weights(n, chunk, count);
             } else if (forward.takes_heads) {
-                place_rows(n, 0, first_tile);
-                attend_heads(n, count);
+                place_rows(n, 0, chunk);
+                if (tiles > 0) attend_heads(n, count);
             } else {
-                place_rows(n, lane % attention.H_kv * attention.group, first_tile);
-                attend(n, lane % attention.H_kv, count);
+                place_rows(n, lane % attention.H_kv * attention.group, chunk);
+                if (tiles > 0) attend(n, lane % attention.H_kv, count);
             }
         }
 
@@ -181,14 +198,16 @@ private:
         T* const mean;  // [tile][row][mean_width], where the weights are of a narrower type
         int64_t tiles;  // of the task
 
-        // Makes `rows` the row tiles of the task, which are those from `first` on of the heads from `first_head` on.
-        void place_rows(int64_t n, int64_t first_head, int64_t first) {
+        // Makes `rows` the row tiles of the task, which are a chunk of those of the heads from `first_head` on.
+        void place_rows(int64_t n, int64_t first_head, int64_t chunk) {
             const Parts parts = attention.rows_of_head();
-            for (int64_t t = 0; t < tiles; ++t) {
-                const int64_t part = (first + t) % parts.parts;
+            tiles = 0;
+            for (int64_t i = forward.chunks.begin(chunk); i < forward.chunks.begin(chunk + 1); ++i) {
+                const int64_t head = first_head + i / parts.parts, part = i % parts.parts, t = tiles;
+                if (!forward.takes(head)) continue;
                 T* const s = statistics + t * 2 * MR;
-                rows[t] = {n, first_head + (first + t) / parts.parts, parts.begin(part), parts.size(part),
-                           queries + t * query_size, outputs + t * output_size, s, s + MR};
+                rows[tiles++] = {n, head, parts.begin(part), parts.size(part), queries + t * query_size,
+                                 outputs + t * output_size, s, s + MR};
             }
         }
 
@@ -233,15 +252,17 @@ private:
             return false;
         }
 
-        void attend_with_weights(int64_t n, int64_t first_tile, int64_t count) {
+        void attend_with_weights(int64_t n, int64_t chunk, int64_t count) {
             const int64_t used = ceil_div(count, forward.tile_panels);
-            place_rows(n, 0, first_tile);
-            if (forward.averages)
+            if (forward.averages) {
+                place_rows(n, 0, chunk);
                 for (int64_t t = 0; t < tiles; ++t)
                     for (int64_t r = 0; r < rows[t].rows; ++r)
                         zero(mean_row(t, r), attention.masking.keys * int64_t(sizeof(T)));
+            }
             for (int64_t h = 0; h < attention.H; ++h) {
-                place_rows(n, h, first_tile);
+                if (!forward.takes(h)) continue;
+                place_rows(n, h, chunk);
                 attend(n, h / attention.group, count);
                 for (int64_t t = 0; t < tiles; ++t)
                     for (int64_t r = 0; r < rows[t].rows; ++r)
@@ -262,42 +283,48 @@ private:
                         : element<T>(forward.call.weights, rows[t].n, rows[t].first + r);
         }
 
-        // Calls f(panel, its weights before the factor, factor) for what a row sees, in the first `used` strips.
+        // Calls f(first key, panels, weights of the first before the factor, factor) for what a row sees, in the first `used`
+        // strips: panels whose keys follow each other, of which the weights are rows[t].rows * COLUMNS apart.
         template <class F>
         void for_weights_of_row(int64_t t, int64_t r, int64_t used, F&& f) const {
             for (int64_t k = 0; k < used; ++k) {
                 const Strip<P>& strip = strips[t * forward.key_tiles + k];
+                const KeyPanel* const of_strip = panels + k * forward.tile_panels;
                 const T factor = attender.weight_factor(rows[t], strip, r);
-                for (int64_t s = 0; s < strip.active_count; ++s) {
-                    const int64_t p = strip.active[s];
-                    f(panels[k * forward.tile_panels + p], strip.scores + (p * rows[t].rows + r) * COLUMNS, factor);
+                for (int64_t s = 0, run; s < strip.active_count; s += run) {
+                    const int64_t p = strip.active[s], first = of_strip[p].first;
+                    for (run = 1; s + run < strip.active_count && strip.active[s + run] == p + run; ++run)
+                        if (of_strip[p + run].first != first + run * COLUMNS) break;
+                    f(first, run, strip.scores + (p * rows[t].rows + r) * COLUMNS, factor);
                 }
             }
         }
 
         void add_to_mean(int64_t t, int64_t r, int64_t used) const {
             T* row = mean_row(t, r);
-            const int64_t columns = attention.masking.keys;
-            for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* weights, T factor) {
+            const int64_t columns = attention.masking.keys, stride = rows[t].rows * COLUMNS;
+            for_weights_of_row(t, r, used, [&](int64_t first, int64_t run, const T* weights, T factor) {
                 const Vec<T> share = splat(factor / T(attention.H));
-                for (int64_t v = 0; v < COLUMNS; v += LANES<T>) {
-                    const int64_t column = panel.first + v;
-                    if (column >= columns) break;
-                    const Vec<T> before = load_some<T, OwnData<T>>(row + column, columns - column);
-                    store_some<T, OwnData<T>>(row + column, load(weights + v) * share + before, columns - column);
-                }
+                for (int64_t p = 0; p < run; ++p, first += COLUMNS, weights += stride)
+                    for (int64_t v = 0; v < COLUMNS; v += LANES<T>) {
+                        const int64_t column = first + v;
+                        if (column >= columns) break;
+                        const Vec<T> before = load_some<T, OwnData<T>>(row + column, columns - column);
+                        store_some<T, OwnData<T>>(row + column, load(weights + v) * share + before, columns - column);
+                    }
             });
         }
 
         void write_weights(int64_t t, int64_t r, int64_t used) const {
             const fused_mha_tensor& weights = forward.call.weights;
             const int64_t columns = attention.masking.keys, item = item_size(weights.dtype);
-            char* row = static_cast<char*>(row_of(weights, rows[t].n, rows[t].h, rows[t].first + r));
+            const int64_t index = index_of_weights(attention.a, rows[t].h);
+            char* row = static_cast<char*>(row_of(weights, rows[t].n, index, rows[t].first + r));
             int64_t written = 0;
-            for_weights_of_row(t, r, used, [&](const KeyPanel& panel, const T* of_panel, T factor) {
-                zero(row + written * item, (panel.first - written) * item);
-                written = min(panel.first + COLUMNS, columns);
-                unpack_row(of_panel, 0, written - panel.first, factor, weights.dtype, row + panel.first * item);
+            for_weights_of_row(t, r, used, [&](int64_t first, int64_t run, const T* of_run, T factor) {
+                zero(row + written * item, (first - written) * item);
+                written = min(first + run * COLUMNS, columns);
+                unpack_row(of_run, rows[t].rows * COLUMNS, written - first, factor, weights.dtype, row + first * item);
             });
             zero(row + written * item, (columns - written) * item);
         }

@@ -45,6 +45,7 @@ public:
         n = batch;
         h = of_head;
         index = block;
+        weights_index = plan.call.grad_weights.data ? index_of_weights(attention.a, h) : -1;
         first_row = plan.blocks.begin(block);
         rows = plan.blocks.size(block);
     }
@@ -132,12 +133,15 @@ public:
         for (int64_t r = 0; r < rows; ++r) delta[r] += reduce_add(delta_parts[r]);
     }
 
-    // Of a head's sink, whose dP is 0. `delta` is known then.
+    // Of a head's sink, whose dP is 0, and which is the log-sum-exp of a row that sees nothing. `delta` is known then.
     T grad_of_sink() const {
         const Vec<T> sink = splat(masking.sink(h)), exponent_factor = splat(masking.exponent_factor);
         T sum = 0;
         for (int64_t r = 0; r < rows; ++r)
-            if (inverse_sum[r] != 0) sum -= exp2((sink - splat(row_max[r])) * exponent_factor)[0] * inverse_sum[r] * delta[r];
+            if (inverse_sum[r] != 0)
+                sum -= exp2((sink - splat(row_max[r])) * exponent_factor)[0] * inverse_sum[r] * delta[r];
+            else
+                sum += plan.delta.of_lse(n, h, first_row + r);
         return sum;
     }
 
@@ -174,6 +178,7 @@ private:
     const DropoutSeed seed;
     T *query_a, *grad_a, *query_b, *grad_b;  // queries and dO, for products along D and along the rows
     T* query_row;                            // a single query as it lies
+    int64_t weights_index;                   // of the head's gradient of weights; -1 without
     T row_max[BLOCK_ROWS], inverse_sum[BLOCK_ROWS], delta[BLOCK_ROWS];
     Vec<T> delta_parts[BLOCK_ROWS];          // what its lanes sum to, where one chunk has all keys
     T *weights, *grad_scores;                // P, negative where dropped, and dP, then dS: [panel][row][COLUMNS]
@@ -197,7 +202,7 @@ private:
     // Scores become P; dP is that of the weights after dropout, and becomes that before it.
     template <bool DROPS>
     void weigh(int64_t first, int64_t size, const KeyPanel& panel, T* s, T* dp) {
-        const bool sums_deltas = plan.sees_all_keys, has_grad_weights = plan.call.grad_weights.data != nullptr;
+        const bool sums_deltas = plan.sees_all_keys, has_grad_weights = weights_index >= 0;
         const Vec<T> exponent_factor = splat(masking.exponent_factor), kept_factor = splat(attention.kept_factor());
         uint32_t kept[MR];
         if (DROPS) attention.draw(seed, n, h, first_row + first, size, panel, kept);
@@ -212,7 +217,7 @@ private:
             for (int v = 0; v < 2; ++v) {
                 Vec<T> x = exp2((load(s + v * W) - shifts) * exponent_factor) * inverse;
                 Vec<T> dx = load(dp + v * W);
-                if (has_grad_weights) dx = dx + plan.delta.grad_of_weights(n, h, first_row + first + r, panel.first + v * W);
+                if (has_grad_weights) dx = dx + plan.delta.grad_of_weights(n, weights_index, first_row + first + r, panel.first + v * W);
                 if (DROPS) dx = select(~kept[r] >> (v * W), dx * kept_factor, Vec<T>{});
                 if (sums_deltas) sum = sum + x * dx;
                 store(dp + v * W, dx);

@@ -239,11 +239,13 @@ private:
             for (int64_t v = 0; v < vectors(); ++v) {
                 T* const of_vector = scores + v * W;
                 const Vec<T> sink = load(sinks + v * W);
-                Vec<T> most = sink;
+                Vec<T> most = splat(Masking<T>::NEGATIVE_INFINITY);
                 for (int64_t j = 0; j < keys; ++j) most = max(load(of_vector + j * COLUMNS), most);
-                // -inf - -inf = NaN where every key is hidden
-                const Vec<T> shift = most == splat(Masking<T>::NEGATIVE_INFINITY) ? Vec<T>{} : most;
-                Vec<T> sum = exp2((sink - shift) * splat(masking.exponent_factor));
+                // -inf - -inf = NaN where every key is hidden; the backward knows such a row by a sum of 0, also with a sink
+                const auto is_hidden = most == splat(Masking<T>::NEGATIVE_INFINITY);
+                most = is_hidden ? most : max(most, sink);
+                const Vec<T> shift = is_hidden ? Vec<T>{} : most;
+                Vec<T> sum = is_hidden ? Vec<T>{} : exp2((sink - shift) * splat(masking.exponent_factor));
                 for (int64_t j = 0; j < keys; ++j) {
                     T* const at = of_vector + j * COLUMNS;
                     const Vec<T> x = exp2((load(at) - shift) * splat(masking.exponent_factor));
@@ -287,7 +289,7 @@ private:
             }
             for (int64_t i = 0; few.call.lse.data && i < lanes; ++i)
                 *element<T>(few.call.lse, n, lane[i].head, lane[i].row) =
-                    sums[i] == 0 ? Masking<T>::NEGATIVE_INFINITY
+                    sums[i] == 0 ? attention.masking.lse_of_hidden(lane[i].head)
                                  : maxima[i] * attention.masking.score_factor + std::log(sums[i]);
         }
 
@@ -306,8 +308,10 @@ private:
             with_data<T>(weights.dtype, [&](auto data) {
                 using Data = decltype(data);
                 for (int64_t i = 0; i < lanes; ++i) {
+                    const int64_t index = few.averages ? 0 : index_of_weights(a, lane[i].head);
+                    if (index < 0) continue;
                     void* const row = few.averages ? row_of(weights, n, lane[i].row, 0)
-                                                   : row_of(weights, n, lane[i].head, lane[i].row);
+                                                   : row_of(weights, n, index, lane[i].row);
                     for (int64_t first = 0; first < keys; first += W) {
                         T of_row[W] = {};
                         for (int64_t j = first; j < min(first + W, keys); ++j) of_row[j - first] = from[j * COLUMNS + i];

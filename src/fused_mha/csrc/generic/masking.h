@@ -131,8 +131,10 @@ public:
         }
     }
     // A head's logit beside those of its keys, in the units of scores as `apply` leaves them; -inf without.
-    T sink(int64_t h) const {
-        return a.sinks.data ? element_as<T>(a.sinks.dtype, a.sinks.data, h) / score_factor : NEGATIVE_INFINITY;
+    T sink(int64_t h) const { return lse_of_hidden(h) / score_factor; }
+    // Of a row that sees no key: the sink.
+    T lse_of_hidden(int64_t h) const {
+        return a.sinks.data ? element_as<T>(a.sinks.dtype, a.sinks.data, h) : NEGATIVE_INFINITY;
     }
     bool adds_padding() const { return a.key_padding_mask.data && a.key_padding_mask.dtype != FUSED_MHA_BOOL; }
 

@@ -61,14 +61,11 @@ public:
 
     void start(const RowTile<P>& tile) const {
         const void* rows[MR];
-        const T sink = masking.sink(tile.h);  // as if it had been a key before the others, of a value of zeros
         for (int64_t r = 0; r < tile.rows; ++r) {
             rows[r] = row_of(attention.a.query, tile.n, tile.first + r, tile.h);
-            tile.row_max[r] = sink;
-            tile.row_sum[r] = sink == Masking<T>::NEGATIVE_INFINITY ? T(0) : T(1);
+            tile.row_max[r] = Masking<T>::NEGATIVE_INFINITY;
+            tile.row_sum[r] = 0;
         }
-        if (attention.a.sinks.data)
-            zero(tile.output, tile.rows * COLUMNS * Panels<P>::panels(attention.D_v) * int64_t(sizeof(T)));
         if (attention.reads_in_place)
             SingleQuery<P>::unpack(attention.a.query.dtype, rows[0], attention.D, tile.query);
         else
@@ -142,12 +139,12 @@ public:
         const fused_mha_attention& a = attention.a;
         for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t i = tile.first + r;
-            const T sum = tile.row_sum[r];
+            const T share = take_sink(tile, r), sum = tile.row_sum[r];
             void* row = row_of(call.output, tile.n, i, tile.h);
             if (sum == 0)  // hidden everywhere
                 zero(row, attention.D_v * item_size(call.output.dtype));
             else
-                unpack_row(tile.output + r * COLUMNS, tile.rows * COLUMNS, attention.D_v, attention.kept_factor() / sum,
+                unpack_row(tile.output + r * COLUMNS, tile.rows * COLUMNS, attention.D_v, share * attention.kept_factor() / sum,
                            call.output.dtype, row);
             if (a.stats.data) {
                 *element<T>(a.stats, 0, tile.n, tile.h, i) = tile.row_max[r];
@@ -155,7 +152,7 @@ public:
             }
             if (call.lse.data)
                 *element<T>(call.lse, tile.n, tile.h, i) =
-                    sum == 0 ? Masking<T>::NEGATIVE_INFINITY : tile.row_max[r] * masking.score_factor + std::log(sum);
+                    sum == 0 ? masking.lse_of_hidden(tile.h) : tile.row_max[r] * masking.score_factor + std::log(sum);
         }
     }
 
@@ -238,6 +235,17 @@ private:
             tile.row_max[r] = strip.row_max[r];
         }
         return has_output;
+    }
+
+    // Takes the head's sink into the softmax of a row that sees a key, as one more key, of a value of zeros; what the output
+    // so far is to be multiplied with. A row that sees none keeps its sum of 0, which the backward knows it by.
+    T take_sink(const RowTile<P>& tile, int64_t r) const {
+        const T sink = masking.sink(tile.h), row_max = tile.row_max[r];
+        if (sink == Masking<T>::NEGATIVE_INFINITY || tile.row_sum[r] == 0) return 1;
+        const T later = sink > row_max ? sink : row_max, share = rescaling(row_max, later);
+        tile.row_max[r] = later;
+        tile.row_sum[r] = tile.row_sum[r] * share + rescaling(sink, later);
+        return share;
     }
 
     // -inf - -inf = NaN where every key was hidden so far

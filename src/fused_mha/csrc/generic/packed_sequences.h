@@ -198,10 +198,11 @@ void run_attention(const Call& call, int64_t first_batch = 0) {
     if (call.attention.cu_seqlens_q.data) return PackedSequences<P, Call>(call).run();
     with_computation<P>(call, first_batch, [&](auto&& computation) {
         const uintptr_t shared = aligned(call.attention.workspace.data), own = shared + uintptr_t(computation.shared_bytes());
+        const int64_t worker_bytes = computation.worker_bytes();
         computation.place(shared);
         computation.prepare(own);
         auto task = [&](int64_t index, int64_t worker) {
-            run_tasks(computation, call.attention, index, index + 1, own + uintptr_t(worker * computation.worker_bytes()));
+            run_tasks(computation, call.attention, index, index + 1, own + uintptr_t(worker * worker_bytes));
         };
         fused_mha::run(computation.tasks(), call.attention.threads, task);
     });
