@@ -68,7 +68,10 @@ def test_reorder_to_shorter_elements_gives_their_slots_back():
     assert_same(found, module(x[[1, 1], :6], x[[1, 1], :6], x[[1, 1], :6], is_causal=True)[0][:, 2:])
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+COPIES = {"copy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_a_copy_goes_its_own_way(duplicate):
     module, x = module_with(torch.float64, **EVERYTHING), draw(N, L, E)
     cache = KeyValueCache(module, N)
@@ -91,13 +94,14 @@ def test_a_copy_shares_no_memory():
     assert_same(decode(module, cache, x[:, 3:], [L - 3]), module(x, x, x, is_causal=True)[0][:, 3:])
 
 
-def test_an_unpickled_cache_is_of_the_module_that_it_is_first_given_to():
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_a_copy_is_of_the_module_that_it_is_first_given_to(duplicate):
     module, x = module_with(torch.float64), draw(N, 1, E)
-    cache = pickle.loads(pickle.dumps(KeyValueCache(module, N)))
-    module(x, x, x, cache=cache)
-    other = copy.deepcopy(module)
+    other, cache = duplicate((module, KeyValueCache(module, N)))
+    cache = duplicate(cache)
+    other(x, x, x, cache=cache)
     with pytest.raises(ValueError, match="cache must be one of this module"):
-        other(x, x, x, cache=cache)
+        module(x, x, x, cache=cache)
 
 
 def test_a_cache_moves_to_another_dtype():

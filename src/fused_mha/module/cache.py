@@ -130,14 +130,14 @@ class KeyValueCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_module": None}  # the next call binds it
+        return vars(self) | {"_module": None}  # it may be copied with its module; the next call binds it
 
     def __copy__(self) -> KeyValueCache:
         return self.__deepcopy__({})  # two caches in one memory would write over each other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyValueCache:
         twin = KeyValueCache.__new__(KeyValueCache)
-        vars(twin).update(vars(self))
+        vars(twin).update(self.__getstate__())
         with _writable():
             for name, x in vars(self).items():
                 if isinstance(x, Tensor):
@@ -312,7 +312,7 @@ class KeyValueCache:
     def _leave_out(self, last: Tensor) -> None:
         """Forget the last tokens of each element, (N), and move the others to the end."""
         stored, behind = self._stored, last if self._behind is None else self._behind + last
-        fewest = min(int(behind.min()), stored) if is_eager() else 0  # so many slots are free at the end of all
+        fewest = _number(behind.min().clamp(max=stored))  # so many slots are free at the end of all
         source = torch.arange(fewest, stored, device=last.device) - last.unsqueeze(1)  # (N, stored - fewest)
         before, source = source < 0, source.clamp(min=0)
         with torch.no_grad():
@@ -328,6 +328,18 @@ class KeyValueCache:
             behind = behind - before_all
             self._behind = behind if bool(behind.any()) else None
             self._hidden = hidden if bool(hidden.any()) else None
+
+
+def _number(count: Tensor) -> int:
+    """The count (); 0 of a tensor without a value, as those of tracers."""
+    if is_eager():
+        return int(count)
+    if not torch.compiler.is_dynamo_compiling():
+        return 0
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # not to break the graph
+        number = int(count)
+    torch._check(number >= 0)
+    return number
 
 
 @contextlib.contextmanager
