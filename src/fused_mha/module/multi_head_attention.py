@@ -19,7 +19,7 @@ from torch.nn.parameter import Parameter
 from fused_mha.core.heads import QKNorm
 from fused_mha.core.inputs import ModuleArguments, Window, check_are_tensors, check_dropout, check_module_inputs
 from fused_mha.core.modes import PLAIN_OR_NONE
-from fused_mha.module import loading, nested, one_call, projections, steps
+from fused_mha.module import decoding, loading, nested, one_call, projections, steps
 from fused_mha.module import options as module_options
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.options import ModuleOptions
@@ -360,8 +360,10 @@ class MultiHeadAttention(TorchAttention):
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-        if self.options is not None or positions is not None or cache is not None:
-            return steps.with_options(self, arguments, positions, cache)
+        if cache is not None:
+            return decoding.forward(self, arguments, positions, cache)
+        if self.options is not None or positions is not None:
+            return steps.with_options(self, arguments, positions, None)
         kept = one_call.kept(self, arguments)
         if kept is not None and kept.served is not None:
             return one_call.serve(kept, kept.served)
