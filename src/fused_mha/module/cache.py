@@ -93,10 +93,8 @@ class KeyValueCache:
         weight = module.k_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         capacity = (max_length or 0) if self._reach is None else 2 * self._reach + 1
         with _writable():
-            self._keys, self._values = (
-                torch.empty(batch_size, capacity, H_kv, size, dtype=dtype or weight.dtype, device=weight.device)
-                for size in (D, D_v)
-            )
+            of_weight = weight.new_empty(0, dtype=dtype)
+            self._keys, self._values = (_buffer(batch_size, capacity, H_kv, size, of_weight) for size in (D, D_v))
         self._hidden: Tensor | None = None  # (N, stored)
         self._behind: Tensor | None = None  # (N), how many tokens fewer than `length` an element has
         self._stored = 0  # slots in use
@@ -175,7 +173,9 @@ class KeyValueCache:
             raise ValueError(f"indices must be in [0, batch_size = {self.batch_size}); got {indices.tolist()}")
         indices = indices.to(self._keys.device)
         with _writable():
-            self._keys, self._values = (x.index_select(0, indices) for x in (self._keys, self._values))
+            self._keys, self._values = (
+                x.transpose(1, 2).index_select(0, indices).transpose(1, 2) for x in (self._keys, self._values)
+            )
         if self._hidden is not None:
             self._hidden = self._hidden.index_select(0, indices)
         if self._behind is not None:
@@ -349,11 +349,16 @@ def _writable() -> Iterator[None]:
         yield
 
 
+def _buffer(N: int, capacity: int, H_kv: int, D: int, like: Tensor) -> Tensor:
+    """Memory (N, capacity, H_kv, D) in which the tokens of a head lie side by side, as attention reads them."""
+    return like.new_empty(N, H_kv, capacity, D).transpose(1, 2)
+
+
 def _copies(buffers: tuple[Tensor, Tensor], first: int, last: int, capacity: int) -> tuple[Tensor, Tensor]:
     copies = []
     with _writable():
         for buffer in buffers:
-            copy = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
+            copy = _buffer(buffer.shape[0], capacity, *buffer.shape[2:], buffer)
             copy[:, : last - first] = buffer[:, first:last]
             copies.append(copy)
     return copies[0], copies[1]
