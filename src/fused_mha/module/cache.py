@@ -21,7 +21,7 @@ from fused_mha.core.modes import is_eager
 if TYPE_CHECKING:
     from fused_mha.module.multi_head_attention import MultiHeadAttention
 
-_LEAST_CAPACITY = 16
+LEAST_CAPACITY = 16
 
 
 class Extended(NamedTuple):
@@ -92,7 +92,7 @@ class KeyValueCache:
         self._module = weakref.ref(module)
         weight = module.k_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         capacity = (max_length or 0) if self._reach is None else 2 * self._reach + 1
-        with _writable():
+        with writable():
             of_weight = weight.new_empty(0, dtype=dtype)
             self._keys, self._values = (_buffer(batch_size, capacity, H_kv, size, of_weight) for size in (D, D_v))
         self._hidden: Tensor | None = None  # (N, stored)
@@ -136,7 +136,7 @@ class KeyValueCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyValueCache:
         twin = KeyValueCache.__new__(KeyValueCache)
         vars(twin).update(self.__getstate__())
-        with _writable():
+        with writable():
             for name, x in vars(self).items():
                 if isinstance(x, Tensor):
                     setattr(twin, name, x.clone())
@@ -153,7 +153,7 @@ class KeyValueCache:
         Returns:
             The cache itself.
         """
-        with _writable():
+        with writable():
             self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
         self._hidden, self._behind = (None if x is None else x.to(device) for x in (self._hidden, self._behind))
         return self
@@ -172,7 +172,7 @@ class KeyValueCache:
         if not bool(((indices >= 0) & (indices < self.batch_size)).all()):
             raise ValueError(f"indices must be in [0, batch_size = {self.batch_size}); got {indices.tolist()}")
         indices = indices.to(self._keys.device)
-        with _writable():
+        with writable():
             self._keys, self._values = (
                 x.transpose(1, 2).index_select(0, indices).transpose(1, 2) for x in (self._keys, self._values)
             )
@@ -299,7 +299,7 @@ class KeyValueCache:
         buffers, needed = (self._keys, self._values), kept + new
         if kept == self._stored and needed <= self.capacity:
             return buffers
-        capacity = max(needed, self.capacity if self._reach is not None else max(2 * self.capacity, _LEAST_CAPACITY))
+        capacity = max(needed, self.capacity if self._reach is not None else max(2 * self.capacity, LEAST_CAPACITY))
         return _copies(buffers, self._stored - kept, self._stored, capacity)
 
     def _keep_last(self, count: int) -> None:
@@ -343,7 +343,7 @@ def _number(count: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _writable() -> Iterator[None]:
+def writable() -> Iterator[None]:
     """New tensors that can be written to later: those of inference mode could not be, outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -356,9 +356,10 @@ def _buffer(N: int, capacity: int, H_kv: int, D: int, like: Tensor) -> Tensor:
 
 def _copies(buffers: tuple[Tensor, Tensor], first: int, last: int, capacity: int) -> tuple[Tensor, Tensor]:
     copies = []
-    with _writable():
+    with writable():
         for buffer in buffers:
-            copy = _buffer(buffer.shape[0], capacity, *buffer.shape[2:], buffer)
+            N, _, H_kv, D = buffer.shape
+            copy = _buffer(N, capacity, H_kv, D, buffer)
             copy[:, : last - first] = buffer[:, first:last]
             copies.append(copy)
     return copies[0], copies[1]
