@@ -26,6 +26,31 @@ def test_truncation_forgets_the_last_tokens(length):
     assert_same(decode(module, cache, x[:, kept:], 2), module(x, x, x, is_causal=True)[0][:, kept:])
 
 
+@pytest.mark.parametrize("length", [0, 2, 6])
+def test_truncation_keeps_the_padding_at_the_left(length):
+    module, x = module_with(torch.float64, **EVERYTHING), draw(N, L, E)
+    padding = torch.arange(L) < torch.tensor([[0], [3]])
+    cache = KeyValueCache(module, N)
+    for end in (8, L):
+        chunk, of_chunk = x[:, cache.length : end], padding[:, cache.length : end]
+        with torch.no_grad():
+            output, _ = module(chunk, chunk, chunk, is_causal=True, key_padding_mask=of_chunk, cache=cache)
+        cache.truncate(length)
+        assert cache.length == length
+    expected, _ = module(x, x, x, is_causal=True, key_padding_mask=padding)
+    visible = ~padding[:, length:]
+    assert_same(output[visible], expected[:, length:][visible])
+
+
+def test_truncation_of_elements_of_one_length_moves_nothing():
+    module, x = module_with(torch.float64), draw(N, L, E)
+    cache = KeyValueCache(module, N)
+    decode(module, cache, x, L)
+    before = cache._keys._version
+    cache.truncate(3)
+    assert cache._keys._version == before
+
+
 def test_truncation_to_other_lengths_of_each():
     module, x = module_with(torch.float64, **EVERYTHING), draw(N, L, E)
     cache = KeyValueCache(module, N)
@@ -193,9 +218,11 @@ def test_any_sequence_of_steps_is_what_each_element_gives_alone(data):
                     assert_same(output[n, :count], expected[-count:].detach())
         elif step == "truncate":
             lengths = [data.draw(st.integers(0, len(x) + 1)) for x in elements]
+            of_all = data.draw(st.booleans()) and not (cache._reach is not None and cache._dropped)
+            lengths = lengths[:1] * len(lengths) if of_all else lengths
             if cache._reach is not None and cache._dropped:  # what a ring has dropped, tests above ask
                 lengths = [len(x) if length else 0 for x, length in zip(elements, lengths, strict=True)]
-            cache.truncate(lengths)
+            cache.truncate(lengths[0] if of_all else lengths)
             elements = [x[:length] for x, length in zip(elements, lengths, strict=True)]
         else:
             indices = data.draw(st.lists(st.integers(0, len(elements) - 1), min_size=1, max_size=3))

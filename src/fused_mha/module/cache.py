@@ -191,6 +191,10 @@ class KeyValueCache:
         Raises:
             ValueError: of another shape, negative, or so few that a ring has dropped what they would attend to.
         """
+        if type(length) is int and length >= 0 and self._behind is None and not self._dropped:  # nothing has to move
+            self._stored = min(self._stored, length)
+            self._hidden = self._hidden[:, : self._stored] if self._hidden is not None and length else None
+            return
         kept = torch.as_tensor(length, device=self._keys.device)
         if kept.shape not in ((), (self.batch_size,)) or kept.is_floating_point() or bool((kept < 0).any()):
             raise ValueError(f"length must be a count of tokens, or (N) = ({self.batch_size},) counts; got {length}")
