@@ -38,7 +38,7 @@ def test_a_cache_without_layers_is_refused(monkeypatch):
     old.__version__, old.cache_utils = "4.53.3", caches
     monkeypatch.setitem(sys.modules, "transformers", old)
     monkeypatch.setitem(sys.modules, "transformers.cache_utils", caches)
-    with pytest.raises(ImportError, match=r"a cache needs transformers 4\.54 or later; got 4\.53\.3"):
+    with pytest.raises(ImportError, match=r"a cache needs transformers 4\.56 or later; got 4\.53\.3"):
         integration.cache(None)
 
 

@@ -1,6 +1,7 @@
 """The cache for models of transformers: keys, tokens and logits of transformers' own, without copying what is kept."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from fused_mha.integrations import transformers as integration  # noqa: E402
 from transformers_models import DECODERS, build, config_of, inputs_of, is_served, visible  # noqa: E402
 
 VERSION = tuple(int(number) for number in transformers.__version__.split(".")[:2])
-pytestmark = pytest.mark.skipif(VERSION < (4, 54), reason="caches of this transformers have no layers")
-NAME = "cache" if VERSION >= (5, 20) else "past_key_values"
+pytestmark = pytest.mark.skipif(VERSION < (4, 56), reason="the caches of this transformers have no such layers")
+IS_CACHE = "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+NAME = "cache" if IS_CACHE else "past_key_values"
 N, H, D = 2, 2, 8
 LAYERS = {"full": "Llama", "window": "Mistral"}
 every_layer = pytest.mark.parametrize("name", LAYERS.values(), ids=LAYERS)
@@ -176,12 +178,19 @@ def logits_of(model, cache, inputs, chunks):
 
 
 @pytest.mark.parametrize("padding", [None, "left"], ids=["whole", "left"])
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma 2", "GPT-OSS"])
+@pytest.mark.parametrize("name", [name for name in ("Llama", "Mistral", "Gemma 2", "GPT-OSS") if is_served(name)])
 def test_logits_are_those_behind_transformers_cache(name, padding):
     model, inputs = build(name, "fused_mha"), inputs_of(name, padding)
     ours, theirs = (logits_of(model, cache, inputs, [4, 1, 1, 2, 1]) for cache in both(name))
     keep = visible(inputs, *ours.shape[:2])
     assert torch.equal(ours[keep], theirs[keep])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_logits_of_other_implementations_are_the_same_too(implementation):
+    model, inputs = build("Llama", implementation), inputs_of("Llama", "left")
+    ours, theirs = (logits_of(model, cache, inputs, [4, 1, 1, 2, 1]) for cache in both("Llama"))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -200,7 +209,7 @@ def test_generation_takes_the_tokens_of_transformers_cache(name, beams):
 
 @every_layer
 def test_assisted_decoding_crops_it(name):
-    if name == "Mistral" and VERSION < (5, 20):
+    if name == "Mistral" and not hasattr(transformers.DynamicCache, "activate_past_recording"):
         pytest.skip("this transformers crops no window that is full")
     model, assistant = build(name, "fused_mha"), build(name, "fused_mha", num_hidden_layers=1)
     inputs = {"input_ids": inputs_of(name)["input_ids"][:1]}

@@ -19,7 +19,7 @@ from fused_mha.integrations.lazy_mask import Band, LazyMask
 from fused_mha.integrations.transformers_masks import attention_mask, masking_utils
 
 OLDEST = "4.48"
-OLDEST_WITH_LAYERS = "4.54"  # of caches
+OLDEST_WITH_LAYERS = "4.56"  # of caches
 
 # What models hand through to their layers, and what no attention function of transformers computes with.
 NOT_OF_ATTENTION = frozenset(
@@ -85,7 +85,7 @@ def cache(config: Any) -> Any:
         An empty cache.
 
     Raises:
-        ImportError: transformers is not installed, or older than 4.54.
+        ImportError: transformers is not installed, or older than 4.56.
 
     Examples:
         >>> from fused_mha.integrations import transformers as integration

@@ -262,15 +262,10 @@ class KeyValueCache:
         new = key.shape[1]
         kept = self._kept_for(new)
         buffers = self._with_room(kept, new)
-        with torch.no_grad():
-            for buffer, x in zip(buffers, (key, value), strict=True):
-                buffer[:, kept : kept + new] = x
+        keys, values = (buffer[:, : kept + new] for buffer in buffers)
+        keys[:, kept:], values[:, kept:] = key.detach(), value.detach()
         if torch.is_grad_enabled():  # what autograd saves, no later call may write to
-            keys, values = (
-                torch.cat((buffer[:, :kept], x), dim=1) for buffer, x in zip(buffers, (key, value), strict=True)
-            )
-        else:
-            keys, values = (buffer[:, : kept + new] for buffer in buffers)
+            keys, values = torch.cat((keys[:, :kept], key), dim=1), torch.cat((values[:, :kept], value), dim=1)
         hidden = None
         if padding is not None or self._hidden is not None:
             N, device = self.batch_size, key.device
