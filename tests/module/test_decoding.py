@@ -152,6 +152,23 @@ def test_tokens_of_which_one_is_no_key_take_the_steps(by_steps):
     assert len(by_steps) == 4
 
 
+def test_an_error_is_that_of_the_steps():
+    module, x = module_with(torch.float64), draw(N, 1, E)
+    cache = KeyValueCache(module, N)
+    with pytest.raises(RuntimeError, match=r"must have one dtype .* got torch.float32"):
+        token_of(module, x.float(), cache)
+    with pytest.raises(AssertionError, match=f"query must have embedding size embed_dim = {E}"):
+        token_of(module, x[..., 1:], cache)
+    with pytest.raises(ValueError, match="cache must have the call's batch size, 1; got 2"):
+        token_of(module, x[:1], cache)
+    with pytest.raises(TypeError, match=r"cache must be a fused_mha\\.KeyValueCache; got str"):
+        token_of(module, x, "cache")
+    module.num_heads = "4"
+    with pytest.raises(TypeError, match="num_heads must be an int; got '4'"):
+        token_of(module, x, cache)
+    assert cache.length == 0
+
+
 def test_a_changed_parameter_is_seen(by_steps):
     module, x = module_with(torch.float64, **CONFIGS["no option"]), draw(N, 3, E)
     cache, twin = KeyValueCache(module, N), KeyValueCache(module, N)

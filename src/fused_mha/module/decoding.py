@@ -73,7 +73,9 @@ def _projections(module: MultiHeadAttention, arguments: ModuleArguments, cache: 
     if dispatch.forced() not in (None, cpu.BACKEND.name) or cpu.LIBRARY is None or type(cache) is not KeyValueCache:
         return None
     dtype = x.dtype
-    if type(x) not in PLAIN_TYPES or not x.is_cpu or x.is_neg() or not linear.serves(dtype, E, x):
+    if type(module.num_heads) is not int or type(x) not in PLAIN_TYPES or not x.is_cpu or x.is_neg():
+        return None
+    if not linear.serves(dtype, E, x):
         return None
     found = one_call.found_parameters(module)
     if found is None or found[0] is None:
