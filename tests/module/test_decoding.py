@@ -161,7 +161,7 @@ def test_an_error_is_that_of_the_steps():
         token_of(module, x[..., 1:], cache)
     with pytest.raises(ValueError, match="cache must have the call's batch size, 1; got 2"):
         token_of(module, x[:1], cache)
-    with pytest.raises(TypeError, match=r"cache must be a fused_mha\\.KeyValueCache; got str"):
+    with pytest.raises(TypeError, match=r"cache must be a fused_mha\.KeyValueCache; got str"):
         token_of(module, x, "cache")
     module.num_heads = "4"
     with pytest.raises(TypeError, match="num_heads must be an int; got '4'"):
