@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"model      {n_parameters:,} parameters, {options.layers} layers of {options.heads} heads", flush=True)
     training = Training("rotary", model, 2e-3, options.steps)
     next_batch = batches(text, options.batch_size, options.context, options.seed)
-    if not train_in_turns([training], next_batch, options.steps) and not training.losses:
+    finished = train_in_turns([training], next_batch, options.steps)
+    if not training.losses:
         return INTERRUPTED
     model.eval()
     last = training.losses[-max(1, len(training.losses) // 10) :]
@@ -170,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / "generate_text.json"
     write_whole(path, lambda part: part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8"))
     print(f"wrote {path}")
+    if not finished:
+        return INTERRUPTED
     return 0 if is_same else 1
 
 

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="there is no C++ lib
 
 @pytest.fixture
 def by_steps(monkeypatch):
-    """The calls that the steps have served."""
+    """The calls that the steps have served, where our product is the faster one, as on processors with vectors."""
+    monkeypatch.setattr(decoding.linear, "serves", lambda *_: True)
     calls, with_options = [], decoding.steps.with_options
 
     def spy(*arguments):
@@ -65,7 +66,7 @@ def test_a_token_in_other_dtypes(dtype, by_steps):
     module, x = module_with(dtype, **EVERYTHING), draw(N, L, E, dtype=dtype)
     cache = KeyValueCache(module, N)
     output = torch.cat([token_of(module, x[:, i : i + 1], cache) for i in range(L)], 1)
-    assert len(by_steps) == (0 if decoding.linear.serves(dtype, E, x[:, :1]) else L)
+    assert not by_steps
     expected, _ = module(x, x, x, is_causal=True)
     bound = {torch.float32: torch.float32}.get(dtype, torch.bfloat16)
     assert_same(output, expected, bound)
@@ -150,6 +151,13 @@ def test_tokens_of_which_one_is_no_key_take_the_steps(by_steps):
         module = module.float()
         token_of(module, x.float(), KeyValueCache(module, N, dtype=torch.bfloat16))
     assert len(by_steps) == 4
+
+
+def test_a_token_whose_product_torch_makes_faster_takes_the_steps(by_steps, monkeypatch):
+    monkeypatch.setattr(decoding.linear, "serves", lambda *_: False)
+    module, x = module_with(torch.float64), draw(N, 1, E)
+    token_of(module, x, KeyValueCache(module, N))
+    assert len(by_steps) == 1
 
 
 def test_an_error_is_that_of_the_steps():

@@ -1,8 +1,8 @@
 """`KeyValueCache`: the keys and values of the tokens that a module has seen, for decoding.
 
 Users make one for each module and give it to the module's forward; `steps` asks it for all keys of a call, and tells it
-when the call has succeeded. Tokens lie side by side in one buffer, and every element's last token in the same slot, so
-that attention is aligned at the bottom right for all: shorter elements have hidden slots before their first token.
+when the call has succeeded. A head's tokens lie side by side in one buffer, and every element's last token in the same
+slot, so that attention is aligned at the bottom right for all: shorter elements have hidden slots before their first.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ class KeyValueCache:
         weight = module.k_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         capacity = (max_length or 0) if self._reach is None else 2 * self._reach + 1
         with writable():
-            of_weight = weight.new_empty(0, dtype=dtype)
-            self._keys, self._values = (_buffer(batch_size, capacity, H_kv, size, of_weight) for size in (D, D_v))
+            self._keys, self._values = (
+                _buffer(batch_size, capacity, H_kv, size, dtype or weight.dtype, weight.device) for size in (D, D_v)
+            )
         self._hidden: Tensor | None = None  # (N, stored)
         self._behind: Tensor | None = None  # (N), how many tokens fewer than `length` an element has
         self._stored = 0  # slots in use
@@ -348,9 +349,9 @@ def writable() -> Iterator[None]:
         yield
 
 
-def _buffer(N: int, capacity: int, H_kv: int, D: int, like: Tensor) -> Tensor:
+def _buffer(N: int, capacity: int, H_kv: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory (N, capacity, H_kv, D) in which the tokens of a head lie side by side, as attention reads them."""
-    return like.new_empty(N, H_kv, capacity, D).transpose(1, 2)
+    return torch.empty(N, H_kv, capacity, D, dtype=dtype, device=device).transpose(1, 2)
 
 
 def _copies(buffers: tuple[Tensor, Tensor], first: int, last: int, capacity: int) -> tuple[Tensor, Tensor]:
@@ -358,7 +359,7 @@ def _copies(buffers: tuple[Tensor, Tensor], first: int, last: int, capacity: int
     with writable():
         for buffer in buffers:
             N, _, H_kv, D = buffer.shape
-            copy = _buffer(N, capacity, H_kv, D, buffer)
+            copy = _buffer(N, capacity, H_kv, D, buffer.dtype, buffer.device)
             copy[:, : last - first] = buffer[:, first:last]
             copies.append(copy)
     return copies[0], copies[1]
