@@ -639,7 +639,7 @@ FAULTS = [
         PACKAGE + "module/cache.py",
         "fewest = _number(behind.min().clamp(max=stored))",
         "fewest = 0 * _number(behind.min().clamp(max=stored))",
-        CACHE,
+        "tests/module/test_cache_changes.py",
     ),
     Fault(
         "a token behind a cache drops no weights in training",
