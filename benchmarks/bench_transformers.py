@@ -1,7 +1,7 @@
 """Models of transformers on `fused_mha` against their own `eager` and `sdpa`: `python benchmarks/run.py transformers`.
 
-Llamas of random weights: the prefill of a prompt, a training step, and decoding one token behind a thousand. Each
-contender is a model of its own with the same weights. All of a model counts, so that attention is only a part.
+Llamas of random weights: the prefill of a prompt, and a training step; `bench_decoding.py` has what follows a prompt.
+Each contender is a model of its own with the same weights. All of a model counts, so that attention is only a part.
 """
 
 from __future__ import annotations
@@ -56,30 +56,11 @@ def result_of(model: nn.Module, run: Callable[[], Tensor]) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
-def decoding(model: nn.Module, tokens: Tensor) -> Callable[[], Tensor]:
-    """One token behind a growing cache of all others, transformers' own, which is put back afterwards."""
-    with torch.inference_mode():
-        result = model(tokens[:, :-1], use_cache=True)
-    name = "cache" if "cache" in result else "past_key_values"  # from transformers 5 on, and before
-    cache, cached = result[name], tokens.shape[1] - 1
-
-    def run() -> Tensor:
-        with torch.inference_mode():
-            logits = model(tokens[:, -1:], **{name: cache}).logits
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, :cached], layer.values[:, :, :cached]
-        return logits
-
-    return run
-
-
 LAYERS = 6
 SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "num_key_value_heads": 2}
-WIDER = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12}
 KINDS = {
     "prefill": Kind(GroupBar(1.3, 1.8), SMALL, ((1, 1024),), prefill),
     "training step": Kind(GroupBar(1.3, 1.8), SMALL, ((1, 1024),), training_step),
-    "decoding, a token behind 1000": Kind(GroupBar(1.2, 2.0), WIDER, ((1, 1001), (8, 1001)), decoding),
 }
 GROUPS = {group: kind.bar for group, kind in KINDS.items()}
 

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     absent = {"random"}
     absent |= set() if torch.cuda.is_available() else {"cuda"}
-    absent |= set() if importlib.util.find_spec("transformers") else {"transformers"}
+    absent |= set() if importlib.util.find_spec("transformers") else {"decoding", "transformers"}
     possible = [name for name in known if name not in absent]
     statuses = []
     for name in options.names or possible:

@@ -131,28 +131,41 @@ class TextModel(nn.Module):
         return self.next_character(self.encoder(x, mask=self.causal_mask[:length, :length], is_causal=True))
 
 
+NextLogits = Callable[[Tensor], Tensor]  # codes (L) of a text to the logits (vocabulary) of its next character
+
+
 @torch.no_grad()
-def generate(model: TextModel, text: Text, prompt: str, length: int, temperature: float, seed: int) -> str:
-    """Continue ``prompt`` by ``length`` characters, each drawn from the model's distribution."""
+def generate(next_logits: NextLogits, text: Text, prompt: str, length: int, temperature: float, seed: int) -> str:
+    """Continue ``prompt`` by ``length`` characters, each drawn from a model's distribution."""
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
     codes = text.encode(prompt.replace(INDENTATION, "\t"))
     for _ in range(length):
-        logits = model(codes[-model.context :].unsqueeze(0))[0, -1]
+        logits = next_logits(codes)
         if not logits.isfinite().all():
             break  # a model that has diverged knows no next character
         logits[0] = -math.inf  # the code of rare characters stands for none in particular
         drawn = torch.multinomial((logits / temperature).softmax(0), 1, generator=generator)
         codes = torch.cat([codes, drawn])
-    model.train(was_training)
     return text.decode(codes).replace("\t", INDENTATION)
+
+
+def batches(text: Text, batch_size: int, context: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """What gives a batch of pieces of the text, and of the same one character later, at each call."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(context + 1)
+
+    def next_batch() -> tuple[Tensor, Tensor]:
+        starts = torch.randint(len(text.codes) - context, (batch_size, 1), generator=generator)
+        windows = text.codes[starts + offsets]
+        return windows[:, :-1], windows[:, 1:]
+
+    return next_batch
 
 
 class Training:
     """A model being trained, with its loss and its seconds by step."""
 
-    def __init__(self, name: str, model: TextModel, learning_rate: float, steps: int) -> None:
+    def __init__(self, name: str, model: nn.Module, learning_rate: float, steps: int) -> None:
         self.name = name
         self.model = model
         self.losses: list[float] = []
@@ -453,14 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
 
-    generator = torch.Generator().manual_seed(options.seed)
-    offsets = torch.arange(options.context + 1)
-
-    def next_batch() -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(text.codes) - options.context, (options.batch_size, 1), generator=generator)
-        windows = text.codes[starts + offsets]
-        return windows[:, :-1], windows[:, 1:]
-
+    next_batch = batches(text, options.batch_size, options.context, options.seed)
     finished = train_in_turns(trainings, next_batch, options.steps)
     steps = len(ours.losses)
     if not finished:
@@ -470,7 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     comparison = compare_losses(theirs.losses, ours.losses)
     tokens_per_step = options.batch_size * options.context
-    sample = generate(ours.model, text, "\n    def ", 500, temperature=0.6, seed=options.seed)
+    model = ours.model.eval()
+    sample = generate(
+        lambda codes: model(codes[None, -options.context :])[0, -1], text, "\n    def ", 500, 0.6, options.seed
+    )
     results = {
         "options": {**vars(options), "out": str(options.out)},
         "torch_version": torch.__version__,

@@ -97,7 +97,12 @@ CUDA_GROUPS = (
         ("AMD EPYC: the attention core", "amd_epyc_avx512_bf16/attention.json", None),
         ("Intel Xeon, 2 cores: scaled_dot_product_attention", "intel_xeon_avx512_amx/sdpa.json", None),
         ("Intel Xeon, 2 cores: softcap, sinks and ALiBi", "intel_xeon_avx512_amx/options.json", None),
-        ("Intel Xeon, 2 cores: models of transformers", "intel_xeon_avx512_amx/transformers.json", None),
+        (
+            "Intel Xeon, 2 cores: models of transformers",
+            "intel_xeon_avx512_amx/transformers.json",
+            ("prefill", "training step"),
+        ),
+        ("Intel Xeon, 2 cores: decoding", "intel_xeon_avx512_amx/decoding.json", None),
         ("NVIDIA H100", "nvidia_h100/cuda.json", CUDA_GROUPS),
     ],
 )
@@ -153,7 +158,8 @@ def test_the_reference_has_everything_that_is_public():
     documented = set(re.findall(r"^::: fused_mha\.(\S+)$", page, re.MULTILINE))
     documented -= {"testing.strategies"}  # all of the file, which is no part of fused_mha.testing
     public = {*fused_mha.__all__, *(f"testing.{name}" for name in fused_mha.testing.__all__)}
-    public |= {"integrations.transformers.register"}  # imported by its own name, since transformers is an extra
+    # Imported by its own name, since transformers is an extra.
+    public |= {f"integrations.transformers.{name}" for name in ("cache", "register")}
     assert documented == public
 
 

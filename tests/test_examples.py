@@ -217,6 +217,49 @@ def test_bad_options_are_refused_with_the_reason(
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture
+def generate_text(train_text_model: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load("generate_text", monkeypatch)
+    monkeypatch.setattr(module, "standard_library_text", train_text_model.standard_library_text)
+    return module
+
+
+GENERATE = ["--quick", "--steps", "3", "--context", "8", "--length", "20"]  # beyond the window, and the ring's memory
+
+
+def test_a_cache_writes_the_text_of_recomputing(
+    generate_text: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert generate_text.main([*GENERATE, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("characters a second") == 2
+    assert "both wrote the same text:\n  |" in printed
+    numbers = json.loads((tmp_path / "generate_text.json").read_text())
+    assert numbers["is_same"]
+    assert len(numbers["texts"][0]) > 20
+    assert len(numbers["losses"]) == 3
+
+
+def test_a_cache_that_forgets_fails(
+    generate_text: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def forgetful(model: Any) -> Any:
+        return lambda codes: model(codes[None, -1:])[0, -1]
+
+    monkeypatch.setattr(generate_text, "with_cache", forgetful)
+    assert generate_text.main([*GENERATE, "--out", str(tmp_path)]) == 1
+    assert "FAILED: recomputing wrote another text" in capsys.readouterr().out
+
+
+def test_an_odd_number_of_heads_is_refused(generate_text: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate_text.main(["--heads", "3"])
+    assert "--heads must be even: two heads of the query read one of the key; got 3" in capsys.readouterr().err
+
+
 def test_a_model_of_transformers_writes_the_same_on_both() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed; the extra `transformers` has it")
     result = run("use_in_transformers.py", "--prompt", "24", "--write", "6")

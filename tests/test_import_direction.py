@@ -86,6 +86,7 @@ ALLOWED = {
     "integrations.transformers": {
         *("core.attention", "integrations.lazy_mask", "integrations.transformers_masks"),
     },
+    "integrations.transformers_cache": {"module.cache"},
     "integrations.transformers_masks": {"core.inputs", "core.masks", "integrations.lazy_mask"},
     "integrations.lazy_mask": {"core.inputs", "core.masks"},
     "module": set(),
@@ -103,8 +104,12 @@ ALLOWED = {
     },
     "module.multi_head_attention": {
         *("core.heads", "core.inputs", "core.modes"),
-        *(f"module.{name}" for name in ("cache", "loading", "nested", "one_call", "options")),
+        *(f"module.{name}" for name in ("cache", "decoding", "loading", "nested", "one_call", "options")),
         *(f"module.{name}" for name in ("projections", "quantization", "rotary", "steps")),
+    },
+    "module.decoding": {
+        *("backends.cpu", "core.dispatch", "core.inputs", "core.modes"),
+        *(f"module.{name}" for name in ("cache", "linear", "one_call", "steps")),
     },
     "module.steps": {
         *("core.heads", "core.inputs", "core.masks", "core.plans"),
@@ -256,6 +261,7 @@ THIRD_PARTY = {  # of every other file torch alone
     "testing.strategies": {"torch", "hypothesis"},
     "benchmark.command": {"torch", "tqdm"},
     "benchmark.plot": {"matplotlib"},
+    "integrations.transformers_cache": {"torch", "transformers"},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}

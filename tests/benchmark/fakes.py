@@ -88,5 +88,9 @@ def failing():
     raise RuntimesOwnError("no such node", 7)
 
 
+def failing_in_the_first_call():
+    return failing
+
+
 def dying():
     os._exit(1)

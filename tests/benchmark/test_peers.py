@@ -10,6 +10,7 @@ from benchmark.fakes import SHAPE, InThisProcess, case, peer, refused, run, torc
 from fused_mha.benchmark import attention_cases, command, comparison, harness, peers, suites
 from fused_mha.benchmark.attention_cells import Cell as AttentionCell
 from fused_mha.benchmark.module_cells import Cell, Mode, ModuleCall
+from fused_mha.benchmark.processes import ContenderError
 
 CELL = Cell(1, 3, 3, 8, 2)
 
@@ -110,15 +111,20 @@ def test_ours_and_torchs_are_kept_where_ctrl_c_stops_a_peer(beside, capsys, tmp_
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
-def test_a_failing_process_is_named_and_the_next_case_goes_on(monkeypatch):
-    contenders = InThisProcess({})
-    monkeypatch.setattr(contenders, "turns", lambda *_: (_ for _ in ()).throw(RuntimeError("its process ended")))
+def test_a_peer_that_fails_while_it_is_timed_is_named_and_the_others_are_timed_without_it(monkeypatch):
+    contenders = InThisProcess({"ours": 2.0, "a": 3.0})
+    whole_turns = contenders.turns
+
+    def turns_of(names, seconds):
+        if "b" in names:
+            raise ContenderError("b", RuntimeError("its process ended"))
+        return whole_turns(names, seconds)
+
+    monkeypatch.setattr(contenders, "turns", turns_of)
     (one,) = suites.own_cases([CELL], "fp32", Mode())
     turns = peers.turns_with({"a": peer(torchs), "b": peer(torchs)}, one, contenders, 0.1)
-    assert turns.rows(one) == {}
-    assert list(map(str, turns.wrong.values())) == [
-        "WRONG fp32, inference, against a and b, 1x3x8x2: its process ended"
-    ]
+    assert turns.rows(one).keys() == {"a"}
+    assert list(map(str, turns.wrong.values())) == ["WRONG fp32, inference, against b, 1x3x8x2: its process ended"]
 
 
 def test_without_a_name_peers_that_are_not_installed_are_named_and_left_out(beside, capsys):

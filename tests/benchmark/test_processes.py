@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmark.fakes import dying, failing, of_one_thread, wrong_at_once
+from benchmark.fakes import dying, failing, failing_in_the_first_call, of_one_thread, wrong_at_once
 from fused_mha.benchmark import processes
-from fused_mha.benchmark.processes import LEAST_TURNS, Processes
+from fused_mha.benchmark.processes import LEAST_TURNS, ContenderError, Processes
 
 
 def test_a_contender_fails_and_dies_alone_and_is_timed_in_turns(monkeypatch):
@@ -18,6 +18,10 @@ def test_a_contender_fails_and_dies_alone_and_is_timed_in_turns(monkeypatch):
             contenders.make("a", dying)
         contenders.make("a", of_one_thread)
         turns = contenders.turns(["a"], 0.0)
+        contenders.make("b", failing_in_the_first_call)
+        with pytest.raises(ContenderError, match=r"^RuntimesOwnError: no such node, code 7$") as failed:
+            contenders.turns(["a", "b"], 0.0)
+        assert failed.value.name == "b"
     assert len(turns) == LEAST_TURNS
     assert all(turn["a"] > 0.0 for turn in turns)
 

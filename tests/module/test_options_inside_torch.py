@@ -258,3 +258,11 @@ def test_the_explanation_says_why_no_one_call_serves():
     assert fused_mha.explain(module, x, positions=torch.arange(5)).chosen == "cpu"
     with pytest.raises(ValueError, match="positions must have shape"):
         fused_mha.explain(module, x, positions=torch.arange(4))
+
+
+def test_rope_takes_views_of_one_sequence():
+    module, x = module_with(torch.float64, **OPTIONS["rotary half"]), draw(2, 11, E).double()
+    expected = module(x, x, x)[0]
+    torch.testing.assert_close(module(x[:], x[:], x[:])[0], expected)
+    program = torch.export.export(module, (x[:], x[:], x[:]), strict=False).module()
+    torch.testing.assert_close(program(x, x, x)[0], expected)

@@ -657,6 +657,20 @@ FAULTS = [
         "hidden = before if self._hidden is None else self._hidden.gather(1, source)",
         CACHE,
     ),
+    Fault(
+        "a cache keeps the slots that no element needs",
+        PACKAGE + "module/cache.py",
+        "fewest = _number(behind.min().clamp(max=stored))",
+        "fewest = 0 * _number(behind.min().clamp(max=stored))",
+        "tests/module/test_cache_changes.py",
+    ),
+    Fault(
+        "a token behind a cache drops no weights in training",
+        PACKAGE + "module/decoding.py",
+        " or (module.training and module.dropout):",
+        ":",
+        "tests/module/test_decoding.py",
+    ),
     # The rule itself.
     Fault(
         "a tolerance of one part in a thousand",

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from fused_mha.benchmark import onnx_runtime, open_vino
 from fused_mha.benchmark.attention_cases import AttentionCall
 from fused_mha.benchmark.harness import BenchCase, CallAsData, Row, Wrong, median_ms, row_of
 from fused_mha.benchmark.module_cells import ModuleCall, Run, assert_close
-from fused_mha.benchmark.processes import Make, Processes
+from fused_mha.benchmark.processes import ContenderError, Make, Processes
 
 TRIAL = 0.1  # seconds for each of a peer's ways to say a call, of which the fastest counts
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
@@ -89,22 +88,22 @@ def turns_with(peers: Mapping[str, Peer], case: BenchCase, processes: Processes,
         makes: dict[str, Make] = {"ours": call.ours}
         makes |= {name: functools.partial(_fastest, peers[name], call) for name in peers if name not in refused}
         for name, make in makes.items():
-            with _noted(wrong, case, name):
+            try:
                 processes.make(name, make)
+            except (AssertionError, RuntimeError) as error:
+                wrong[name] = _wrong(case, name, error)
         timed = [name for name in makes if name not in wrong]
-        if "ours" in timed and len(timed) > 1:
-            with _noted(wrong, case, " and ".join(timed[1:])):
+        while not turns and "ours" in timed and len(timed) > 1:
+            try:
                 turns = processes.turns(timed, seconds)
+            except ContenderError as error:
+                wrong[error.name] = _wrong(case, error.name, error)
+                timed.remove(error.name)
     return Turns(turns, wrong, refused)
 
 
-@contextlib.contextmanager
-def _noted(wrong: dict[str, Wrong], case: BenchCase, name: str) -> Iterator[None]:
-    """What fails in a process is that contender's alone, and is kept in ``wrong``."""
-    try:
-        yield
-    except (AssertionError, RuntimeError) as error:
-        wrong[name] = Wrong(against(case.group, name), case.name, " ".join(str(error).split()))
+def _wrong(case: BenchCase, name: str, error: Exception) -> Wrong:
+    return Wrong(against(case.group, name), case.name, " ".join(str(error).split()))
 
 
 def _fastest(peer: Peer, call: CallAsData) -> Run:

@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import TypeVar
 
@@ -26,6 +26,14 @@ Make = Callable[[], Contender]  # it is pickled and runs in the contender's proc
 Result = TypeVar("Result")
 
 _calls: list[Contender] = []  # of this process, if it is a contender's; one at a time
+
+
+class ContenderError(RuntimeError):
+    """A contender that failed while it was timed; ``name`` says which."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(str(error))
+        self.name = name
 
 
 class Processes(contextlib.ExitStack):
@@ -43,13 +51,19 @@ class Processes(contextlib.ExitStack):
         self._result(name, _make, make)
 
     def turns(self, names: Sequence[str], seconds: float) -> list[dict[str, float]]:
-        """Milliseconds a call, of every contender in every turn; each contender is timed for about ``seconds``."""
+        """Milliseconds a call, of every contender in every turn; each contender is timed for about ``seconds``.
+
+        Raises `ContenderError` for the first contender that fails.
+        """
         turns = []
         for _ in range(max(LEAST_TURNS, round(seconds * TURNS_PER_SECOND))):
             turn = {}
             for name in self._random.sample(names, len(names)):
                 time.sleep(PAUSE)
-                turn[name] = self._result(name, _time)
+                try:
+                    turn[name] = self._result(name, _time)
+                except (AssertionError, RuntimeError) as error:
+                    raise ContenderError(name, error) from None
             turns.append(turn)
         return turns
 
@@ -72,13 +86,20 @@ def _start(threads: int) -> None:
 
 def _make(make: Make) -> None:
     _calls.clear()
-    try:
+    with _picklable_errors():
         _calls.append(make())
+
+
+def _time() -> float:
+    with _picklable_errors():
+        return median_ms(_calls[0], TURN, min_rounds=1)
+
+
+@contextlib.contextmanager
+def _picklable_errors() -> Iterator[None]:
+    try:
+        yield
     except AssertionError:
         raise
     except Exception as error:  # of a type of the runtime's, which the other process may be unable to unpickle
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
-
-
-def _time() -> float:
-    return median_ms(_calls[0], TURN, min_rounds=1)

@@ -1,4 +1,4 @@
-"""`attn_implementation="fused_mha"` for the models of transformers, 4.48 and later: `register`, which users call.
+"""`attn_implementation="fused_mha"` for the models of transformers, 4.48 and later: `register` and `cache`, for users.
 
 transformers calls two functions of ours: `attention_mask` once a forward for each kind of mask, and `attention_forward`
 in each layer. It is imported when `register` is called.
@@ -19,6 +19,7 @@ from fused_mha.integrations.lazy_mask import Band, LazyMask
 from fused_mha.integrations.transformers_masks import attention_mask, masking_utils
 
 OLDEST = "4.48"
+OLDEST_WITH_LAYERS = "4.56"  # of caches
 
 # What models hand through to their layers, and what no attention function of transformers computes with.
 NOT_OF_ATTENTION = frozenset(
@@ -53,15 +54,7 @@ def register(name: str = "fused_mha") -> None:
     Source:
         https://huggingface.co/docs/transformers/attention_interface
     """
-    try:
-        package: Any = importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise ImportError(
-            "fused_mha.integrations.transformers needs transformers, which is not installed: "
-            "pip install 'fused-mha[transformers]'"
-        ) from error
+    package = _transformers()
     modeling_utils = importlib.import_module("transformers.modeling_utils")
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("transformers.masking_utils")
@@ -77,6 +70,47 @@ def register(name: str = "fused_mha") -> None:
         functions.register(name, attention_forward)
     if (masking := masking_utils()) is not None:
         masking.AttentionMaskInterface.register(name, attention_mask)
+
+
+def cache(config: Any) -> Any:
+    """A cache for ``model.generate`` that writes new tokens where transformers' own copies all of them at each new one.
+
+    It is a `DynamicCache`, or an `EncoderDecoderCache`, and can do what they can: beam search, cropping for assisted
+    decoding, windows, padding. Results are those of transformers' own. Memory grows by doubling.
+
+    Args:
+        config: the model's, ``model.config``.
+
+    Returns:
+        An empty cache.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 4.56.
+
+    Examples:
+        >>> from fused_mha.integrations import transformers as integration
+        >>> integration.register()
+        >>> model.generate(**inputs, past_key_values=integration.cache(model.config))
+
+    Source:
+        https://huggingface.co/docs/transformers/kv_cache
+    """
+    package = _transformers()
+    if not hasattr(importlib.import_module("transformers.cache_utils"), "DynamicSlidingWindowLayer"):
+        raise ImportError(f"a cache needs transformers {OLDEST_WITH_LAYERS} or later; got {package.__version__}")
+    return importlib.import_module("fused_mha.integrations.transformers_cache").growing_cache(config)
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError(
+            "fused_mha.integrations.transformers needs transformers, which is not installed: "
+            "pip install 'fused-mha[transformers]'"
+        ) from error
 
 
 def attention_forward(

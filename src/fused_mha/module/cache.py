@@ -1,8 +1,8 @@
 """`KeyValueCache`: the keys and values of the tokens that a module has seen, for decoding.
 
 Users make one for each module and give it to the module's forward; `steps` asks it for all keys of a call, and tells it
-when the call has succeeded. Tokens lie side by side in one buffer, and every element's last token in the same slot, so
-that attention is aligned at the bottom right for all: shorter elements have hidden slots before their first token.
+when the call has succeeded. A head's tokens lie side by side in one buffer, and every element's last token in the same
+slot, so that attention is aligned at the bottom right for all: shorter elements have hidden slots before their first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fused_mha.core.modes import is_eager
 if TYPE_CHECKING:
     from fused_mha.module.multi_head_attention import MultiHeadAttention
 
-_LEAST_CAPACITY = 16
+LEAST_CAPACITY = 16
 
 
 class Extended(NamedTuple):
@@ -92,10 +92,9 @@ class KeyValueCache:
         self._module = weakref.ref(module)
         weight = module.k_proj_weight if module.in_proj_weight is None else module.in_proj_weight
         capacity = (max_length or 0) if self._reach is None else 2 * self._reach + 1
-        with _writable():
+        with writable():
             self._keys, self._values = (
-                torch.empty(batch_size, capacity, H_kv, size, dtype=dtype or weight.dtype, device=weight.device)
-                for size in (D, D_v)
+                _buffer(batch_size, capacity, H_kv, size, dtype or weight.dtype, weight.device) for size in (D, D_v)
             )
         self._hidden: Tensor | None = None  # (N, stored)
         self._behind: Tensor | None = None  # (N), how many tokens fewer than `length` an element has
@@ -130,15 +129,15 @@ class KeyValueCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_module": None}  # the next call binds it
+        return vars(self) | {"_module": None}  # it may be copied with its module; the next call binds it
 
     def __copy__(self) -> KeyValueCache:
         return self.__deepcopy__({})  # two caches in one memory would write over each other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KeyValueCache:
         twin = KeyValueCache.__new__(KeyValueCache)
-        vars(twin).update(vars(self))
-        with _writable():
+        vars(twin).update(self.__getstate__())
+        with writable():
             for name, x in vars(self).items():
                 if isinstance(x, Tensor):
                     setattr(twin, name, x.clone())
@@ -155,7 +154,7 @@ class KeyValueCache:
         Returns:
             The cache itself.
         """
-        with _writable():
+        with writable():
             self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
         self._hidden, self._behind = (None if x is None else x.to(device) for x in (self._hidden, self._behind))
         return self
@@ -174,8 +173,10 @@ class KeyValueCache:
         if not bool(((indices >= 0) & (indices < self.batch_size)).all()):
             raise ValueError(f"indices must be in [0, batch_size = {self.batch_size}); got {indices.tolist()}")
         indices = indices.to(self._keys.device)
-        with _writable():
-            self._keys, self._values = (x.index_select(0, indices) for x in (self._keys, self._values))
+        with writable():
+            self._keys, self._values = (
+                x.transpose(1, 2).index_select(0, indices).transpose(1, 2) for x in (self._keys, self._values)
+            )
         if self._hidden is not None:
             self._hidden = self._hidden.index_select(0, indices)
         if self._behind is not None:
@@ -191,6 +192,10 @@ class KeyValueCache:
         Raises:
             ValueError: of another shape, negative, or so few that a ring has dropped what they would attend to.
         """
+        if type(length) is int and length >= 0 and self._behind is None and not self._dropped:  # nothing has to move
+            self._stored = min(self._stored, length)
+            self._hidden = self._hidden[:, : self._stored] if self._hidden is not None and length else None
+            return
         kept = torch.as_tensor(length, device=self._keys.device)
         if kept.shape not in ((), (self.batch_size,)) or kept.is_floating_point() or bool((kept < 0).any()):
             raise ValueError(f"length must be a count of tokens, or (N) = ({self.batch_size},) counts; got {length}")
@@ -258,15 +263,10 @@ class KeyValueCache:
         new = key.shape[1]
         kept = self._kept_for(new)
         buffers = self._with_room(kept, new)
-        with torch.no_grad():
-            for buffer, x in zip(buffers, (key, value), strict=True):
-                buffer[:, kept : kept + new] = x
+        keys, values = (buffer[:, : kept + new] for buffer in buffers)
+        keys[:, kept:], values[:, kept:] = key.detach(), value.detach()
         if torch.is_grad_enabled():  # what autograd saves, no later call may write to
-            keys, values = (
-                torch.cat((buffer[:, :kept], x), dim=1) for buffer, x in zip(buffers, (key, value), strict=True)
-            )
-        else:
-            keys, values = (buffer[:, : kept + new] for buffer in buffers)
+            keys, values = torch.cat((keys[:, :kept], key), dim=1), torch.cat((values[:, :kept], value), dim=1)
         hidden = None
         if padding is not None or self._hidden is not None:
             N, device = self.batch_size, key.device
@@ -299,7 +299,7 @@ class KeyValueCache:
         buffers, needed = (self._keys, self._values), kept + new
         if kept == self._stored and needed <= self.capacity:
             return buffers
-        capacity = max(needed, self.capacity if self._reach is not None else max(2 * self.capacity, _LEAST_CAPACITY))
+        capacity = max(needed, self.capacity if self._reach is not None else max(2 * self.capacity, LEAST_CAPACITY))
         return _copies(buffers, self._stored - kept, self._stored, capacity)
 
     def _keep_last(self, count: int) -> None:
@@ -312,7 +312,7 @@ class KeyValueCache:
     def _leave_out(self, last: Tensor) -> None:
         """Forget the last tokens of each element, (N), and move the others to the end."""
         stored, behind = self._stored, last if self._behind is None else self._behind + last
-        fewest = min(int(behind.min()), stored) if is_eager() else 0  # so many slots are free at the end of all
+        fewest = _number(behind.min().clamp(max=stored))  # so many slots are free at the end of all
         source = torch.arange(fewest, stored, device=last.device) - last.unsqueeze(1)  # (N, stored - fewest)
         before, source = source < 0, source.clamp(min=0)
         with torch.no_grad():
@@ -330,18 +330,36 @@ class KeyValueCache:
             self._hidden = hidden if bool(hidden.any()) else None
 
 
+def _number(count: Tensor) -> int:
+    """The count (); 0 of a tensor without a value, as those of tracers."""
+    if is_eager():
+        return int(count)
+    if not torch.compiler.is_dynamo_compiling():
+        return 0
+    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # not to break the graph
+        number = int(count)
+    torch._check(number >= 0)
+    return number
+
+
 @contextlib.contextmanager
-def _writable() -> Iterator[None]:
+def writable() -> Iterator[None]:
     """New tensors that can be written to later: those of inference mode could not be, outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
+def _buffer(N: int, capacity: int, H_kv: int, D: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory (N, capacity, H_kv, D) in which the tokens of a head lie side by side, as attention reads them."""
+    return torch.empty(N, H_kv, capacity, D, dtype=dtype, device=device).transpose(1, 2)
+
+
 def _copies(buffers: tuple[Tensor, Tensor], first: int, last: int, capacity: int) -> tuple[Tensor, Tensor]:
     copies = []
-    with _writable():
+    with writable():
         for buffer in buffers:
-            copy = buffer.new_empty(buffer.shape[0], capacity, *buffer.shape[2:])
+            N, _, H_kv, D = buffer.shape
+            copy = _buffer(N, capacity, H_kv, D, buffer.dtype, buffer.device)
             copy[:, : last - first] = buffer[:, first:last]
             copies.append(copy)
     return copies[0], copies[1]

@@ -19,7 +19,7 @@ from torch.nn.parameter import Parameter
 from fused_mha.core.heads import QKNorm
 from fused_mha.core.inputs import ModuleArguments, Window, check_are_tensors, check_dropout, check_module_inputs
 from fused_mha.core.modes import PLAIN_OR_NONE
-from fused_mha.module import loading, nested, one_call, projections, steps
+from fused_mha.module import decoding, loading, nested, one_call, projections, steps
 from fused_mha.module import options as module_options
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.options import ModuleOptions
@@ -367,6 +367,8 @@ class MultiHeadAttention(TorchAttention):
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
+        if cache is not None and weights_of_heads is None:
+            return decoding.forward(self, arguments, positions, cache)
         if not (self.options is positions is cache is weights_of_heads is None):
             return steps.with_options(self, arguments, positions, cache, weights_of_heads)
         kept = one_call.kept(self, arguments)

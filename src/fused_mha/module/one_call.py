@@ -30,7 +30,7 @@ _OUT_NAMES = ("weight", "bias")
 Offsets = tuple[Tensor, Tensor]  # `cu_seqlens` of packed sequences
 
 
-def _found_parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
+def found_parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
     """The parameters in the order of `ops.module.Call`; None where one is hooked or replaced.
 
     They are taken from where `nn.Module` keeps them: pruning, parametrizations and adapters keep theirs elsewhere.
@@ -52,7 +52,7 @@ def _found_parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
 
 def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
     """The same; None too where one is of another shape, or not contiguous."""
-    found, E = _found_parameters(module), module.embed_dim
+    found, E = found_parameters(module), module.embed_dim
     if found is None:
         return None
     virtual = (1, 1, E)
@@ -221,7 +221,7 @@ def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | No
     if device != plans.DEVICE or torch.compiler.is_compiling() or autocast_is_on(device):
         return None
     query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal = arguments
-    parameters = _found_parameters(module)
+    parameters = found_parameters(module)
     if parameters is None:
         return None
     num_heads, dropout_p = module.num_heads, module.dropout if module.training else 0.0

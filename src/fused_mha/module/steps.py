@@ -14,6 +14,7 @@ from fused_mha.core import masks, plans
 from fused_mha.core.heads import Rotation
 from fused_mha.core.inputs import (
     AttentionInputs,
+    CausalAlignment,
     ModuleArguments,
     check_module_attn_mask,
     check_same_device,
@@ -71,11 +72,16 @@ def project(module: MultiHeadAttention, arguments: ModuleArguments, is_batched: 
 
 
 def attention_inputs(
-    module: MultiHeadAttention, arguments: ModuleArguments, N: int, projected: Projected, dropout_p: float
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    N: int,
+    projected: Projected,
+    dropout_p: float,
+    causal_alignment: CausalAlignment = "top_left",
 ) -> AttentionInputs:
     """What the core is given: heads as they were projected, masks and virtual keys as the core takes them."""
     query, key, value, _, key_padding_mask = projected
-    attn_mask = arguments.attn_mask
+    attn_mask, options = arguments.attn_mask, module.options
     if attn_mask is not None:
         attn_mask = masks.per_head(attn_mask, N, module.num_heads)
     bias_k, bias_v = module.bias_k, module.bias_v
@@ -84,6 +90,7 @@ def attention_inputs(
         bias_v = bias_v.to(key.dtype).view(-1, value.shape[3])
     elif bias_k is not None or bias_v is not None:
         raise AssertionError("bias_k and bias_v must both be tensors or both None; got one of them alone")
+    slopes = None if options is None else options.alibi_slopes
     return AttentionInputs(
         query=query,
         key=key,
@@ -91,16 +98,16 @@ def attention_inputs(
         attn_mask=attn_mask,
         key_padding_mask=key_padding_mask,
         is_causal=arguments.is_causal,
-        causal_alignment="top_left",
-        window=None,
+        causal_alignment=causal_alignment,
+        window=None if options is None else options.window,
         bias_k=bias_k,
         bias_v=bias_v,
-        sinks=None,
-        alibi_slopes=None,
+        sinks=None if options is None else module.sinks,
+        alibi_slopes=None if slopes is None else module_options.slopes_for(slopes, query),
         add_zero_attn=module.add_zero_attn,
         dropout_p=dropout_p,
         scale=default_scale(query.shape[3]),
-        softcap=None,
+        softcap=None if options is None else options.softcap,
         need_weights=arguments.need_weights,
         average_attn_weights=arguments.average_attn_weights,
         return_lse=False,
@@ -112,13 +119,18 @@ def finish(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend, gate and project out: what `MultiHeadAttention.forward` returns."""
     heads, weights, _ = plans.run(inputs)
-    merged = projections.merge_heads(heads, is_batched, module.batch_first)
-    if module.options is not None and module.gate_proj_weight is not None:
-        merged = torch.sigmoid(linear(embedded, module.gate_proj_weight, module.gate_proj_bias)) * merged
+    merged = gated(module, projections.merge_heads(heads, is_batched, module.batch_first), embedded)
     output = projections.out_projection(merged, module.out_proj)
     if weights is not None and not is_batched:
         weights = weights.squeeze(0)
     return output, weights
+
+
+def gated(module: MultiHeadAttention, merged: Tensor, embedded: Tensor) -> Tensor:
+    """The merged heads, (..., H * D_v), times the gate of the query, (..., E), where the module has one."""
+    if module.options is None or module.gate_proj_weight is None:
+        return merged
+    return torch.sigmoid(linear(embedded, module.gate_proj_weight, module.gate_proj_bias)) * merged
 
 
 class Prepared(NamedTuple):
@@ -176,35 +188,46 @@ def prepare(
             f"{tuple(arguments.query.shape)}; got {tuple(arguments.key.shape)}"
         )
     projected = project(module, arguments, is_batched)
+    if rope is not None and offsets is not None:
+        positions = _positions_in_sequences(offsets, projected.query.shape[1])
+    arguments = arguments._replace(attn_mask=given_mask)
+    inputs, extended = beside_cache(module, arguments, positions, cache, projected, N, is_batched, dropout_p)
+    inputs = inputs._replace(weights_of_heads=heads)
+    if offsets is not None:
+        inputs = inputs._replace(cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1])
+    return Prepared(inputs, projected.embedded, is_batched, extended)
+
+
+def beside_cache(
+    module: MultiHeadAttention,
+    arguments: ModuleArguments,
+    positions: Tensor | None,
+    cache: KeyValueCache | None,
+    projected: Projected,
+    N: int,
+    is_batched: bool,
+    dropout_p: float,
+) -> tuple[AttentionInputs, Extended | None]:
+    """Transform heads as they were projected, and put them behind those of the cache, if there is one."""
+    options = module.options
     if cache is not None:
         cache.check(module, projected.key, projected.value, projected.key_padding_mask, arguments.need_weights)
     if options is not None:
-        if rope is not None and offsets is not None:
-            positions = _positions_in_sequences(offsets, projected.query.shape[1])
         rotation = _rotation(options, projected.query, positions, cache, is_batched)
         of_query, of_key = module_options.norms(module, options)
         projected = projected._replace(
             query=transform_heads(projected.query, of_query, rotation),
             key=transform_heads(projected.key, of_key, rotation),
         )
-    extended = None
-    if cache is not None:
-        extended = cache.extended(projected.key, projected.value, projected.key_padding_mask)
-        projected = projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden)
-        mask = _of_all_keys(given_mask, module.num_heads, projected, cache.length + extended.new, is_batched)
+    if cache is None:
+        return attention_inputs(module, arguments, N, projected, dropout_p), None
+    extended = cache.extended(projected.key, projected.value, projected.key_padding_mask)
+    projected = projected._replace(key=extended.key, value=extended.value, key_padding_mask=extended.hidden)
+    if arguments.attn_mask is not None:
+        length = cache.length + extended.new
+        mask = _of_all_keys(arguments.attn_mask, module.num_heads, projected, length, is_batched)
         arguments = arguments._replace(attn_mask=mask)
-    inputs = attention_inputs(module, arguments, N, projected, dropout_p)._replace(weights_of_heads=heads)
-    if options is not None:
-        slopes = options.alibi_slopes
-        slopes = None if slopes is None else module_options.slopes_for(slopes, projected.query)
-        inputs = inputs._replace(
-            window=options.window, softcap=options.softcap, sinks=module.sinks, alibi_slopes=slopes
-        )
-    if cache is not None:
-        inputs = inputs._replace(causal_alignment="bottom_right")
-    if offsets is not None:
-        inputs = inputs._replace(cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1])
-    return Prepared(inputs, projected.embedded, is_batched, extended)
+    return attention_inputs(module, arguments, N, projected, dropout_p, "bottom_right"), extended
 
 
 def _positions_in_sequences(offsets: Offsets, tokens: int) -> Tensor:
@@ -216,12 +239,8 @@ def _positions_in_sequences(offsets: Offsets, tokens: int) -> Tensor:
     return torch.arange(tokens, device=begins.device) - first
 
 
-def _of_all_keys(
-    attn_mask: Tensor | None, num_heads: int, projected: Projected, length: int, is_batched: bool
-) -> Tensor | None:
+def _of_all_keys(attn_mask: Tensor, num_heads: int, projected: Projected, length: int, is_batched: bool) -> Tensor:
     """Of a mask with columns for all tokens so far, those of the keys that are kept."""
-    if attn_mask is None:
-        return None
     N, L = projected.query.shape[:2]
     check_same_device(projected.query, (("attn_mask", attn_mask),))
     check_module_attn_mask(attn_mask, N, num_heads, L, length, is_batched)
