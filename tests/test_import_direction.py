@@ -208,6 +208,7 @@ ALLOWED = {
     },
     "backends.triton.launcher": {f"backends.triton.{name}" for name in ("entry", "tile_config", "tiles")},
     "backends.triton.preparation": {
+        "core.inputs",
         *(f"backends.triton.{name}" for name in ("assembler", "readable", "tile_config", "tiles", "visibility")),
         "ops.schema",
     },

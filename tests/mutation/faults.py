@@ -15,6 +15,7 @@ ONE_CALL = "tests/test_one_call.py"
 CUDA = PACKAGE + "backends/triton/"
 CUDA_MODULE = "tests/triton_kernels/test_module.py"
 PACKED = "tests/test_varlen.py"
+SOME_HEADS = "tests/test_weights_of_heads.py"
 INTERPRETED = "tests/triton_kernels/test_interpreted.py"
 
 
@@ -678,5 +679,48 @@ FAULTS = [
         "max(FLOOR[dtype] * oracle_magnitude, rounding_error)",
         "max(FLOOR[dtype] * oracle_magnitude, rounding_error, 1e-3 * oracle_magnitude)",
         "tests/test_tolerances.py",
+    ),
+    # The weights of some heads, and sinks.
+    Fault(
+        "weights of some heads in another order",
+        GENERIC + "attention.h",
+        "if (*element<int64_t>(a.weights_of_heads, i) == head) return i;",
+        "if (*element<int64_t>(a.weights_of_heads, i) == head) return a.weights_of_heads.size[0] - 1 - i;",
+        SOME_HEADS,
+    ),
+    Fault(
+        "a gradient of weights for heads that have none",
+        GENERIC + "backward_rows.h",
+        "plan.call.grad_weights.data ? index_of_weights(attention.a, h) : -1;",
+        "plan.call.grad_weights.data ? max(index_of_weights(attention.a, h), 0) : -1;",
+        SOME_HEADS,
+    ),
+    Fault(
+        "a delta of weights for heads that have none",
+        GENERIC + "attention_delta.h",
+        "if (index >= 0) add_weights(n, h, first_tile, last_tile, deltas);",
+        "index = max(index, 0), add_weights(n, h, first_tile, last_tile, deltas);",
+        SOME_HEADS + " " + CHUNKS,
+    ),
+    Fault(
+        "cuda: a gradient of weights for heads that have none",
+        CUDA + "gradient_tile.py",
+        "is_read = is_read & (place_of_weights(given, head) >= 0)",
+        "is_read = is_read & True",
+        INTERPRETED,
+    ),
+    Fault(
+        "a row that sees a sink alone has a sum",
+        GENERIC + "online_softmax.h",
+        "if (sink == Masking<T>::NEGATIVE_INFINITY || tile.row_sum[r] == 0) return 1;",
+        "if (sink == Masking<T>::NEGATIVE_INFINITY) return 1;",
+        "tests/native/test_hidden.py",
+    ),
+    Fault(
+        "the gradient of a sink without the rows that see it alone",
+        GENERIC + "backward_rows.h",
+        "sum += plan.delta.of_lse(n, h, first_row + r);",
+        "sum += 0;",
+        "tests/native/test_hidden.py",
     ),
 ]

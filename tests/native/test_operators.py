@@ -18,6 +18,7 @@ CASES = {
     "bool masks and averaged weights": {"mask_dtype": torch.bool, "padding_dtype": torch.bool, "need_weights": True},
     "float masks": {"mask_dtype": torch.float32, "mask_shape": "HS", "padding_dtype": torch.float32},
     "weights per head": {"need_weights": True, "average_attn_weights": False, "bias_kv": True, "add_zero_attn": True},
+    "weights of some heads": {"need_weights": True, "average_attn_weights": False, "weights_of_heads": (3, 0)},
     "dropout and a band": {"dropout_p": 0.4, "window": (1, 2)},
     "every tensor": {
         "mask_dtype": torch.float32,
@@ -45,7 +46,7 @@ def operands(requires_grad=True, dtype=torch.float32, **case):
         *(a.get("key_padding_mask"), a.get("bias_k"), a.get("bias_v"), torch.tensor([3, 4]) if p else None),
         *(a.get("sinks"), a.get("alibi_slopes"), None, None, None if left is None else -left, right, False),
         *(bool(a.get("add_zero_attn")), p, 0.5, a.get("softcap")),
-        *(a.get("need_weights", False), a.get("average_attn_weights", True)),
+        *(a.get("need_weights", False), a.get("average_attn_weights", True), a.get("weights_of_heads", ())),
     )
     for x in arguments[:TENSORS]:
         if x is not None and x.is_floating_point() and requires_grad:
@@ -180,6 +181,12 @@ class TestWrongOperands:
         wrong = arguments._replace(**{name: torch.cat([getattr(arguments, name)] * 2)})
         with pytest.raises(RuntimeError, match=rf"^{name}\b"):
             OPS.attention(*wrong)
+
+    @pytest.mark.parametrize("heads", [(4,), (0, -1), (2, 2), range(5)], ids=str)
+    def test_the_weights_of_heads_that_are_not_there_are_refused_by_name(self, heads):
+        arguments = self.everything()._replace(need_weights=True, average_attn_weights=False)
+        with pytest.raises(RuntimeError, match=r"^weights_of_heads\b"):
+            OPS.attention(*arguments._replace(weights_of_heads=heads))
 
     @pytest.mark.parametrize("index", range(5))
     def test_the_backward_refuses_another_size_by_name(self, index):

@@ -15,6 +15,7 @@ from fused_mha.backends.triton import assembler, readable
 from fused_mha.backends.triton.tile_config import Config, Kind, Launch, config
 from fused_mha.backends.triton.tiles import TENSORS, Call, Tile
 from fused_mha.backends.triton.visibility import SQUARE
+from fused_mha.core.inputs import checked_weights_of_heads
 from fused_mha.ops.schema import Arguments, drawn_probability
 
 SMALLEST_BLOCK = 16  # of a side of a product
@@ -141,7 +142,7 @@ def named_heads(a: Arguments) -> Tensor | None:
     """
     if not a.weights_of_heads:
         return None
-    heads = list(a.weights_of_heads)
+    heads = checked_weights_of_heads(list(a.weights_of_heads), a.query.shape[2], a.average_attn_weights)
     places = [heads.index(h) if h in heads else -1 for h in range(a.query.shape[2])]
     return torch.tensor([len(heads), *places, *heads], dtype=torch.int32, device=a.query.device)
 
