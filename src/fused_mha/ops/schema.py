@@ -53,6 +53,23 @@ def drawn_probability(dropout_p: float) -> float:
     return min(int(dropout_p * 65536 + 0.5), 65535) / 65536 if dropout_p < 1.0 else 1.0
 
 
+def placed_seed(seed: Tensor, first_query: int, first_key: int, first_head: int, heads: int) -> Tensor:
+    """The seed of a call that is a part of a longer one, whose dropout keeps what that of the longer call keeps there.
+
+    Args:
+        seed: (2), int64, of the longer call.
+        first_query: the place of the first query in it.
+        first_key: of the first key; a multiple of 8.
+        first_head: of the first head.
+        heads: H of the longer call.
+
+    Returns:
+        (6), int64.
+    """
+    place = torch.tensor((first_query, first_key, first_head, heads), dtype=torch.int64, device=seed.device)
+    return torch.cat((seed, place))
+
+
 def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """The mask as a backward may save it: callers fill theirs anew for the next call.
 
@@ -83,7 +100,7 @@ class Arguments(NamedTuple):
     key_padding_mask: Tensor | None  # (N, S)
     bias_k: Tensor | None  # (H_kv, D)
     bias_v: Tensor | None  # (H_kv, D_v)
-    seed: Tensor | None  # (2), int64
+    seed: Tensor | None  # (2), int64; (6) of a part of a longer call, as `placed_seed` makes it
     sinks: Tensor | None  # (H)
     alibi_slopes: Tensor | None  # (H)
     first_visible: int | None
