@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 
 PATIENCE = 60  # seconds, for which a rank waits for another, and a test for all: longer is a hang
-PRELOADED = ["torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "pytest"]
+PRELOADED = ["fused_mha.parallel", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "pytest"]
 
 
 class RankError(Exception):

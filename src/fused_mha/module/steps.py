@@ -14,6 +14,7 @@ from fused_mha.core import masks, plans
 from fused_mha.core.heads import Rotation
 from fused_mha.core.inputs import (
     AttentionInputs,
+    AttentionResult,
     ModuleArguments,
     check_module_attn_mask,
     check_same_device,
@@ -106,7 +107,14 @@ def finish(
     module: MultiHeadAttention, inputs: AttentionInputs, embedded: Tensor, is_batched: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attend, gate and project out: what `MultiHeadAttention.forward` returns."""
-    heads, weights, _ = plans.run(inputs)
+    return leave(module, plans.run(inputs), embedded, is_batched)
+
+
+def leave(
+    module: MultiHeadAttention, attended: AttentionResult, embedded: Tensor, is_batched: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gate and project out what the core gave."""
+    heads, weights, _ = attended
     merged = projections.merge_heads(heads, is_batched, module.batch_first)
     if module.options is not None and module.gate_proj_weight is not None:
         merged = torch.sigmoid(linear(embedded, module.gate_proj_weight, module.gate_proj_bias)) * merged

@@ -1,10 +1,12 @@
 """What the operators take and give; `fake`, `fallback` and `autograd` say the rest of each.
 
 `attention` returns the output (N, L, H, D_v), the weights or an empty tensor, the log-sum-exp (N, H, L) and `stats`
-(2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. A gradient that is not asked for is an
-empty tensor. `attention_gradients` is what the library computes of it: the gradients of query, key and value, of the
-mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), of the biases and the sinks for each batch
-element, (N, H_kv, D) and (N, H), and of the distances that ALiBi goes by, summed over the queries, (N, H, S).
+(2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. Beside a gradient of the log-sum-exp,
+output and stats may be those of rows that have keys in other calls too: the gradients are of this call's part. One that
+is not asked for is an empty tensor. `attention_gradients` is what the library computes of it: the gradients of query,
+key and value, of the mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), of the biases and the
+sinks for each batch element, (N, H_kv, D) and (N, H), and of the distances that ALiBi goes by, summed over the queries,
+(N, H, S).
 """
 
 from __future__ import annotations

@@ -1,0 +1,7 @@
+"""Attention over several processes, on `torch.distributed` alone; `import fused_mha.parallel` for it."""
+
+from fused_mha.parallel.context import context_parallel
+from fused_mha.parallel.ring import ring_attention
+from fused_mha.parallel.zigzag import shard, unshard
+
+__all__ = ["context_parallel", "ring_attention", "shard", "unshard"]

@@ -1,0 +1,298 @@
+"""`ring_attention`: attention over a sequence that is sharded over ranks, whose keys and values go round in a ring.
+
+Users call it; `context` does for a module. While a rank attends to the keys that it holds, they are on their way to the
+next rank. What a rank finds for each part of the keys is merged by the log-sum-exp. In the backward, the gradients of
+keys and values follow them round, and come home.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_mha.backends import cpu, triton
+from fused_mha.backends.arguments import draw_seed
+from fused_mha.backends.capability import not_supported_reasons
+from fused_mha.core.inputs import AttentionInputs, check_attention
+from fused_mha.core.modes import as_autocast_casts, autocast_is_on
+from fused_mha.ops import schema
+from fused_mha.ops.schema import Arguments
+from fused_mha.parallel.groups import Group, Passing, check_on_every_rank, group_of
+from fused_mha.parallel.zigzag import Block, blocks
+
+_SEED_UNIT = 8  # keys that dropout draws for at once
+
+
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Group = None,
+    *,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`fused_mha.attention` over a sequence of which each rank holds a part, as `shard` cuts it.
+
+    Every rank's keys and values go round all R ranks, and each rank keeps two parts of them at a time, whatever R is.
+    The result is that of one process on the whole sequence, within rounding, and so are the gradients. Dropout keeps
+    the same weights as on one process if the ranks' generators are in the same state, as under one `torch.manual_seed`.
+
+    Args:
+        query: (N, L / R, H, D), this rank's part of the queries.
+        key: (N, L / R, H_kv, D), of the keys; H is a multiple of H_kv.
+        value: (N, L / R, H_kv, D_v), of the values.
+        group: the ranks of the ring: a process group, a mesh of one dimension, or None for all ranks.
+        key_padding_mask: (N, L / R), of the mask; bool (True = ignore) or floating (added to the scores, without a
+            gradient).
+        is_causal: hide the future, by the places in the whole sequence.
+        sinks: (H), a logit for each head that takes probability and gives no value, the same on every rank. Its
+            gradient is of this rank's queries alone.
+        dropout_p: probability of dropping a weight.
+        scale: factor of the scores; 1 / sqrt(D) if None.
+        softcap: c: a scaled score s becomes c * tanh(s / c).
+
+    Returns:
+        (N, L / R, H, D_v), this rank's part of the output.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that disagree, on one rank or between ranks, on each of them.
+        ValueError: an odd length; with dropout, one that 16 does not divide; ``dropout_p`` outside [0, 1]; a bad
+            ``softcap``; a mask that needs a gradient.
+
+    Examples:
+        >>> query, key, value = (fused_mha.parallel.shard(x) for x in (query, key, value))
+        >>> output = fused_mha.parallel.ring_attention(query, key, value, is_causal=True)
+
+    Source:
+        Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context" (arXiv 2310.01889).
+    """
+    if autocast_is_on(query.device.type):
+        query, key, value = (as_autocast_casts(x) for x in (query, key, value))
+
+    def inputs() -> AttentionInputs:
+        return check_attention(
+            query,
+            key,
+            value,
+            attn_mask=None,
+            key_padding_mask=key_padding_mask,
+            is_causal=is_causal,
+            causal_alignment="top_left",
+            window=None,
+            bias_k=None,
+            bias_v=None,
+            sinks=sinks,
+            alibi_slopes=None,
+            add_zero_attn=False,
+            dropout_p=dropout_p,
+            scale=scale,
+            softcap=softcap,
+            need_weights=False,
+            average_attn_weights=True,
+            return_lse=False,
+        )
+
+    found = group_of(group)
+    checked: list[AttentionInputs] = []
+
+    def check() -> str:
+        checked.append(inputs())
+        return described(checked[0])
+
+    check_on_every_rank(found, query.device, "ring_attention", check)
+    (given,) = checked
+    return attend(given, found)
+
+
+def attend(inputs: AttentionInputs, group: dist.ProcessGroup) -> Tensor:
+    """The output for checked inputs that agree on every rank of the group."""
+    seed = draw_seed(inputs.dropout_p, inputs.query.device)
+    call = _Call(group, inputs.is_causal, float(inputs.dropout_p), float(inputs.scale), inputs.softcap)
+    return _Ring.apply(inputs.query, inputs.key, inputs.value, inputs.key_padding_mask, inputs.sinks, seed, call)
+
+
+def described(inputs: AttentionInputs) -> str:
+    """What must be the same on every rank; raises where this rank's call is not possible."""
+    query, key, value, padding = inputs.query, inputs.key, inputs.value, inputs.key_padding_mask
+    length = query.shape[1]
+    if key.shape[1] != length:
+        raise RuntimeError(f"key must have query's length, {length}, in a ring; got {tuple(key.shape)}")
+    if length % 2 or not length:
+        raise ValueError(f"a rank's part must have an even length, of two chunks; got {length}")
+    if inputs.dropout_p and length // 2 % _SEED_UNIT:
+        raise ValueError(f"with dropout, {2 * _SEED_UNIT} must divide the length of a rank's part; got {length}")
+    if inputs.dropout_p and query.device.type != "cpu":
+        raise RuntimeError(f"ring_attention has dropout on the CPU alone so far; got {query.device}")
+    back_end = cpu.BACKEND if query.device.type == "cpu" else triton.BACKEND
+    if reasons := not_supported_reasons(back_end.capability, inputs):
+        raise RuntimeError(
+            f"ring_attention needs the back end {back_end.name}, which cannot serve: {'; '.join(reasons)}"
+        )
+    if padding is not None and padding.requires_grad:
+        raise ValueError("key_padding_mask must not need a gradient in a ring")
+    shapes = {"query": query, "key": key, "value": value, "key_padding_mask": padding, "sinks": inputs.sinks}
+    given = [f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}" for name, x in shapes.items() if x is not None]
+    numbers = ("is_causal", "dropout_p", "scale", "softcap")
+    return ", ".join(given + [f"{name}={getattr(inputs, name)}" for name in numbers])
+
+
+class _Call(NamedTuple):
+    """What the blocks of a call share beside its tensors."""
+
+    group: dist.ProcessGroup
+    is_causal: bool
+    dropout_p: float
+    scale: float
+    softcap: float | None
+
+    def steps(self, length: int) -> list[list[Block]]:
+        """The blocks of this rank, step by step: first those of its own keys, last those of the next rank's."""
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        return [
+            [*blocks(rank, (rank - step) % size, size, length, self.is_causal, by_chunk=self.dropout_p > 0)]
+            for step in range(size)
+        ]
+
+    def arguments(
+        self, block: Block, query: Tensor, held: list[Tensor], sinks: Tensor | None, seed: Tensor | None
+    ) -> Arguments:
+        """Of the operator, for one block."""
+        key, value, *padding = (x[:, slice(*block.keys)] for x in held)
+        if seed is not None:
+            seed = schema.placed_seed(seed, block.first_query, block.first_key, 0, query.shape[2])
+        return Arguments(
+            query=query[:, slice(*block.queries)],
+            key=key,
+            value=value,
+            attn_mask=None,
+            key_padding_mask=padding[0] if padding else None,
+            bias_k=None,
+            bias_v=None,
+            seed=seed,
+            sinks=sinks if block.keys[0] == 0 else None,
+            alibi_slopes=None,
+            first_visible=None,
+            last_visible=0 if block.is_causal else None,
+            bottom_right=False,
+            add_zero_attn=False,
+            dropout_p=self.dropout_p,
+            scale=self.scale,
+            softcap=self.softcap,
+            need_weights=False,
+            average_attn_weights=True,
+        )
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        sinks: Tensor | None,
+        seed: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        N, length, H, _ = query.shape
+        merged = _Merged(query, (N, length, H, value.shape[3]))
+        held = [x for x in (key, value, padding) if x is not None]
+        steps = call.steps(length)
+        for step, of_step in enumerate(steps):
+            passing = Passing(held, call.group) if step + 1 < len(steps) else None
+            for block in of_step:
+                of_block = call.arguments(block, query, held, sinks if step == 0 else None, seed)
+                output, _, lse, stats = schema.attention(*of_block)
+                merged.add(block, output, lse, stats)
+            held = held if passing is None else passing.received()
+        output = merged.output.to(query.dtype)
+        ctx.call = call
+        padding = None if padding is None else schema.own_mask(padding, query)
+        ctx.save_for_backward(query, key, value, padding, sinks, seed, output, merged.stats)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # autograd cannot follow what ranks pass to each other
+            raise RuntimeError("ring_attention has no second derivative: call backward without create_graph=True")
+        (grad_output,) = grads
+        query, key, value, padding, sinks, seed, output, stats = ctx.saved_tensors
+        call: _Call = ctx.call
+        dtype = torch.promote_types(query.dtype, torch.float32)  # of sums over the ranks
+        grad_query = torch.zeros_like(query, dtype=dtype)
+        grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+        grad_lse = torch.zeros_like(stats[0])  # with which a block's gradients are a part of those of whole rows
+        held = [x for x in (key, value, padding) if x is not None]
+        at_home: list[Tensor] = []  # the gradients of this rank's own keys and values
+        following: Passing | None = None  # those of the keys that are held, from the ranks that held them before
+        steps = call.steps(query.shape[1])
+        for step, of_step in enumerate(steps):
+            passing = Passing(held, call.group) if step + 1 < len(steps) else None
+            grads = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in held[:2]]
+            for block in of_step:
+                rows, columns = (slice(None), slice(*block.queries)), (slice(None), slice(*block.keys))
+                of_block = call.arguments(block, query, held, sinks if step == 0 else None, seed)
+                its_lse, its_stats = (x[..., slice(*block.queries)].contiguous() for x in (grad_lse, stats))
+                found = schema.attention_backward(
+                    grad_output[rows], None, its_lse, output[rows], its_stats, False, False, *of_block
+                )
+                grad_query[rows] += found[0]
+                for grad, of_keys in zip(grads, found[1:3], strict=True):
+                    grad[columns] += of_keys
+                if grad_sinks is not None and of_block.sinks is not None:
+                    grad_sinks += found[7]
+            if following is not None:
+                grads = [grad.add_(earlier) for grad, earlier in zip(grads, following.received(), strict=True)]
+            if step == 0:
+                at_home = grads
+            else:
+                following = Passing(grads, call.group)
+            held = held if passing is None else passing.received()
+        if following is not None:
+            at_home = [grad.add_(away) for grad, away in zip(at_home, following.received(), strict=True)]
+        grad_key, grad_value = at_home
+        gradients = (grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype))
+        return *gradients, None, grad_sinks, None, None
+
+
+class _Merged:
+    """What the rows have of all keys so far, block by block.
+
+    For two parts of the keys with outputs o and log-sum-exps l, l = log(exp(l1) + exp(l2)) and
+    o = exp(l1 - l) o1 + exp(l2 - l) o2. A kernel's stats are a maximum and a sum, in units of its own: a row keeps the
+    maximum of the part with the larger l, and a sum that makes its log-sum-exp that of all parts.
+    """
+
+    def __init__(self, query: Tensor, shape: tuple[int, ...]) -> None:
+        N, length, H, _ = shape
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        self.output = query.new_zeros(shape, dtype=dtype)
+        self.lse = query.new_full((N, H, length), float("-inf"), dtype=dtype)
+        self.stats = query.new_zeros((2, N, H, length), dtype=dtype)
+
+    def add(self, block: Block, output: Tensor, lse: Tensor, stats: Tensor) -> None:
+        """Merge what a call found of a block."""
+        rows = slice(*block.queries)
+        all_lse, largest, total = self.lse[..., rows], self.stats[0, ..., rows], self.stats[1, ..., rows]
+        merged = torch.logaddexp(all_lse, lse)
+        is_empty = merged == float("-inf")  # -inf - -inf = NaN
+        of_former, of_new = ((x - merged).exp_().masked_fill_(is_empty, 0.0) for x in (all_lse, lse))
+        self.output[:, rows].mul_(_per_row(of_former)).addcmul_(output.to(self.output.dtype), _per_row(of_new))
+        is_larger = lse > all_lse
+        total.copy_(torch.where(is_larger, stats[1] / of_new, total / of_former).masked_fill_(is_empty, 0.0))
+        largest.copy_(torch.where(is_larger, stats[0], largest))
+        all_lse.copy_(merged)
+
+
+def _per_row(x: Tensor) -> Tensor:
+    """(N, H, L) beside (N, L, H, D)."""
+    return x.transpose(1, 2).unsqueeze(-1)
