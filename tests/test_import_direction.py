@@ -86,7 +86,7 @@ ALLOWED = {
     },
     "integrations.transformers_masks": {"core.inputs", "core.masks", "integrations.lazy_mask"},
     "integrations.lazy_mask": {"core.inputs", "core.masks"},
-    "parallel": {"parallel.context", "parallel.ring", "parallel.zigzag"},
+    "parallel": {"parallel.context", "parallel.ring", "parallel.tensor", "parallel.zigzag"},
     "parallel.context": {
         *("core.inputs", "module.cache", "module.multi_head_attention", "module.steps"),
         *("parallel.groups", "parallel.ring", "parallel.zigzag"),
@@ -94,6 +94,10 @@ ALLOWED = {
     "parallel.ring": {
         *("backends.arguments", "backends.capability", "backends.cpu", "backends.triton"),
         *("core.inputs", "core.modes", "ops.schema", "parallel.groups", "parallel.zigzag"),
+    },
+    "parallel.tensor": {
+        *("backends.arguments", "module.linear", "module.multi_head_attention", "module.options"),
+        *("module.projections", "parallel.groups"),
     },
     "parallel.zigzag": {"parallel.groups"},
     "parallel.groups": set(),

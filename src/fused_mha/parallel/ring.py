@@ -115,7 +115,8 @@ def ring_attention(
 def attend(inputs: AttentionInputs, group: dist.ProcessGroup) -> Tensor:
     """The output for checked inputs that agree on every rank of the group."""
     seed = draw_seed(inputs.dropout_p, inputs.query.device)
-    call = _Call(group, inputs.is_causal, float(inputs.dropout_p), float(inputs.scale), inputs.softcap)
+    heads = (0, inputs.query.shape[2]) if seed is None or len(seed) == 2 else (int(seed[4]), int(seed[5]))
+    call = _Call(group, heads, inputs.is_causal, float(inputs.dropout_p), float(inputs.scale), inputs.softcap)
     return _Ring.apply(inputs.query, inputs.key, inputs.value, inputs.key_padding_mask, inputs.sinks, seed, call)
 
 
@@ -148,6 +149,7 @@ class _Call(NamedTuple):
     """What the blocks of a call share beside its tensors."""
 
     group: dist.ProcessGroup
+    heads: tuple[int, int]  # the first one's place among all, where other ranks have other heads; how many there are
     is_causal: bool
     dropout_p: float
     scale: float
@@ -167,7 +169,7 @@ class _Call(NamedTuple):
         """Of the operator, for one block."""
         key, value, *padding = (x[:, slice(*block.keys)] for x in held)
         if seed is not None:
-            seed = schema.placed_seed(seed, block.first_query, block.first_key, 0, query.shape[2])
+            seed = schema.placed_seed(seed[:2], block.first_query, block.first_key, *self.heads)
         return Arguments(
             query=query[:, slice(*block.queries)],
             key=key,
@@ -221,10 +223,10 @@ class _Ring(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # autograd cannot follow what ranks pass to each other
             raise RuntimeError("ring_attention has no second derivative: call backward without create_graph=True")
-        (grad_output,) = grads
+        (grad_output,) = cotangents
         query, key, value, padding, sinks, seed, output, stats = ctx.saved_tensors
         call: _Call = ctx.call
         dtype = torch.promote_types(query.dtype, torch.float32)  # of sums over the ranks
