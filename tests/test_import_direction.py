@@ -68,6 +68,7 @@ ALLOWED = {
     "benchmark.harness": {"", "benchmark.processor"},
     "benchmark.processor": {"backends.cpu"},
     "benchmark.memory": set(),
+    "benchmark.traffic": set(),
     "info": {"", "backends.cpu", "backends.triton", "core.dispatch"},
     "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
     "testing.cases": {"module.multi_head_attention"},

@@ -274,7 +274,7 @@ class _Merged:
     maximum of the part with the larger l, and a sum that makes its log-sum-exp that of all parts.
     """
 
-    def __init__(self, query: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, query: Tensor, shape: tuple[int, int, int, int]) -> None:
         N, length, H, _ = shape
         dtype = torch.promote_types(query.dtype, torch.float32)
         self.output = query.new_zeros(shape, dtype=dtype)
