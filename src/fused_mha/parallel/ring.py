@@ -205,10 +205,9 @@ class _Ring(torch.autograd.Function):
         seed: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        N, length, H, _ = query.shape
-        merged = _Merged(query, (N, length, H, value.shape[3]))
+        merged = _Merged(query, value)
         held = [x for x in (key, value, padding) if x is not None]
-        steps = call.steps(length)
+        steps = call.steps(query.shape[1])
         for step, of_step in enumerate(steps):
             passing = Passing(held, call.group) if step + 1 < len(steps) else None
             for block in of_step:
@@ -230,7 +229,7 @@ class _Ring(torch.autograd.Function):
         query, key, value, padding, sinks, seed, output, stats = ctx.saved_tensors
         call: _Call = ctx.call
         dtype = torch.promote_types(query.dtype, torch.float32)  # of sums over the ranks
-        grad_query = torch.zeros_like(query, dtype=dtype)
+        grad_query: Tensor | None = None
         grad_sinks = None if sinks is None else torch.zeros_like(sinks)
         grad_lse = torch.zeros_like(stats[0])  # with which a block's gradients are a part of those of whole rows
         held = [x for x in (key, value, padding) if x is not None]
@@ -239,19 +238,22 @@ class _Ring(torch.autograd.Function):
         steps = call.steps(query.shape[1])
         for step, of_step in enumerate(steps):
             passing = Passing(held, call.group) if step + 1 < len(steps) else None
-            grads = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in held[:2]]
+            of_keys: list[Tensor | None] = [None, None]
             for block in of_step:
-                rows, columns = (slice(None), slice(*block.queries)), (slice(None), slice(*block.keys))
+                rows = (slice(None), slice(*block.queries))
                 of_block = call.arguments(block, query, held, sinks if step == 0 else None, seed)
                 its_lse, its_stats = (x[..., slice(*block.queries)].contiguous() for x in (grad_lse, stats))
                 found = schema.attention_backward(
                     grad_output[rows], None, its_lse, output[rows], its_stats, False, False, *of_block
                 )
-                grad_query[rows] += found[0]
-                for grad, of_keys in zip(grads, found[1:3], strict=True):
-                    grad[columns] += of_keys
+                grad_query = _added(grad_query, query, block.queries, found[0], dtype)
+                of_keys = [
+                    _added(total, x, block.keys, part, dtype)
+                    for total, x, part in zip(of_keys, held, found[1:], strict=False)
+                ]
                 if grad_sinks is not None and of_block.sinks is not None:
                     grad_sinks += found[7]
+            grads = [x for x in of_keys if x is not None]
             if following is not None:
                 grads = [grad.add_(earlier) for grad, earlier in zip(grads, following.received(), strict=True)]
             if step == 0:
@@ -261,9 +263,19 @@ class _Ring(torch.autograd.Function):
             held = held if passing is None else passing.received()
         if following is not None:
             at_home = [grad.add_(away) for grad, away in zip(at_home, following.received(), strict=True)]
-        grad_key, grad_value = at_home
-        gradients = (grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype))
+        assert grad_query is not None
+        gradients = (x.to(query.dtype) for x in (grad_query, *at_home))
         return *gradients, None, grad_sinks, None, None
+
+
+def _added(total: Tensor | None, like: Tensor, places: tuple[int, int], part: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of parts of the rows of a tensor like another; a first part that is the whole is taken as it is."""
+    if total is None and places == (0, like.shape[1]):
+        return part.to(dtype)
+    if total is None:
+        total = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    total[:, slice(*places)] += part
+    return total
 
 
 class _Merged:
@@ -274,15 +286,20 @@ class _Merged:
     maximum of the part with the larger l, and a sum that makes its log-sum-exp that of all parts.
     """
 
-    def __init__(self, query: Tensor, shape: tuple[int, int, int, int]) -> None:
-        N, length, H, _ = shape
+    def __init__(self, query: Tensor, value: Tensor) -> None:
+        N, length, H, _ = query.shape
         dtype = torch.promote_types(query.dtype, torch.float32)
-        self.output = query.new_zeros(shape, dtype=dtype)
+        self._is_new = True
+        self.output = query.new_zeros((N, length, H, value.shape[3]), dtype=dtype)
         self.lse = query.new_full((N, H, length), float("-inf"), dtype=dtype)
         self.stats = query.new_zeros((2, N, H, length), dtype=dtype)
 
     def add(self, block: Block, output: Tensor, lse: Tensor, stats: Tensor) -> None:
-        """Merge what a call found of a block."""
+        """Merge what a call found of a block; the first, of all rows, is taken as it is."""
+        is_new, self._is_new = self._is_new, False
+        if is_new and lse.shape == self.lse.shape:
+            self.output, self.lse, self.stats = output.to(self.output.dtype), lse, stats
+            return
         rows = slice(*block.queries)
         all_lse, largest, total = self.lse[..., rows], self.stats[0, ..., rows], self.stats[1, ..., rows]
         merged = torch.logaddexp(all_lse, lse)

@@ -53,7 +53,7 @@ class HeadwiseParallel(ParallelStyle):
 
     Examples:
         >>> plan = {"layers.*.self_attn": fused_mha.parallel.HeadwiseParallel()}
-        >>> torch.distributed.tensor.parallel.parallelize_module(model, mesh["tensor"], plan)
+        >>> model = torch.distributed.tensor.parallel.parallelize_module(model, mesh["tensor"], plan)
 
     Source:
         Shoeybi et al., "Megatron-LM" (arXiv 1909.08053), section 3.
