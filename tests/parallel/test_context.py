@@ -74,6 +74,15 @@ def test_a_module_over_a_ring_gives_what_one_process_gives(two_ranks, options):
     assert_close_to_oracle(first, of_whole(options), lambda: of_whole(options, torch.float64), terms=N * L * E)
 
 
+def revert():
+    return fused_mha.revert(context_parallel(fused_mha.MultiHeadAttention(E, H)))
+
+
+def test_a_module_over_a_ring_is_not_reverted(two_ranks):
+    text = "(root) attends over a sequence that is sharded over ranks, which torch.nn.MultiheadAttention can't"
+    assert two_ranks.errors(revert) == [("ValueError", f"{text}; nothing was changed")] * 2
+
+
 def bad_call(what):
     rope = fused_mha.RotaryEmbedding(8)
     made_with = {

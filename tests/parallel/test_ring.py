@@ -8,8 +8,7 @@ import fused_mha
 from attention_oracle import checked
 from closeness import assert_close_to_oracle, in_fp64
 from fused_mha.backends import cpu
-from fused_mha.parallel import ring_attention, shard, unshard
-from fused_mha.parallel.ring import described
+from fused_mha.parallel import ring, ring_attention, shard, unshard
 
 N, L, H, H_KV, D, D_V = 2, 64, 4, 2, 8, 6
 INFINITY = float("inf")
@@ -227,4 +226,4 @@ def test_without_the_library_the_error_says_so(monkeypatch):
     with pytest.raises(
         RuntimeError, match="needs the back end cpu, which cannot serve: it is not in this installation"
     ):
-        described(inputs)
+        ring.checked(inputs)

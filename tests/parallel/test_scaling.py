@@ -113,7 +113,7 @@ def of_heads():
 
 def test_spread_heads_send_one_output_forward_and_one_gradient_backward(two_ranks):
     forward, backward = (evaluated(x, 2, torch.float32) for (x,) in formulas("What is sent", "heads"))
-    expected = {"all_reduce": forward}, {"all_reduce": backward}
+    expected = {"all_gather": CHECKED, "all_reduce": forward}, {"all_reduce": backward}
     for sent, returned, of_weights in two_ranks.run(of_heads):
         assert (sent, returned) == expected
         assert of_weights == SIZES["N"] * SIZES["L"] ** 2 * 4

@@ -303,6 +303,19 @@ def test_dropout_of_spread_heads_is_refused_where_it_would_be_another():
         draw_seed(0.5, torch.device("meta"))
 
 
+def other_batch_on_one_rank():
+    model = spread(block("as torch's"))
+    return model(batch()[: 2 + dist.get_rank()], need_weights=False)
+
+
+def test_ranks_whose_inputs_differ_raise_by_name(two_ranks):
+    for error in two_ranks.errors(other_batch_on_one_rank):
+        assert error is not None
+        assert error[0] == "RuntimeError"
+        assert "MultiHeadAttention must be called alike on every rank" in error[1]
+        assert "rank 1: query (3, 32, 16) float32, key (3, 32, 16) float32" in error[1]
+
+
 def bad_plan(what):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
     module = fused_mha.MultiHeadAttention(

@@ -92,7 +92,7 @@ class _Context:
         def check() -> str:
             found = self._prepared(module, arguments, positions, cache)
             prepared.append(found)
-            return ring.described(found.inputs)
+            return ring.checked(found.inputs)
 
         check_on_every_rank(self.group, arguments.query.device, "MultiHeadAttention", check)
         (found,) = prepared

@@ -5,7 +5,7 @@ Everything in `fused_mha.parallel` comes here for its group; `ring` and `context
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,12 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
             ranks_of.setdefault(text[1:], []).append(str(rank))
         said_by = (f"rank {', '.join(ranks)}: {text}" for text, ranks in ranks_of.items())
         raise RuntimeError(f"{name} must be called alike on every rank of the group\n  " + "\n  ".join(said_by))
+
+
+def described(tensors: Mapping[str, Tensor | None], flags: Mapping[str, object]) -> str:
+    """Shapes and dtypes of a call's tensors, and its flags, as `check_on_every_rank` compares them."""
+    given = [f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}" for name, x in tensors.items() if x is not None]
+    return ", ".join(given + [f"{name}={value}" for name, value in flags.items()])
 
 
 class Passing:

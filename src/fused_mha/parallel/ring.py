@@ -20,7 +20,7 @@ from fused_mha.core.inputs import AttentionInputs, check_attention
 from fused_mha.core.modes import as_autocast_casts, autocast_is_on
 from fused_mha.ops import schema
 from fused_mha.ops.schema import Arguments
-from fused_mha.parallel.groups import Group, Passing, check_on_every_rank, group_of
+from fused_mha.parallel.groups import Group, Passing, check_on_every_rank, described, group_of
 from fused_mha.parallel.zigzag import Block, blocks
 
 _SEED_UNIT = 8  # keys that dropout draws for at once
@@ -100,16 +100,15 @@ def ring_attention(
             return_lse=False,
         )
 
-    found = group_of(group)
-    checked: list[AttentionInputs] = []
+    ranks = group_of(group)
+    found: list[AttentionInputs] = []
 
     def check() -> str:
-        checked.append(inputs())
-        return described(checked[0])
+        found.append(inputs())
+        return checked(found[0])
 
-    check_on_every_rank(found, query.device, "ring_attention", check)
-    (given,) = checked
-    return attend(given, found)
+    check_on_every_rank(ranks, query.device, "ring_attention", check)
+    return attend(found[0], ranks)
 
 
 def attend(inputs: AttentionInputs, group: dist.ProcessGroup) -> Tensor:
@@ -120,7 +119,7 @@ def attend(inputs: AttentionInputs, group: dist.ProcessGroup) -> Tensor:
     return _Ring.apply(inputs.query, inputs.key, inputs.value, inputs.key_padding_mask, inputs.sinks, seed, call)
 
 
-def described(inputs: AttentionInputs) -> str:
+def checked(inputs: AttentionInputs) -> str:
     """What must be the same on every rank; raises where this rank's call is not possible."""
     query, key, value, padding = inputs.query, inputs.key, inputs.value, inputs.key_padding_mask
     length = query.shape[1]
@@ -139,10 +138,8 @@ def described(inputs: AttentionInputs) -> str:
         )
     if padding is not None and padding.requires_grad:
         raise ValueError("key_padding_mask must not need a gradient in a ring")
-    shapes = {"query": query, "key": key, "value": value, "key_padding_mask": padding, "sinks": inputs.sinks}
-    given = [f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}" for name, x in shapes.items() if x is not None]
-    numbers = ("is_causal", "dropout_p", "scale", "softcap")
-    return ", ".join(given + [f"{name}={getattr(inputs, name)}" for name in numbers])
+    tensors = {"query": query, "key": key, "value": value, "key_padding_mask": padding, "sinks": inputs.sinks}
+    return described(tensors, {name: getattr(inputs, name) for name in ("is_causal", "dropout_p", "scale", "softcap")})
 
 
 class _Call(NamedTuple):

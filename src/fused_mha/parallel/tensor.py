@@ -22,7 +22,7 @@ from fused_mha.module.linear import linear
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.module.options import OWN_NAMES, ModuleOptions
 from fused_mha.module.projections import is_stock
-from fused_mha.parallel.groups import group_of
+from fused_mha.parallel.groups import check_on_every_rank, described, group_of
 
 _PROJECTIONS = ("q", "k", "v")
 _WEIGHTS = tuple(f"{name}_proj_weight" for name in _PROJECTIONS)
@@ -40,9 +40,11 @@ class HeadwiseParallel(ParallelStyle):
 
     Every rank is given the same input and returns the same output. A forward sends one all-reduce of the output, and a
     backward one of the gradient of each tensor among query, key and value, which is one for self-attention (and the few
-    numbers of ``qk_norm``). The parameters are sharded, and ``state_dict`` has the names and shapes of the module on
-    one device; FSDP2 may shard them further over another dimension of the mesh. On each rank ``num_heads`` is that of
-    its own heads. A `KeyValueCache` made of the module afterwards keeps those alone.
+    numbers of ``qk_norm``). On each rank ``num_heads`` is that of its own heads, and a `KeyValueCache` made of the
+    module afterwards keeps those alone.
+
+    The parameters are sharded; FSDP2 may shard them further over another dimension of the mesh. ``state_dict`` has the
+    names and shapes of the module on one device. It is put together by an all-gather, so call it on every rank.
 
     The plan takes no arguments.
 
@@ -164,6 +166,8 @@ class _HeadShards(MultiHeadAttention):
                 taken[id(x)] = _ToRanks.apply(plain, self.shards.mesh) if plain.requires_grad else plain
             return taken[id(x)]
 
+        if isinstance(query, Tensor) and query.is_cpu:
+            self._compare_with_other_ranks({"query": query, "key": key, "value": value}, call)
         query, key, value = (on_every_rank(x) for x in (query, key, value))
         for name in ("key_padding_mask", "attn_mask"):
             call[name] = on_every_rank(call.get(name))
@@ -181,6 +185,15 @@ class _HeadShards(MultiHeadAttention):
         if weights is not None:
             weights = self._weights_of_all(weights, call["average_attn_weights"])
         return output, weights
+
+    def _compare_with_other_ranks(self, tensors: dict[str, Any], call: dict[str, Any]) -> None:
+        """Raise on every rank if the calls differ; gloo would end the process where it sums tensors of two sizes."""
+        masks = {name: call.get(name) for name in ("key_padding_mask", "attn_mask")}
+        flags = {name: call[name] for name in ("need_weights", "average_attn_weights")}
+        group = self.shards.mesh.get_group()
+        check_on_every_rank(
+            group, torch.device("cpu"), "MultiHeadAttention", lambda: described({**tensors, **masks}, flags)
+        )
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """This rank's shards of the parameters, as `MultiHeadAttention.forward` reads them."""
