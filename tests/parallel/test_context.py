@@ -9,7 +9,7 @@ from torch import nn
 
 import fused_mha
 from closeness import assert_close_to_oracle
-from fused_mha.parallel import context_parallel, shard, unshard
+from fused_mha.parallel import HeadwiseParallel, context_parallel, shard, unshard
 
 E, H, N, L = 32, 4, 2, 64
 OPTIONS = {
@@ -81,6 +81,21 @@ def revert():
 def test_a_module_over_a_ring_is_not_reverted(two_ranks):
     text = "(root) attends over a sequence that is sharded over ranks, which torch.nn.MultiheadAttention can't"
     assert two_ranks.errors(revert) == [("ValueError", f"{text}; nothing was changed")] * 2
+
+
+def explain(how):
+    model = fused_mha.MultiHeadAttention(E, H)
+    if how == "ring":
+        context_parallel(model)
+    else:
+        HeadwiseParallel()._apply(model, dist.device_mesh.init_device_mesh("cpu", (2,)))
+    return fused_mha.explain(model, torch.zeros(8, 2, E))
+
+
+@pytest.mark.parametrize("how", ["ring", "heads"])
+def test_a_module_over_ranks_is_not_explained(two_ranks, how):
+    text = "module must be of one process; got one whose sequence or heads are spread over ranks"
+    assert two_ranks.errors(explain, how) == [("TypeError", text)] * 2
 
 
 def bad_call(what):
