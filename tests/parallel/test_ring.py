@@ -1,5 +1,8 @@
 """Ring attention on two and four processes against one process on the whole sequence: results, gradients and errors."""
 
+import warnings
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -227,3 +230,25 @@ def test_without_the_library_the_error_says_so(monkeypatch):
         RuntimeError, match="needs the back end cpu, which cannot serve: it is not in this installation"
     ):
         ring.checked(inputs)
+
+
+def by_triton(case, dtype):
+    """A ring whose blocks the CUDA kernels serve, under Triton's interpreter."""
+    from fused_mha.backends.triton import launch
+
+    with (
+        mock.patch.multiple(ring.schema, attention=launch.attention, attention_backward=launch.attention_backward),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, by which the interpreter computes
+        return by_ring(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("float padding, causal", torch.float32), ("sinks, softcap, scale", torch.float16)]
+)
+def test_the_kernels_for_cuda_serve_a_ring(two_ranks, case, dtype):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled, not interpreted")
+    assert_equals_one_process(two_ranks.run(by_triton, case, dtype), case, dtype)
