@@ -641,8 +641,8 @@ FAULTS = [
     Fault(
         "ring: a row's sum does not follow its log-sum-exp",
         RING,
-        "torch.where(is_larger, stats[1] / of_new, total / of_former)",
-        "torch.where(is_larger, stats[1], total)",
+        "torch.where(is_taken, stats[1] / of_new, total / of_former)",
+        "torch.where(is_taken, stats[1], total)",
         RING_TESTS,
     ),
     Fault(

@@ -12,6 +12,7 @@ from closeness import assert_close_to_oracle
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.core import reference
 from native.call_space import calls
+from native.dense_oracle import drawn_seed
 from triton_kernels.kinds import CASES, EVERYTHING, SINKS, SLOPES, matches_oracle
 
 from search import examples
@@ -216,3 +217,11 @@ def test_calls_for_parts_of_the_keys_give_the_parts_of_the_gradients(dtype):
         return dict(zip(tensors, torch.autograd.grad(result, leaves, cotangent.to(dtype)), strict=True))
 
     assert_close_to_oracle(ours, gradients(dtype), lambda: gradients(torch.float64), terms=40, dtype=dtype)
+
+
+def test_a_part_of_a_longer_call_drops_its_part_of_the_mask(attention):
+    keep = torch.ops.fused_mha.dropout_mask(torch.tensor((11, -12)), (2, 5, 52, 100), 0.4)[:, 3:, 40:, 64:]
+    arguments = make_arguments(N=2, L=12, S=36, H=2, H_kv=2, D=16, scale=0.0, dropout_p=0.4)
+    arguments |= {"need_weights": True, "average_attn_weights": False}
+    with drawn_seed(11, -12, 40, 64, 3, 5):
+        assert torch.equal(attention(**arguments).weights != 0, keep)

@@ -129,8 +129,6 @@ def checked(inputs: AttentionInputs) -> str:
         raise ValueError(f"a rank's part must have an even length, of two chunks; got {length}")
     if inputs.dropout_p and length // 2 % _SEED_UNIT:
         raise ValueError(f"with dropout, {2 * _SEED_UNIT} must divide the length of a rank's part; got {length}")
-    if inputs.dropout_p and query.device.type != "cpu":
-        raise RuntimeError(f"ring_attention has dropout on the CPU alone so far; got {query.device}")
     back_end = cpu.BACKEND if query.device.type == "cpu" else triton.BACKEND
     if reasons := not_supported_reasons(back_end.capability, inputs):
         raise RuntimeError(
@@ -280,7 +278,8 @@ class _Merged:
 
     For two parts of the keys with outputs o and log-sum-exps l, l = log(exp(l1) + exp(l2)) and
     o = exp(l1 - l) o1 + exp(l2 - l) o2. A kernel's stats are a maximum and a sum, in units of its own: a row keeps the
-    maximum of the part with the larger l, and a sum that makes its log-sum-exp that of all parts.
+    maximum of the part with the larger l, among those where it sees a key, and a sum that makes its log-sum-exp that of
+    all parts.
     """
 
     def __init__(self, query: Tensor, value: Tensor) -> None:
@@ -303,9 +302,11 @@ class _Merged:
         is_empty = merged == float("-inf")  # -inf - -inf = NaN
         of_former, of_new = ((x - merged).exp_().masked_fill_(is_empty, 0.0) for x in (all_lse, lse))
         self.output[:, rows].mul_(_per_row(of_former)).addcmul_(output.to(self.output.dtype), _per_row(of_new))
-        is_larger = lse > all_lse
-        total.copy_(torch.where(is_larger, stats[1] / of_new, total / of_former).masked_fill_(is_empty, 0.0))
-        largest.copy_(torch.where(is_larger, stats[0], largest))
+        had_none, has_none = total == 0, stats[1] == 0  # of rows that see a sink at most
+        is_taken = ~has_none & ((lse > all_lse) | had_none)
+        sums = torch.where(is_taken, stats[1] / of_new, total / of_former)
+        total.copy_(sums.masked_fill_(had_none & has_none, 0.0))
+        largest.copy_(torch.where(is_taken, stats[0], largest))
         all_lse.copy_(merged)
 
 
