@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fused_mha
+import fused_mha.parallel
 import fused_mha.testing
 
 PROJECT = Path(__file__).parents[1]
@@ -158,6 +159,7 @@ def test_the_reference_has_everything_that_is_public():
     documented = set(re.findall(r"^::: fused_mha\.(\S+)$", page, re.MULTILINE))
     documented -= {"testing.strategies"}  # all of the file, which is no part of fused_mha.testing
     public = {*fused_mha.__all__, *(f"testing.{name}" for name in fused_mha.testing.__all__)}
+    public |= {f"parallel.{name}" for name in fused_mha.parallel.__all__}
     # Imported by its own name, since transformers is an extra.
     public |= {f"integrations.transformers.{name}" for name in ("cache", "register")}
     assert documented == public

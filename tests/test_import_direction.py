@@ -70,6 +70,7 @@ ALLOWED = {
     "benchmark.harness": {"", "benchmark.processor"},
     "benchmark.processor": {"backends.cpu"},
     "benchmark.memory": set(),
+    "benchmark.traffic": set(),
     "info": {"", "backends.cpu", "backends.triton", "core.dispatch"},
     "testing": {"testing.cases", "testing.parity", "testing.tolerances"},
     "testing.cases": {"module.multi_head_attention"},
@@ -89,6 +90,21 @@ ALLOWED = {
     "integrations.transformers_cache": {"module.cache"},
     "integrations.transformers_masks": {"core.inputs", "core.masks", "integrations.lazy_mask"},
     "integrations.lazy_mask": {"core.inputs", "core.masks"},
+    "parallel": {"parallel.context", "parallel.ring", "parallel.tensor", "parallel.zigzag"},
+    "parallel.context": {
+        *("core.inputs", "module.cache", "module.multi_head_attention", "module.steps"),
+        *("parallel.groups", "parallel.ring", "parallel.zigzag"),
+    },
+    "parallel.ring": {
+        *("backends.arguments", "backends.capability", "backends.cpu", "backends.triton"),
+        *("core.inputs", "core.modes", "ops.schema", "parallel.groups", "parallel.zigzag"),
+    },
+    "parallel.tensor": {
+        *("backends.arguments", "module.linear", "module.multi_head_attention", "module.options"),
+        *("module.projections", "parallel.groups"),
+    },
+    "parallel.zigzag": {"parallel.groups"},
+    "parallel.groups": set(),
     "module": set(),
     "module.explanation": {
         "backends.delegation",
@@ -271,7 +287,7 @@ THIRD_PARTY = {  # of every other file torch alone
 }
 ON_TOP = {
     *("", "info", "convert", "module.explanation", "warm_up"),
-    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "integrations", "parity", "testing")),
+    *(name for name in ALLOWED if name.split(".")[0] in ("benchmark", "integrations", "parallel", "parity", "testing")),
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from torch import nn
 
 import fused_mha
+import fused_mha.parallel
 import fused_mha.testing
 from attention_oracle import DEFAULTS
 from fused_mha.testing import strategies
@@ -44,6 +45,7 @@ NAMES = [
     "warm_up",
 ]
 TESTING_NAMES = ["Case", "Comparison", "assert_parity", "compare", "grid", "tolerance"]
+PARALLEL_NAMES = ["HeadwiseParallel", "context_parallel", "ring_attention", "shard", "unshard"]
 STRATEGIES = ["calls", "cases", "fast_path_cases", "inputs", "masks"]
 PUBLIC = [(fused_mha, name) for name in NAMES] + [(fused_mha.testing, name) for name in TESTING_NAMES]
 FUNCTIONS = [
@@ -70,6 +72,7 @@ FUNCTIONS = [
     fused_mha.testing.compare,
     fused_mha.testing.grid,
     fused_mha.testing.tolerance,
+    *(getattr(fused_mha.parallel, name) for name in PARALLEL_NAMES),
 ]
 
 
@@ -78,7 +81,9 @@ def described(function):
 
 
 @pytest.mark.parametrize(
-    ("package", "names"), [(fused_mha, NAMES), (fused_mha.testing, TESTING_NAMES)], ids=["fused_mha", "testing"]
+    ("package", "names"),
+    [(fused_mha, NAMES), (fused_mha.parallel, PARALLEL_NAMES), (fused_mha.testing, TESTING_NAMES)],
+    ids=["fused_mha", "parallel", "testing"],
 )
 def test_exact_public_names(package, names):
     assert sorted(package.__all__) == names

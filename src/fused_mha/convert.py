@@ -100,7 +100,8 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
     Raises:
         TypeError: ``model`` is not an `nn.Module`.
         ValueError: a subclass of `MultiHeadAttention` (also one that parametrization made), which torch's class can't
-            express, or a module with options that it does not have; nothing was changed.
+            express, or a module with options that it does not have, or of `parallel.context_parallel`; nothing was
+            changed.
 
     Examples:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, batch_first=True), num_layers=2)
@@ -123,6 +124,11 @@ def revert(model: nn.Module, *, name_filter: NameFilter | None = None) -> Conver
             raise ValueError(
                 f"{names[0] or '(root)'} has options that torch.nn.MultiheadAttention can't express, "
                 f"{module.options.described()}; nothing was changed"
+            )
+        if module.context is not None:
+            raise ValueError(
+                f"{names[0] or '(root)'} attends over a sequence that is sharded over ranks, which "
+                "torch.nn.MultiheadAttention can't; nothing was changed"
             )
         if "forward" in vars(module):
             skipped.update(dict.fromkeys(names, FORWARD_REPLACED))

@@ -160,6 +160,17 @@ def test_the_mask_of_an_element_does_not_depend_on_the_size_of_the_call(base_isa
     assert torch.equal(weights[0] != 0, weights[1][:1, :, : shape["L"], : shape["S"]] != 0)
 
 
+@pytest.mark.parametrize(("L", "S"), [(45, 67), (45, 3), (1, 70)])
+def test_a_part_of_a_longer_call_drops_its_part_of_the_mask(base_isa, L, S):
+    longer = torch.from_numpy(kept((11, -12), (2, 5, 40 + L, 64 + S), 0.4))
+    keep = longer[:, 3:, 40:, 64:]
+    seed = schema.placed_seed(torch.tensor((11, -12)), first_query=40, first_key=64, first_head=3, heads=5)
+    assert torch.equal(torch.ops.fused_mha.dropout_mask(seed, keep.shape, 0.4), keep)
+    assert torch.equal(fallback._dropout_mask(seed, keep.shape, 0.4), keep)
+    with drawn_seed(*seed.tolist()):
+        assert_matches_dense(make_arguments(N=2, L=L, S=S, H=2, H_kv=2, dropout_p=0.4, **PER_HEAD), keep)
+
+
 def test_every_instruction_set_draws_the_same():
     arguments = make_arguments(L=17, S=300, dropout_p=0.5, scale=0.0, **PER_HEAD)
     former, patterns = LIBRARY.isa, []

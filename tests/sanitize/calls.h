@@ -302,8 +302,9 @@ private:
         }
         columns = S + bool(bias_k) + add_zero_attn;
         if (dropout_p > 0) {
-            seed.allocate(random, FUSED_MHA_INT64, {2}, Layout::ROWS);
-            for (int64_t i = 0; i < 2; ++i) {
+            const int64_t numbers = random.pick({2, FUSED_MHA_PLACED_SEED});
+            seed.allocate(random, FUSED_MHA_INT64, {numbers}, Layout::ROWS);
+            for (int64_t i = 0; i < numbers; ++i) {
                 const int64_t bits = random.bits();
                 memcpy(seed.at(i, 0, 0, 0), &bits, 8);
             }

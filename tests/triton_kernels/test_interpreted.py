@@ -7,8 +7,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from attention_oracle import make_arguments
+from attention_oracle import checked, make_arguments
+from closeness import assert_close_to_oracle
+from fused_mha.backends.arguments import arguments_of
+from fused_mha.core import reference
 from native.call_space import calls
+from native.dense_oracle import drawn_seed
 from triton_kernels.kinds import CASES, EVERYTHING, SINKS, SLOPES, matches_oracle
 
 from search import examples
@@ -200,3 +204,34 @@ def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(attention, of, opt
         assert torch.autograd.grad(loss, getattr(results, of), retain_graph=True)[0].isnan().any()
     for gradient in torch.autograd.grad(loss, leaves):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_calls_for_parts_of_the_keys_give_the_parts_of_the_gradients(dtype):
+    launch = pytest.importorskip("fused_mha.backends.triton.launch")
+    tensors = {name: torch.randn(1, 40, 2, 16).to(dtype) for name in ("query", "key", "value")}
+    cotangent = torch.randn(1, 40, 2, 16).to(dtype)
+    inputs = arguments_of(checked(**tensors))
+    output, _, lse, stats = launch.attention(*inputs)
+    found = []
+    for keys in (slice(0, 16), slice(16, 40)):
+        part = inputs._replace(key=inputs.key[:, keys], value=inputs.value[:, keys])
+        given = (cotangent, None, torch.zeros_like(lse), output, stats, False, False)
+        found.append(launch.attention_backward(*given, *part)[:3])
+    of_query, *of_keys = zip(*found, strict=True)
+    ours = {"query": sum(of_query), "key": torch.cat(of_keys[0], 1), "value": torch.cat(of_keys[1], 1)}
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors.values()]
+        result = reference.attention(*leaves, scale=0.25)[0]
+        return dict(zip(tensors, torch.autograd.grad(result, leaves, cotangent.to(dtype)), strict=True))
+
+    assert_close_to_oracle(ours, gradients(dtype), lambda: gradients(torch.float64), terms=40, dtype=dtype)
+
+
+def test_a_part_of_a_longer_call_drops_its_part_of_the_mask(attention):
+    keep = torch.ops.fused_mha.dropout_mask(torch.tensor((11, -12)), (2, 5, 52, 100), 0.4)[:, 3:, 40:, 64:]
+    arguments = make_arguments(N=2, L=12, S=36, H=2, H_kv=2, D=16, scale=0.0, dropout_p=0.4)
+    arguments |= {"need_weights": True, "average_attn_weights": False}
+    with drawn_seed(11, -12, 40, 64, 3, 5):
+        assert torch.equal(attention(**arguments).weights != 0, keep)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from fused_mha.core.inputs import AttentionInputs
-from fused_mha.ops.schema import Arguments
+from fused_mha.ops.schema import Arguments, placed_seed
 
+
+class _Place(threading.local):
+    heads: tuple[int, int] | None = None
+
+
+_place = _Place()
 _FAR = 1 << 60  # a key position that no query has
 
 
@@ -18,7 +26,30 @@ def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
     if not dropout_p:
         return None
     whole = torch.iinfo(torch.int64)
-    return torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)
+    seed = torch.randint(whole.min, whole.max, (2,), dtype=torch.int64, device=device)
+    if _place.heads is None:
+        return seed
+    if device.type != "cpu":
+        raise RuntimeError(f"dropout of heads that are spread over ranks is on the CPU alone so far; got {device}")
+    return placed_seed(seed, 0, 0, *_place.heads)
+
+
+@contextlib.contextmanager
+def heads_of_a_longer_call(first_head: int, heads: int) -> Iterator[None]:
+    """The heads of this thread's calls are some of a longer call, whose dropout they draw; other ranks have the rest.
+
+    Args:
+        first_head: the place of the first one.
+        heads: of the longer call.
+
+    Yields:
+        None.
+    """
+    _place.heads = first_head, heads
+    try:
+        yield
+    finally:
+        _place.heads = None
 
 
 def arguments_of(

@@ -154,7 +154,7 @@ int64_t fused_mha_heads(const fused_mha_heads_arguments* call) {
 int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask, double dropout_p,
                                int64_t threads) {
     Checker checker;
-    checker.check("seed", *seed, FUSED_MHA_INT64, 1, {2, 1, 1, 1});
+    check_seed(checker, *seed);
     checker.check("mask", *mask, FUSED_MHA_BOOL, 4, {-1, -1, -1, -1});
     if (checker.ok && !(dropout_p >= 0 && dropout_p <= 1))
         checker.fail_with("dropout_p must be between 0 and 1; got %g", dropout_p);

@@ -60,7 +60,7 @@ typedef struct {
     fused_mha_tensor key_padding_mask;  // (N, S): bool (true = ignore) or floating
     fused_mha_tensor bias_k;            // (H_kv, D)
     fused_mha_tensor bias_v;            // (H_kv, D_v)
-    fused_mha_tensor seed;              // (2): int64, absent without dropout
+    fused_mha_tensor seed;              // (2) or (FUSED_MHA_PLACED_SEED): int64, absent without dropout
     fused_mha_tensor sinks;             // (H): floating, logits beside the keys' in each row; or absent
     fused_mha_tensor alibi_slopes;      // (H): floating, or absent
     fused_mha_tensor cu_seqlens_q;      // (N' + 1): int64, of N' packed sequences; or absent
@@ -123,6 +123,9 @@ typedef struct {
 // Q/K norm and rotation of heads; backward, where there is a grad_output.
 enum { FUSED_MHA_NO_NORM = 0, FUSED_MHA_RMS_NORM = 1, FUSED_MHA_LAYER_NORM = 2, FUSED_MHA_L2_NORM = 3 };
 #define FUSED_MHA_MOST_HEAD_SIZE 1024
+// Numbers of the seed of a call that is a part of a longer one: the two of any seed, the first query, key and head in the
+// longer call, and its number of heads. 8 divides the first key.
+#define FUSED_MHA_PLACED_SEED 6
 #define FUSED_MHA_HEAD_POSITIONS 32  // whose heads' gradients of a norm's parameters are one row of grad_weight
 typedef struct {
     fused_mha_tensor x;            // (N, L, H, D)
@@ -197,7 +200,7 @@ FUSED_MHA_EXPORT int64_t fused_mha_column_sums(const fused_mha_tensor* matrix, c
 
 FUSED_MHA_EXPORT int64_t fused_mha_heads(const fused_mha_heads_arguments*);
 
-// mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed (2).
+// mask (N, H, L, S) bool, true = keep, as forward and backward draw it from seed.
 FUSED_MHA_EXPORT int64_t fused_mha_dropout_mask(const fused_mha_tensor* seed, const fused_mha_tensor* mask,
                                                 double dropout_p, int64_t threads);
 

@@ -72,6 +72,11 @@ void check_threads(Checker& checker, int64_t threads) {
         checker.fail_with("threads must be between 1 and %lld; got %lld", (long long)MOST_THREADS, (long long)threads);
 }
 
+void check_seed(Checker& checker, const fused_mha_tensor& seed) {
+    const bool is_placed = seed.size[0] == FUSED_MHA_PLACED_SEED;
+    checker.check("seed", seed, FUSED_MHA_INT64, 1, {is_placed ? FUSED_MHA_PLACED_SEED : 2, 1, 1, 1});
+}
+
 namespace {
 
 // Offsets of packed sequences ascend from 0 to no more than `rows`.
@@ -128,7 +133,7 @@ void check_settings(Checker& checker, const fused_mha_attention& a) {
         checker.fail_with("softcap must be positive, or 0 for none; got %g", a.softcap);
     if (checker.ok && !(a.dropout_p >= 0 && a.dropout_p <= 1))
         checker.fail_with("dropout_p must be between 0 and 1; got %g", a.dropout_p);
-    if (a.dropout_p > 0) checker.check("seed", a.seed, FUSED_MHA_INT64, 1, {2, 1, 1, 1});
+    if (a.dropout_p > 0) check_seed(checker, a.seed);
     check_threads(checker, a.threads);
     constexpr int64_t FARTHEST = int64_t(1) << 61;
     if (checker.ok && (a.first_visible < -FARTHEST || a.first_visible > FARTHEST || a.last_visible < -FARTHEST ||

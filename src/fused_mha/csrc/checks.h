@@ -97,6 +97,7 @@ private:
 };
 
 void check_threads(Checker& checker, int64_t threads);
+void check_seed(Checker& checker, const fused_mha_tensor& seed);
 void check_forward(Checker& checker, const fused_mha_forward_arguments& call);
 void check_backward(Checker& checker, const fused_mha_backward_arguments& call);
 void check_product(Checker& checker, const fused_mha_product_arguments& call);

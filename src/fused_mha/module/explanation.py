@@ -41,7 +41,7 @@ def explain(
         An `Explanation`; `print` it.
 
     Raises:
-        TypeError: ``module`` is neither, or has no such argument.
+        TypeError: ``module`` is neither, is spread over ranks, or has no such argument.
 
     Examples:
         >>> print(fused_mha.explain(fused_mha.MultiHeadAttention(16, 4), torch.randn(5, 2, 16)))
@@ -60,6 +60,8 @@ def explain(
             "module must be a fused_mha.MultiHeadAttention or scaled_dot_product_attention; got "
             f"{type(module).__name__}"
         )
+    if module.context is not None or hasattr(module, "shards"):  # by `parallel`
+        raise TypeError("module must be of one process; got one whose sequence or heads are spread over ranks")
     call = inspect.signature(module.forward).bind(query, key, key if value is None else value, **forward_arguments)
     call.apply_defaults()
     positions, cache, heads = own = [call.arguments.pop(name) for name in ("positions", "cache", "weights_of_heads")]

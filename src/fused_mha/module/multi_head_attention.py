@@ -6,7 +6,7 @@ Users build it, `convert` turns torch's modules into it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,7 @@ class MultiHeadAttention(TorchAttention):
 
     qconfig = QConfig()
     options: ModuleOptions | None = None  # of an instance that has some
+    context: Callable[..., tuple[Tensor, Tensor | None]] | None = None  # by `parallel.context_parallel`
     q_norm_weight: Parameter | None
     q_norm_bias: Parameter | None
     k_norm_weight: Parameter | None
@@ -351,6 +352,11 @@ class MultiHeadAttention(TorchAttention):
                     **{name: x for name, x in own.items() if x is not None},
                 )
             check_are_tensors(query, key, value)
+        if self.context is not None:
+            arguments = ModuleArguments(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+            return self.context(self, arguments, positions, cache)
         if query.is_nested or key.is_nested or value.is_nested:
             if positions is not None or cache is not None:
                 name = "positions" if cache is None else "cache"

@@ -14,6 +14,7 @@ from fused_mha.core import masks, plans
 from fused_mha.core.heads import Rotation
 from fused_mha.core.inputs import (
     AttentionInputs,
+    AttentionResult,
     CausalAlignment,
     ModuleArguments,
     check_module_attn_mask,
@@ -118,7 +119,14 @@ def finish(
     module: MultiHeadAttention, inputs: AttentionInputs, embedded: Tensor, is_batched: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Attend, gate and project out: what `MultiHeadAttention.forward` returns."""
-    heads, weights, _ = plans.run(inputs)
+    return leave(module, plans.run(inputs), embedded, is_batched)
+
+
+def leave(
+    module: MultiHeadAttention, attended: AttentionResult, embedded: Tensor, is_batched: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gate and project out what the core gave."""
+    heads, weights, _ = attended
     merged = gated(module, projections.merge_heads(heads, is_batched, module.batch_first), embedded)
     output = projections.out_projection(merged, module.out_proj)
     if weights is not None and not is_batched:

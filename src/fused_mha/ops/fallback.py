@@ -82,11 +82,13 @@ def attention(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _dropout_mask(seed: Tensor, shape: list[int], dropout_p: float) -> Tensor:
     """Philox4x32-7 as `csrc/generic/philox.h` has it, in int64."""
     N, H, L, S = shape
-    key, offset = seed.unbind()
+    key, offset, *place = seed.unbind()
+    first_query, first_key, first_head, heads = place or (0, 0, 0, H)
+    head = torch.arange(N, device=seed.device).unsqueeze(1) * heads + torch.arange(H, device=seed.device)
     counter = [
-        torch.arange((S + 7) // 8, device=seed.device).view(1, 1, -1),
-        torch.arange(L, device=seed.device).view(1, -1, 1),
-        torch.arange(N * H, device=seed.device).view(-1, 1, 1),
+        (torch.arange((S + 7) // 8, device=seed.device) + first_key // 8).view(1, 1, -1),
+        (torch.arange(L, device=seed.device) + first_query).view(1, -1, 1),
+        (head + first_head).view(-1, 1, 1),
         (offset & _WORD).view(1, 1, 1),
     ]
     keys = [key & _WORD, key >> 32 & _WORD]

@@ -1,10 +1,12 @@
 """What the operators take and give; `fake`, `fallback` and `autograd` say the rest of each.
 
 `attention` returns the output (N, L, H, D_v), the weights or an empty tensor, the log-sum-exp (N, H, L) and `stats`
-(2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. A gradient that is not asked for is an
-empty tensor. `attention_gradients` is what the library computes of it: the gradients of query, key and value, of the
-mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), of the biases and the sinks for each batch
-element, (N, H_kv, D) and (N, H), and of the distances that ALiBi goes by, summed over the queries, (N, H, S).
+(2, N, H, L), the rows' maxima and sums, which `attention_backward` takes back. Beside a gradient of the log-sum-exp,
+output and stats may be those of rows that have keys in other calls too: the gradients are of this call's part. One that
+is not asked for is an empty tensor. `attention_gradients` is what the library computes of it: the gradients of query,
+key and value, of the mask (N|1, H|1, L, S), of the scores summed over the queries (N, H, S), of the biases and the
+sinks for each batch element, (N, H_kv, D) and (N, H), and of the distances that ALiBi goes by, summed over the queries,
+(N, H, S).
 """
 
 from __future__ import annotations
@@ -53,6 +55,23 @@ def drawn_probability(dropout_p: float) -> float:
     return min(int(dropout_p * 65536 + 0.5), 65535) / 65536 if dropout_p < 1.0 else 1.0
 
 
+def placed_seed(seed: Tensor, first_query: int, first_key: int, first_head: int, heads: int) -> Tensor:
+    """The seed of a call that is a part of a longer one, whose dropout keeps what that of the longer call keeps there.
+
+    Args:
+        seed: (2), int64, of the longer call.
+        first_query: the place of the first query in it.
+        first_key: of the first key; a multiple of 8.
+        first_head: of the first head.
+        heads: H of the longer call.
+
+    Returns:
+        (6), int64.
+    """
+    place = torch.tensor((first_query, first_key, first_head, heads), dtype=torch.int64, device=seed.device)
+    return torch.cat((seed, place))
+
+
 def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """The mask as a backward may save it: callers fill theirs anew for the next call.
 
@@ -87,7 +106,7 @@ class Arguments(NamedTuple):
     key_padding_mask: Tensor | None  # (N, S)
     bias_k: Tensor | None  # (H_kv, D)
     bias_v: Tensor | None  # (H_kv, D_v)
-    seed: Tensor | None  # (2), int64
+    seed: Tensor | None  # (2), int64; (6) of a part of a longer call, as `placed_seed` makes it
     sinks: Tensor | None  # (H)
     alibi_slopes: Tensor | None  # (H)
     cu_seqlens_q: Tensor | None  # (sequences + 1), int64

@@ -122,9 +122,11 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
 
     A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
     log-sum-exp. dW is dO V^T and what comes through the weights. Of half types, the first part is taken as
-    rowsum(dO * O), which reads no key, but differs from the sum that it stands for by the rounding of O.
+    rowsum(dO * O), which reads no key, but differs from the sum that it stands for by the rounding of O. So it is
+    beside a gradient of the log-sum-exp, since rows that were merged by it have keys in other calls.
     """
-    BY_OUTPUT: tl.constexpr = call.query.dtype.element_ty != tl.float32
+    IS_HALF: tl.constexpr = call.query.dtype.element_ty != tl.float32
+    BY_OUTPUT: tl.constexpr = tl.constexpr(IS_HALF or given.grad_lse is not None)
     head, first_row = block_of_queries(call, TILE)
     rows = first_row + tl.arange(0, TILE.BLOCK_M)
     grad_output = merged_rows(given.grad_output, call, head, rows, rows < call.L, TILE)

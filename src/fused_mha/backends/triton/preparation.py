@@ -125,6 +125,7 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
         MASK_UNIT=1 if mask is None else readable.unit_of_mask(mask),
         WEIGHTS_UNIT=1,
         PRECISION="tf32" if arguments.query.dtype == torch.float32 and allows_tf32() else "ieee",
+        PLACED=arguments.seed is not None and arguments.seed.shape[0] > 2,
     )
 
 

@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     MASK_UNIT: int  # which divides the strides of attn_mask: the elements of 16 bytes, or 1
     WEIGHTS_UNIT: int  # which divides the rows of the weights, likewise
     PRECISION: str  # of fp32 products, as `tl.dot` names it
+    PLACED: bool  # the seed says where the call stands in a longer one
 
 
 class Searched(NamedTuple):
@@ -60,7 +61,7 @@ class Call(NamedTuple):
     squares: Any  # what `mask_squares` finds of attn_mask, or None
     bias_k: Any  # (H_kv, D) or None
     bias_v: Any  # (H_kv, D_v) or None
-    seed: Any  # (2), int64, or None
+    seed: Any  # (2) or, PLACED, (6), int64, or None
     sinks: Any  # (H) or None
     alibi_slopes: Any  # (H) or None
     cu_seqlens_q: Any  # None: packed sequences are not served
@@ -272,13 +273,19 @@ def is_kept(call, head, rows, first_column, TILE: tl.constexpr):
     """Whether dropout keeps a weight, (rows, BLOCK_N), from a column that 8 divides.
 
     Philox4x32-7 (Salmon et al., SC 2011) on the counter (key // 8, query, batch * H + head, offset); each of the 8
-    halves of its words draws for one key. `csrc/generic/philox.h` draws the same.
+    halves of its words draws for one key. `csrc/generic/philox.h` draws the same, also for a part of a longer call.
     """
     each = zeros(rows.shape[0], TILE.BLOCK_N // 8, tl.int32)
     groups = each + (first_column // 8 + tl.arange(0, TILE.BLOCK_N // 8))[None, :]
-    sequence = each + (head.n * call.H + head.h).to(tl.int32)
+    queries = each + rows[:, None]
+    if TILE.PLACED:
+        queries += tl.load(call.seed + 2).to(tl.int32)
+        groups += (tl.load(call.seed + 3) // 8).to(tl.int32)
+        sequence = each + (head.n * tl.load(call.seed + 5) + tl.load(call.seed + 4) + head.h).to(tl.int32)
+    else:
+        sequence = each + (head.n * call.H + head.h).to(tl.int32)
     offset = each + tl.load(call.seed + 1).to(tl.int32)
-    a, b, c, d = tl.philox(tl.load(call.seed), groups, each + rows[:, None], sequence, offset, n_rounds=7)
+    a, b, c, d = tl.philox(tl.load(call.seed), groups, queries, sequence, offset, n_rounds=7)
     words = tl.join(tl.join(a, c), tl.join(b, d))  # in the order a, b, c, d
     halves = tl.join(words << 16, words)  # the low one first; what is below the upper 16 bits decides nothing
     halves = tl.reshape(halves, zeros(rows.shape[0], TILE.BLOCK_N).shape)

@@ -136,12 +136,14 @@ struct Attention {
         const double p = drawn_probability(a.dropout_p);
         return p < 1 ? T(1 / (1 - p)) : T(0);
     }
-    DropoutSeed seed() const { return {drops() ? static_cast<const int64_t*>(a.seed.data) : NO_SEED, a.dropout_p}; }
+    DropoutSeed seed() const {
+        return {drops() ? static_cast<const int64_t*>(a.seed.data) : NO_SEED, drops() ? a.seed.size[0] : 2, H, a.dropout_p};
+    }
 
     // Which columns of a panel dropout keeps in each row.
     FMHA_INLINE void draw(const DropoutSeed& seed, int64_t n, int64_t h, int64_t row, int64_t rows, const KeyPanel& panel,
                           uint32_t* kept) const {
-        draw_kept<COLUMNS>(seed, (first_batch + n) * H + h, row, rows, panel.first, kept);
+        draw_kept<COLUMNS>(seed, first_batch + n, h, row, rows, panel.first, kept);
     }
 
     void rows_of_panel(const fused_mha_tensor& keys, const fused_mha_tensor& bias, int64_t n, int64_t head,

@@ -39,7 +39,8 @@ public:
           chunks(max(ceil_div(all_panels, chunk_panels), 1)),
           lanes(attention.N * attention.H_kv),
           blocks{attention.L, ceil_div(attention.L, BLOCK_ROWS)},
-          sees_all_keys(chunks == 1),
+          // A log-sum-exp is used to merge rows whose other keys are in other calls: deltas come from the output then.
+          sees_all_keys(chunks == 1 && !call.grad_lse.data),
           needs_deltas(!sees_all_keys && call.grad_weights.data),
           sums_mask(call.grad_attn_mask.data != nullptr) {}
 

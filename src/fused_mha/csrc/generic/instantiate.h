@@ -85,15 +85,15 @@ void heads(const fused_mha_heads_arguments& call) {
 }
 
 void dropout_mask(const fused_mha_tensor& seed_tensor, const fused_mha_tensor& mask, double dropout_p, int64_t threads) {
-    const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), dropout_p);
     const int64_t H = mask.size[1], L = mask.size[2], S = mask.size[3];
+    const DropoutSeed seed(static_cast<const int64_t*>(seed_tensor.data), seed_tensor.size[0], H, dropout_p);
     auto task = [&](int64_t index, int64_t) {
         const int64_t n = index / H, h = index % H;
         for (int64_t i = 0; i < L; ++i) {
             uint8_t* row = element<uint8_t>(mask, n, h, i);
             for (int64_t first = 0; first < S; first += 8) {
                 uint32_t kept;
-                draw_kept<8>(seed, index, i, 1, first, &kept);
+                draw_kept<8>(seed, n, h, i, 1, first, &kept);
                 for (int64_t j = first; j < min(S, first + 8); ++j) row[j] = kept >> (j - first) & 1;
             }
         }

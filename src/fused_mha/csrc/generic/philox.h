@@ -2,9 +2,11 @@
 // rounds are the fewest that pass every test of BigCrush).
 //
 // One counter (key / 8, query, batch * H + head, offset) gives 128 bits, 16 for each of eight neighbouring keys: what is
-// kept depends on neither the tiling, the instruction set nor the number of threads.
+// kept depends on neither the tiling, the instruction set nor the number of threads. The seed of a call that is a part of
+// a longer one, as on one of several processes, says where that part begins: it keeps what the longer call keeps there.
 #pragma once
 
+#include "c_api.h"
 #include "simd/vec.h"
 
 namespace fused_mha::FMHA_ISA {
@@ -21,12 +23,19 @@ struct DropoutSeed {
     uint32_t key[2];
     uint32_t offset;
     uint32_t threshold;  // an element is kept where its 16 bits reach it
+    uint32_t first_query = 0, first_key = 0, first_head = 0, heads;  // of the longer call; 8 divides first_key
 
-    DropoutSeed(const int64_t* seed, double dropout_p) {
+    DropoutSeed(const int64_t* seed, int64_t numbers, int64_t H, double dropout_p) : heads(uint32_t(H)) {
         key[0] = uint32_t(seed[0]);
         key[1] = uint32_t(uint64_t(seed[0]) >> 32);
         offset = uint32_t(seed[1]);  // a counter has 32 bits for it
         threshold = uint32_t(drawn_probability(dropout_p) * 65536.0);
+        if (numbers == FUSED_MHA_PLACED_SEED) {
+            first_query = uint32_t(seed[2]);
+            first_key = uint32_t(seed[3]);
+            first_head = uint32_t(seed[4]);
+            heads = uint32_t(seed[5]);
+        }
     }
 };
 
@@ -75,10 +84,11 @@ FMHA_INLINE void keep_lanes(const DropoutSeed& seed, vuint group, const vuint (&
 }
 
 // kept[r], bit c: whether column c of KEYS <= 32 keys from `first_key`, a multiple of 8, is kept in row
-// first_query + r.
+// first_query + r of one head.
 template <int KEYS>
-FMHA_INLINE void draw_kept(const DropoutSeed& seed, int64_t head, int64_t first_query, int64_t rows, int64_t first_key,
-                           uint32_t* kept) {
+FMHA_INLINE void draw_kept(const DropoutSeed& seed, int64_t n, int64_t h, int64_t first_query, int64_t rows,
+                           int64_t first_key, uint32_t* kept) {
+    const uint32_t head = uint32_t(n) * seed.heads + seed.first_head + uint32_t(h);
     constexpr int GROUPS = KEYS / 8, ROWS = PHILOX_LANES / GROUPS;  // of one draw
     constexpr int DRAWS = (FMHA_MR + ROWS - 1) / ROWS;                  // of a row tile
     vuint group_of_lane, row_of_lane;
@@ -86,12 +96,12 @@ FMHA_INLINE void draw_kept(const DropoutSeed& seed, int64_t head, int64_t first_
         group_of_lane[i] = uint32_t(i % GROUPS);
         row_of_lane[i] = uint32_t(i / GROUPS);
     }
-    const vuint group = group_of_lane + uint32_t(first_key / 8);
+    const vuint group = group_of_lane + (seed.first_key / 8 + uint32_t(first_key / 8));
     for (int64_t r = 0; r < rows; r += DRAWS * ROWS) {
         vuint query[DRAWS];
-        for (int d = 0; d < DRAWS; ++d) query[d] = row_of_lane + uint32_t(first_query + r + d * ROWS);
+        for (int d = 0; d < DRAWS; ++d) query[d] = row_of_lane + (seed.first_query + uint32_t(first_query + r + d * ROWS));
         vlanebyte keep[DRAWS];
-        keep_lanes(seed, group, query, uint32_t(head), keep);
+        keep_lanes(seed, group, query, head, keep);
         uint8_t bytes[DRAWS * PHILOX_LANES];
         memcpy(bytes, keep, sizeof bytes);
         for (int i = 0; i < DRAWS * ROWS && r + i < rows; ++i) {

@@ -1,0 +1,360 @@
+"""Modules whose heads are spread over ranks, alone and beside FSDP2, against the module on one process."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.utils.prune
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+import fused_mha
+from closeness import assert_close_to_oracle
+from fused_mha.backends.arguments import draw_seed, heads_of_a_longer_call
+from fused_mha.parallel import HeadwiseParallel, context_parallel, shard, unshard
+
+E, H, N, L = 16, 4, 4, 32
+OPTIONS = {
+    "as torch's": {},
+    "no bias": {"bias": False},
+    "own sizes": {"kdim": 12, "vdim": 10},
+    "grouped heads, rope": {"num_kv_heads": 2, "rope": fused_mha.RotaryEmbedding(4)},
+    "every other option": {
+        "num_kv_heads": 2,
+        "value_head_dim": 3,
+        "qk_norm": "layer",
+        "sinks": True,
+        "gate": True,
+        "alibi": True,
+        "softcap": 5.0,
+        "window": (3, None),
+        "add_bias_kv": True,
+        "add_zero_attn": True,
+    },
+    "dropout": {"dropout": 0.25},
+}
+MASKS = {
+    "no mask": {},
+    "padding": {"key_padding_mask": torch.arange(L) >= torch.tensor([[L], [20], [7], [L]])},
+    "mask of heads": {"attn_mask": torch.arange(N * H * L * L).view(N * H, L, L) % 7 == 0},
+    "float mask of each head": {"attn_mask": torch.linspace(-1, 1, H * L * L).view(1, H, L, L)},
+}
+
+each_option = pytest.mark.parametrize("options", OPTIONS)
+
+
+class Block(nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.attention = fused_mha.MultiHeadAttention(E, H, batch_first=True, **OPTIONS[options])
+
+    def forward(self, x, **call):
+        size = self.attention.kdim, self.attention.vdim
+        key, value = (x if n == E else x[..., :n] for n in size)
+        return self.attention(x, key, value, **{"is_causal": True, **call})
+
+
+def block(options, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Block(options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # biases are 0 and scales 1 at first
+            if parameter.dim() == 1:
+                parameter.add_(torch.linspace(-1, 1, parameter.numel()) + len(name) / 50)
+    return model.to(dtype)
+
+
+def batch(dtype=torch.float32):
+    return torch.randn(N, L, E, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def gradients(model, x, **call):
+    """Of the mean over the batch, by the names on one device; output and weights too."""
+    torch.manual_seed(5)
+    x = x.clone().requires_grad_()
+    output, weights = model(x, **call)
+    loss = output.square().mean()
+    results = {"output": output.detach()}
+    if weights is not None:
+        loss = loss + weights.square().mean()
+        results["weights"] = weights.detach()
+    loss.backward()
+    return results | {"input": x.grad} | of_one_device(model)
+
+
+def of_one_device(model):
+    found = {name: full(p.grad) for name, p in model.named_parameters()}
+    for part in ("weight", "bias"):
+        names = [f"attention.{name}_proj_{part}" for name in "qkv"]
+        if names[0] in found and (part == "bias" or model.attention._qkv_same_embed_dim):
+            found[f"attention.in_proj_{part}"] = torch.cat([found.pop(name) for name in names])
+    return found
+
+
+def full(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def spread(model, mesh=None):
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
+    return parallelize_module(model, mesh, {"attention": HeadwiseParallel()})
+
+
+def by_heads(options, mask, call):
+    return gradients(copy.deepcopy(spread(block(options))), batch(), **MASKS[mask], **call)
+
+
+def assert_equals_one_process(results, options, **call):
+    for other in results[1:]:
+        assert set(other) == set(results[0])
+        assert all(torch.equal(other[name], x) for name, x in results[0].items())
+
+    def alone(dtype):
+        return gradients(block(options, dtype), batch(dtype), **in_dtype(call, dtype))
+
+    def in_dtype(call, dtype):
+        floating = (x for x in call.items() if isinstance(x[1], torch.Tensor) and x[1].is_floating_point())
+        return call | {name: x.to(dtype) for name, x in floating}
+
+    theirs = alone(torch.float32)
+    assert_close_to_oracle(results[0], theirs, lambda: alone(torch.float64), terms=N * L * E)
+
+
+@each_option
+def test_heads_on_two_ranks_give_what_one_process_gives(two_ranks, options):
+    results = two_ranks.run(by_heads, options, "no mask", {"need_weights": False})
+    assert_equals_one_process(results, options, need_weights=False)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_and_weights_are_those_of_all_heads(two_ranks, mask, average):
+    call = {"need_weights": True, "average_attn_weights": average}
+    results = two_ranks.run(by_heads, "as torch's", mask, call)
+    assert_equals_one_process(results, "as torch's", **MASKS[mask], **call)
+
+
+def same(state_dict, whole):
+    """Whether it has the names, in their order, and the values of one device."""
+    return list(state_dict) == list(whole) and all(torch.equal(full(state_dict[name]), x) for name, x in whole.items())
+
+
+def through_state_dict(options):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
+    whole, model = block(options), spread(block(options), mesh)
+    assert same(model.state_dict(), whole.state_dict())
+    for x in whole.parameters():
+        nn.init.normal_(x)
+    assert str(model.load_state_dict(whole.state_dict())) == "<All keys matched successfully>"  # of one device
+    assert same(model.state_dict(), whole.state_dict())
+    other = spread(block(options), mesh)
+    other.load_state_dict(model.state_dict())  # of the ranks
+    assert same(other.state_dict(), whole.state_dict())
+    on_demand = StateDictOptions(full_state_dict=True)
+    assert same(get_model_state_dict(model, options=on_demand), whole.state_dict())
+    other = spread(block(options), mesh)
+    set_model_state_dict(other, whole.state_dict(), options=on_demand)
+    assert same(other.state_dict(), whole.state_dict())
+    torch.manual_seed(0)
+    drawn = Block(options)
+    torch.manual_seed(0)
+    model.attention.reset_parameters()
+    assert same(model.state_dict(), drawn.state_dict())
+    return sum(p.to_local().numel() for p in model.parameters())
+
+
+@each_option
+def test_the_state_dict_is_that_of_one_device(two_ranks, options):
+    first, second = two_ranks.run(through_state_dict, options)
+    shared = ("out_proj.bias", "norm")
+    whole = dict(block(options).named_parameters())
+    expected = sum(x.numel() // (1 if any(s in name for s in shared) else 2) for name, x in whole.items())
+    assert first == second == expected
+
+
+def load_what_does_not_fit(what):
+    model = spread(block("as torch's"))
+    before = {name: full(x).clone() for name, x in model.state_dict().items()}
+    state_dict = block("as torch's").state_dict()
+    if what == "missing":
+        del state_dict["attention.in_proj_weight"]
+    else:
+        state_dict["attention.in_proj_weight"] = torch.zeros(3, 3)
+    try:
+        model.attention.load_state_dict({name.removeprefix("attention."): x for name, x in state_dict.items()})
+    finally:
+        assert all(torch.equal(full(x), before[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("missing", 'Missing key(s) in state_dict: "in_proj_weight".'),
+        ("shape", "in_proj_weight must have shape (48, 3); got (3, 3)"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_changes_nothing(two_ranks, what, text):
+    for error in two_ranks.errors(load_what_does_not_fit, what):
+        assert error is not None
+        assert error[0] == "RuntimeError"
+        assert text in error[1]
+
+
+def on_two_dimensions(options, folder):
+    """FSDP2 over two pairs of ranks, the heads over the ranks of each pair, made without memory at first."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def make():
+        with torch.device("meta"):
+            model = Block(options)
+        spread(model, mesh["tensor"])
+        for part in (model.attention, model):
+            fully_shard(part, mesh=mesh["data"])
+        model.to_empty(device="cpu")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    model, optimizer = make()
+    model.load_state_dict(block(options).state_dict())
+    assert same(model.state_dict(), block(options).state_dict())
+    x = batch().chunk(2)[mesh.get_local_rank("data")]
+    found = gradients(model, x, need_weights=False)
+    optimizer.step()
+    state, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": state, "optimizer": of_optimizer}, checkpoint_id=folder)
+    other, other_optimizer = make()
+    state, of_optimizer = get_state_dict(other, other_optimizer)
+    loaded = {"model": state, "optimizer": of_optimizer}
+    dcp.load(loaded, checkpoint_id=folder)
+    set_state_dict(other, other_optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for each, its in ((model, optimizer), (other, other_optimizer)):
+        its.zero_grad()
+        gradients(each, x, need_weights=False)
+        its.step()
+    whole = StateDictOptions(full_state_dict=True)
+    trained, again = (get_model_state_dict(each, options=whole) for each in (model, other))
+    assert same(again, trained)
+    return mesh.get_coordinate(), found, trained
+
+
+@pytest.mark.parametrize("options", ["grouped heads, rope", "every other option"])
+def test_fsdp_beside_heads_on_a_mesh_of_two_dimensions(four_ranks, options, tmp_path):
+    results = four_ranks.run(on_two_dimensions, options, str(tmp_path))
+    firsts = [found for (_, tensor), found, _ in results if tensor == 0]
+    for (data, _), found, trained in results:
+        assert all(torch.equal(found[name], firsts[data][name]) for name in found)
+        assert all(torch.equal(x, results[0][2][name]) for name, x in trained.items())
+    ours = {name: torch.cat([found[name] for found in firsts]) for name in ("output",)}
+    ours["input"] = torch.cat([found["input"] for found in firsts]) / 2  # of a mean over half the batch each
+    assert_equals_one_process([firsts[0] | ours], options, need_weights=False)
+    saved = {"model": block(options).state_dict()}
+    with pytest.warns(UserWarning, match="in a single process"):
+        dcp.load(saved, checkpoint_id=str(tmp_path), no_dist=True)
+    block(options).load_state_dict(saved["model"])
+
+
+def ring_beside_heads(options):
+    """A sequence over two pairs of ranks, the heads over the ranks of each pair."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    model = context_parallel(spread(block(options), mesh["tensor"]), mesh["context"])
+    part = mesh["context"]
+    found = gradients(model, shard(batch(), part), need_weights=False)
+    whole = {name: unshard(found.pop(name), part) for name in ("output", "input")}
+    for x in found.values():
+        dist.all_reduce(x, group=part.get_group())
+    return {name: x / 2 for name, x in found.items()} | whole | {"input": whole["input"] / 2}
+
+
+@pytest.mark.parametrize("options", ["grouped heads, rope", "dropout"])
+def test_a_ring_beside_heads_on_a_mesh_of_two_dimensions(four_ranks, options):
+    assert_equals_one_process(four_ranks.run(ring_beside_heads, options), options, need_weights=False)
+
+
+def decode(options):
+    """A prompt and then token by token, by a cache of this rank's heads alone."""
+    model = spread(block(options)).attention.eval()
+    cache = fused_mha.KeyValueCache(model, N)
+    x = batch()
+    parts = (x[:, :20], *x[:, 20:].split(1, dim=1))
+    with torch.inference_mode():
+        steps = [model(part, part, part, is_causal=True, need_weights=False, cache=cache)[0] for part in parts]
+        whole = model(x, x, x, is_causal=True, need_weights=False)[0]
+    return torch.cat(steps, 1), whole
+
+
+def test_decoding_keeps_the_heads_of_each_rank(two_ranks):
+    for steps, whole in two_ranks.run(decode, "grouped heads, rope"):
+        torch.testing.assert_close(steps, whole)
+
+
+def test_dropout_of_spread_heads_is_refused_where_it_would_be_another():
+    with heads_of_a_longer_call(2, 4), pytest.raises(RuntimeError, match="on the CPU alone so far; got meta"):
+        draw_seed(0.5, torch.device("meta"))
+
+
+def other_batch_on_one_rank():
+    model = spread(block("as torch's"))
+    return model(batch()[: 2 + dist.get_rank()], need_weights=False)
+
+
+def test_ranks_whose_inputs_differ_raise_by_name(two_ranks):
+    for error in two_ranks.errors(other_batch_on_one_rank):
+        assert error is not None
+        assert error[0] == "RuntimeError"
+        assert "MultiHeadAttention must be called alike on every rank" in error[1]
+        assert "rank 1: query (3, 32, 16) float32, key (3, 32, 16) float32" in error[1]
+
+
+def bad_plan(what):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
+    module = fused_mha.MultiHeadAttention(
+        12, 3 if what == "heads" else 4, num_kv_heads=1 if what == "key heads" else None
+    )
+    if what == "not ours":
+        module = nn.MultiheadAttention(12, 4)
+    elif what == "no such dimension":
+        mesh = mesh["heads"]
+    elif what == "two dimensions":
+        mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "tensor"))
+    elif what == "replaced":
+        module.out_proj = nn.Sequential(module.out_proj)
+    elif what == "pruned":
+        nn.utils.prune.random_unstructured(module, "in_proj_weight", amount=0.5)
+    HeadwiseParallel()._apply(module, mesh)
+    x = torch.zeros(2, 5, 12)
+    return module(x, x, x, attn_mask=torch.zeros(10, 2, 2))
+
+
+ERRORS = {
+    "heads": ("ValueError", "num_heads must be a multiple of the 2 ranks that share the heads; got 3"),
+    "key heads": ("ValueError", "num_kv_heads must be a multiple of the 2 ranks that share the heads; got 1"),
+    "not ours": ("TypeError", "HeadwiseParallel is for a fused_mha.MultiHeadAttention, which fused_mha.convert makes"),
+    "no such dimension": ("KeyError", "heads"),
+    "two dimensions": ("ValueError", "group must be a mesh of one dimension; got one of 2, ('data', 'tensor')"),
+    "replaced": ("ValueError", "out_proj must be as the module was built, neither hooked nor replaced"),
+    "pruned": ("ValueError", "the module must have its projections as it was built, neither pruned nor reparametrized"),
+    "mask of this rank's heads": (
+        "RuntimeError",
+        "attn_mask must be one for all heads, or of all 4 heads of all ranks",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ERRORS)
+def test_a_plan_that_does_not_fit_is_refused_on_every_rank(two_ranks, what):
+    expected, text = ERRORS[what]
+    for error in two_ranks.errors(bad_plan, what):
+        assert error is not None
+        assert error[0] == expected
+        assert text in error[1]
