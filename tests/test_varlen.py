@@ -108,7 +108,7 @@ _COMPOSITE = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutog
 
 def _operator_arguments(rows, offsets, is_causal):
     tensors = (*(x[None] for x in rows), None, None, None, None, torch.tensor([5, 6]), None, None, offsets, offsets)
-    return *tensors, None, 0 if is_causal else None, False, False, 0.4, 8**-0.5, None, False, True, ()
+    return *tensors, None, 0 if is_causal else None, False, False, 0.4, 8**-0.5, None, False, True, None
 
 
 @pytest.mark.parametrize("name", ["int32", "int64"])

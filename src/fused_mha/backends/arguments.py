@@ -78,7 +78,7 @@ def arguments_of(
         None if inputs.softcap is None else float(inputs.softcap),
         inputs.need_weights,
         inputs.average_attn_weights,
-        inputs.weights_of_heads or (),
+        inputs.weights_of_heads,
     )
 
 

@@ -42,7 +42,7 @@ struct AttentionCall {
         fields.softcap = arguments.optional_number().value_or(0);
         needs_weights = arguments.boolean();
         fields.average_weights = arguments.boolean();
-        weights_of_heads = arguments.integers();
+        weights_of_heads = arguments.optional_integers();
         fields.threads = thread_count();
     }
 

@@ -210,8 +210,9 @@ std::optional<T> Arguments::optional() {
     return found;
 }
 
-std::vector<int64_t> Arguments::integers() {
-    const List list = reinterpret_cast<List>(*next++);
+namespace {
+
+std::vector<int64_t> taken(List list) {
     size_t count = 0;
     check(torch.torch_list_size(list, &count), "count a list");
     std::vector<int64_t> found(count);
@@ -221,8 +222,15 @@ std::vector<int64_t> Arguments::integers() {
     return found;
 }
 
+}  // namespace
+
+std::vector<int64_t> Arguments::optional_integers() {
+    const std::optional<List> list = optional<List>();
+    return list ? taken(*list) : std::vector<int64_t>();
+}
+
 Sizes Arguments::sizes() {
-    const std::vector<int64_t> found = integers();
+    const std::vector<int64_t> found = taken(reinterpret_cast<List>(*next++));
     Sizes sizes;
     sizes.count = int64_t(found.size());
     for (size_t d = 0; d < found.size() && d < size_t(Sizes::MOST); ++d) sizes.at[d] = found[d];

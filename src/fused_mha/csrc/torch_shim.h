@@ -78,7 +78,7 @@ public:
     Tensor optional_tensor();
     int64_t integer() { return int64_t(*next++); }
     std::optional<int64_t> optional_integer();
-    std::vector<int64_t> integers();
+    std::vector<int64_t> optional_integers();  // empty where there are none
     Sizes sizes();
     bool boolean() { return (*next++ & 0xff) != 0; }
     double number();

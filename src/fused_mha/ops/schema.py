@@ -23,7 +23,7 @@ _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_padding_mask, Tensor? bias_k, "
     "Tensor? bias_v, Tensor? seed, Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "SymInt? first_visible, SymInt? last_visible, bool bottom_right, bool add_zero_attn, float dropout_p, float scale, "
-    "float? softcap, bool need_weights, bool average_attn_weights, int[] weights_of_heads"
+    "float? softcap, bool need_weights, bool average_attn_weights, int[]? weights_of_heads"
 )
 _GRADIENTS = ", ".join(["Tensor"] * 9)
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -120,7 +120,7 @@ class Arguments(NamedTuple):
     softcap: float | None
     need_weights: bool
     average_attn_weights: bool
-    weights_of_heads: Sequence[int] = ()  # whose weights are returned, in this order; all without
+    weights_of_heads: Sequence[int] | None = None  # whose weights are returned, in this order; all without
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor | None], numbers: Iterable[Any]) -> Arguments:
@@ -139,7 +139,7 @@ class Arguments(NamedTuple):
         N, L, H, _ = self.query.shape
         if not self.need_weights:
             return (0,)
-        heads = len(self.weights_of_heads) or H
+        heads = len(self.weights_of_heads) if self.weights_of_heads else H
         return (N, L, self.columns) if self.average_attn_weights else (N, heads, L, self.columns)
 
     @property
