@@ -46,7 +46,7 @@ class Sequence(NamedTuple):
         return f"{self.N}x{self.H}x{self.L}x{self.D}" + (", causal" if self.is_causal else "")
 
 
-SEQUENCES = (Sequence(1, 4, 8192, 64, False), Sequence(1, 4, 16384, 64, True))
+SEQUENCES = (Sequence(1, 4, 16384, 64, False), Sequence(1, 4, 16384, 64, True))  # 4,096 tokens a rank
 QUICK = (Sequence(1, 2, 512, 64, True),)
 
 
