@@ -63,6 +63,7 @@ def test_an_exported_model_serves_every_batch_and_length(strict):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.* is deprecated:FutureWarning")
 @pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no CPU library")
 def test_a_package_of_aotinductor_serves_every_batch_and_length(tmp_path):
     model = Causal().eval()

@@ -93,7 +93,7 @@ def plan_of(arguments: Arguments) -> Plan:
         return Plan(arguments)
     memory = (None if x is None else memory_of(x) for x in arguments[:TENSORS])
     *numbers, heads = arguments[TENSORS:]  # the dispatcher makes a list of these
-    kind = (*memory, *numbers, tuple(heads), preparation.allows_tf32())
+    kind = (*memory, *numbers, tuple(heads or ()), preparation.allows_tf32())
     plan = _plans.get(kind)
     if plan is None:
         if len(_plans) >= MOST_PLANS:
