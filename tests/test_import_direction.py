@@ -154,7 +154,7 @@ ALLOWED = {
     "core.varlen": {"core.dispatch", "core.inputs", "core.modes"},
     "core.packing": set(),
     "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.modes"},
-    "module.nested": {"core.inputs"},
+    "module.nested": {"core.inputs", "core.varlen"},
     "module.quantization": set(),
     "module.projections": {"module.linear", "core.masks"},
     "module.linear": {"backends.cpu", "core.dispatch", "core.modes"},

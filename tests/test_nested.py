@@ -1,6 +1,7 @@
 """Nested tensors: the module on ragged batches, strided and jagged, in training and inference, and in an encoder."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import fused_mha
 from fused_mha import MultiHeadAttention, RotaryEmbedding
+from fused_mha.module import nested as nested_input
 from fused_mha.testing import Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
@@ -46,9 +48,15 @@ def gradients(module, inputs, outputs, cotangents):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("back_end", ["cpu", "reference"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_self_attention_is_that_of_each_sequence_alone(options, is_causal, layout):
+def test_self_attention_is_that_of_each_sequence_alone(options, is_causal, back_end, layout):
+    with fused_mha.backend(back_end):
+        _assert_is_of_each_sequence(options, is_causal, layout)
+
+
+def _assert_is_of_each_sequence(options, is_causal, layout):
     module = randomized(MultiHeadAttention(E, H, batch_first=True, **options))
     rows = sequences()
     x = nested(rows, layout, requires_grad=True)
@@ -121,20 +129,67 @@ def test_encoder_takes_nested_input(layout, training):
 
 
 def test_compiles_without_a_graph_break():
-    module = MultiHeadAttention(E, H, batch_first=True)
-    x = nested(sequences(), torch.jagged, requires_grad=True)
+    module, graphs = MultiHeadAttention(E, H, batch_first=True), []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
-    output, _ = torch.compile(module, fullgraph=True, backend="aot_eager")(x, x, x, need_weights=False)
-    torch.testing.assert_close(output.values(), module(x, x, x, need_weights=False)[0].values())
+    compiled = torch.compile(module, fullgraph=True, backend=counting)
+    for i in range(10):
+        x = nested(sequences((3 + i, 5, 2, 4)), torch.jagged, requires_grad=True)
+        output, _ = compiled(x, x, x, need_weights=False)
+        torch.testing.assert_close(output.values(), module(x, x, x, need_weights=False)[0].values())
+    assert len(graphs) <= 3
 
 
-def test_jagged_input_with_holes_is_served():
+def test_other_values_than_keys_compile_too():
     module = MultiHeadAttention(E, H, batch_first=True)
-    batch = torch.randn(3, 6, E)
-    x = torch.nested.narrow(batch, 1, torch.tensor([0, 1, 2]), torch.tensor([2, 3, 4]), layout=torch.jagged)
+    key = nested(sequences(), torch.jagged)
+    value = torch.nested.nested_tensor_from_jagged(torch.randn(key.values().shape), key.offsets())
+    torch._dynamo.reset()
+    output, _ = torch.compile(module, fullgraph=True, backend="aot_eager")(key, key, value, need_weights=False)
+    torch.testing.assert_close(output.values(), module(key, key, value, need_weights=False)[0].values())
+
+
+def test_jagged_output_is_of_the_sizes_of_the_query():
+    module, x = MultiHeadAttention(E, H, batch_first=True), nested(sequences(), torch.jagged)
     output, _ = module(x, x, x, need_weights=False)
-    for row, sequence in zip(output.unbind(), (batch[0, :2], batch[1, 1:4], batch[2, 2:6]), strict=True):
-        torch.testing.assert_close(row, module(sequence, sequence, sequence)[0])
+    assert output.to_padded_tensor(0.0).shape == (4, 7, E)
+    torch.testing.assert_close((output + x).values(), output.values() + x.values())
+    torch.testing.assert_close((x + output).to_padded_tensor(0.0).shape, torch.Size((4, 7, E)))
+
+
+@pytest.mark.parametrize("options", [{}, {"rope": RotaryEmbedding(4)}], ids=["plain", "rope"])
+def test_offsets_of_int32_and_rows_behind_the_last_are_served(options):
+    module, rows = MultiHeadAttention(E, H, batch_first=True, **options), torch.randn(9, E)
+    for ends in ((0, 4, 9), (0, 4, 7)):
+        x = torch.nested.nested_tensor_from_jagged(rows, torch.tensor(ends, dtype=torch.int32))
+        output, _ = module(x, x, x, need_weights=False)
+        for begin, end in itertools.pairwise(ends):
+            sequence = rows[begin:end]
+            torch.testing.assert_close(output.values()[begin:end], module(sequence, sequence, sequence)[0])
+
+
+@LAYOUTS
+def test_input_of_inference_mode_is_recorded(layout):
+    module = MultiHeadAttention(E, H, batch_first=True)
+    with torch.inference_mode():
+        x = nested(sequences(), layout)
+    output, _ = module(x, x, x, need_weights=False)
+    torch.cat(output.unbind()).sum().backward()
+    assert module.in_proj_weight.grad is not None
+
+
+def test_kernels_without_packed_rows_are_given_padding(monkeypatch):
+    module, x = MultiHeadAttention(E, H, batch_first=True), nested(sequences())
+    with torch.no_grad():
+        expected, _ = module(x, x, x, need_weights=False)
+        monkeypatch.setattr(nested_input, "_PACKS", ())
+        monkeypatch.setattr(nested_input, "packed", None)
+        output, _ = module(x, x, x, need_weights=False)
+    torch.testing.assert_close([*output.unbind()], [*expected.unbind()])
 
 
 @pytest.mark.parametrize(
@@ -161,6 +216,7 @@ def test_strided_self_attention_in_inference_agrees_with_torch(mode, need_weight
         ("fewer sequences", "they must be of as many sequences; got 4, 3 and 3"),
         ("other lengths of value", r"key and value must have the same lengths; got \[2, 1, 9, 4\] and \[7, 3, 1, 5\]"),
         ("heads", "each must be of N sequences"),
+        ("holes", r"one has holes: call contiguous\(\) on it before"),
         ("padding", "key_padding_mask and attn_mask must be None"),
         ("mask", "key_padding_mask and attn_mask must be None"),
         ("sequence first", "the module must be batch_first=True"),
@@ -180,6 +236,9 @@ def test_other_nested_input_is_an_assertion_error_that_says_why(change, text):
         key = nested(sequences(KEY_LENGTHS))
     elif change == "heads":
         query = key = value = nested([torch.randn(length, 2, 8) for length in LENGTHS])
+    elif change == "holes":
+        starts, lengths = torch.tensor([0, 1]), torch.tensor([2, 3])
+        query = key = value = torch.nested.narrow(torch.randn(2, 6, E), 1, starts, lengths, layout=torch.jagged)
     elif change == "padding":
         arguments["key_padding_mask"] = torch.zeros(4, 7, dtype=torch.bool)
     elif change == "mask":

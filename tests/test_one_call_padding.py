@@ -102,8 +102,9 @@ def test_hidden_keys_that_are_nan_reach_nothing(packs):
         (RIGHT, {}, {"attn_mask": torch.zeros(S, S)}),
         (RIGHT, {"add_zero_attn": True}, {}),
         (RIGHT, {"add_bias_kv": True}, {}),
+        (torch.arange(S) >= torch.tensor([10, 9, 30, 10])[:, None], {}, {}),
     ],
-    ids=["at the left", "few keys", "little of it", "float", "beside a mask", "a zero key", "a bias key"],
+    ids=["at the left", "few keys", "little of it", "float", "beside a mask", "a zero key", "a bias key", "few rows"],
 )
 def test_other_padding_is_left_to_the_core(packs, padding, options, settings):
     module, x = built(**options), torch.randn(N, S, E)

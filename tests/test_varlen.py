@@ -140,6 +140,8 @@ def test_offsets_may_be_of_either_integer_type(name):
             "not reach beyond the 5 tokens there are; got 9 at 2",
         ),
         ({"query": torch.randn(2, 5, 4, 16)}, RuntimeError, "query must be 3-D"),
+        ({"query": None}, TypeError, "query must be a Tensor, not NoneType"),
+        ({"key_padding_mask": [True]}, TypeError, "key_padding_mask must be a Tensor, not list"),
         ({"key_padding_mask": torch.zeros(2, 6)}, RuntimeError, "key_padding_mask must be 1-D"),
         ({"softcap": -1.0}, ValueError, "softcap"),
     ],
@@ -154,6 +156,23 @@ def test_no_sequence_at_all_is_served():
     arguments = packed_call(((), ()), rest=3)
     assert not varlen(**arguments)[0].any()
     assert varlen(**packed_call(((), ())))[0].shape == (0, 4, 24)
+
+
+@serving
+def test_no_head_at_all_is_served(back_end):
+    query, key, offsets = torch.randn(9, 0, 8, requires_grad=True), torch.randn(9, 1, 8), torch.tensor([0, 4, 9])
+    with fused_mha.backend(back_end):
+        output = fused_mha.varlen_attention(query, key, key, offsets, offsets).output
+        output.sum().backward()
+    assert output.shape == (9, 0, 8)
+
+
+def test_offsets_of_inference_mode_are_recorded():
+    with torch.inference_mode():
+        offsets = torch.tensor([0, 4, 9])
+    query = torch.randn(9, 1, 8, requires_grad=True)
+    fused_mha.varlen_attention(query, query, query, offsets, offsets).output.sum().backward()
+    assert query.grad is not None
 
 
 def test_flops_are_counted_for_each_sequence():

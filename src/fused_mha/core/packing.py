@@ -69,7 +69,9 @@ def unpack(rows: Tensor, key_padding_mask: Tensor) -> Tensor:
         flash-attn's ``pad_input``.
     """
     places = _places(key_padding_mask, rows)
-    if rows.dim() == 0 or rows.shape[0] != places.shape[0]:
+    if rows.dim() > 0 and torch.compiler.is_compiling():
+        torch._check(rows.shape[0] == places.shape[0])
+    elif rows.dim() == 0 or rows.shape[0] != places.shape[0]:
         raise RuntimeError(
             f"rows must have as many rows as key_padding_mask has False, {places.shape[0]}; got shape "
             f"{tuple(rows.shape)}"

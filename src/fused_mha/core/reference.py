@@ -76,11 +76,11 @@ def attention(
             is_causal,
             causal_alignment,
             window,
-            None,
-            None,
+            bias_k,
+            bias_v,
             sinks,
             alibi_slopes,
-            False,
+            add_zero_attn,
             dropout_p,
             scale,
             softcap,
@@ -167,11 +167,14 @@ def _of_sequences(
     queries = _bounds("cu_seqlens_q", cu_seqlens[0], query.shape[1])
     keys = _bounds("cu_seqlens_k", cu_seqlens[1], key.shape[1])
     parts = [*zip(map(slice, queries, queries[1:]), map(slice, keys, keys[1:]), strict=True)]
+    virtual_keys = int(settings[3] is not None) + int(settings[7])
+    if virtual_keys and queries[-1] != query.shape[1]:
+        raise RuntimeError("beside virtual keys, packed sequences must have all of the queries")
     outputs, lses = [], []
     for n, (q, k) in enumerate([*parts, (slice(queries[-1], query.shape[1]), slice(0, 0))]):
         kept = None
         if dropout_mask is not None and n < len(parts):
-            kept = dropout_mask[n : n + 1, :, : q.stop - q.start, : k.stop - k.start]
+            kept = dropout_mask[n : n + 1, :, : q.stop - q.start, : k.stop - k.start + virtual_keys]
         output, _, lse = attention(
             query[:, q],
             key[:, k],

@@ -84,6 +84,8 @@ def varlen_attention(
         ("value", value, 3),
         ("key_padding_mask", key_padding_mask, 1),
     ):
+        if not isinstance(x, Tensor) and not (x is None and name == "key_padding_mask"):
+            raise TypeError(f"{name} must be a Tensor, not {type(x).__name__}")
         if x is not None and (x.is_nested or x.dim() != dims):
             raise RuntimeError(f"{name} must be {dims}-D, {_LAYOUT[dims]}; got shape {_shape(x)}")
     device = query.device.type
@@ -133,7 +135,16 @@ def of_sequences(inputs: AttentionInputs, cu_seqlens_q: Tensor, cu_seqlens_k: Te
             f"cu_seqlens_q and cu_seqlens_k must both have one element more than there are sequences; got {sizes[0]} "
             f"and {sizes[1]}"
         )
-    return inputs._replace(cu_seqlens_q=cu_seqlens_q.to(torch.int64), cu_seqlens_k=cu_seqlens_k.to(torch.int64))
+    of_queries = offsets_of(cu_seqlens_q)
+    of_keys = of_queries if cu_seqlens_k is cu_seqlens_q else offsets_of(cu_seqlens_k)
+    return inputs._replace(cu_seqlens_q=of_queries, cu_seqlens_k=of_keys)
+
+
+def offsets_of(cu_seqlens: Tensor) -> Tensor:
+    """As the operators take them, and autograd may save them."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and cu_seqlens.is_inference():
+        cu_seqlens = cu_seqlens.clone()
+    return cu_seqlens.to(torch.int64)
 
 
 def _shape(x: Tensor) -> tuple[int, ...] | str:

@@ -190,6 +190,8 @@ void check_backward(Checker& checker, const fused_mha_backward_arguments& call) 
     checker.check("grad_query", call.grad_query, dtype, 4, {N, L, H, D});
     checker.check("grad_key", call.grad_key, dtype, 4, {N, S, H_kv, D});
     checker.check("grad_value", call.grad_value, dtype, 4, {N, S, H_kv, D_v});
+    if (checker.ok && call.grad_attn_mask.data && a.cu_seqlens_q.data)
+        return checker.fail_with("grad_attn_mask is not for packed sequences, which have no attn_mask");
     if (call.grad_attn_mask.data) {
         checker.check_mask("grad_attn_mask", call.grad_attn_mask, 4, {N, H, L, S}, 2);
         if (checker.ok && call.grad_attn_mask.dtype != accumulator)

@@ -62,6 +62,7 @@ struct AttentionCall {
             if (i != SEED) tensors[i] = std::move(tensors[i]).last_contiguous();
             *targets[i] = tensors[i].fields();
             if (targets[i]->dtype < 0) fail("%s is of an unsupported dtype", NAMES[i]);
+            if (i > SEED && tensors[i] && !targets[i]->data) fail("%s must not be empty", NAMES[i]);
         }
         if (const int64_t count = int64_t(weights_of_heads.size()))
             fields.weights_of_heads = {weights_of_heads.data(), FUSED_MHA_INT64, count * 8, {count, 1, 1, 1}, {1, 0, 0, 0}};

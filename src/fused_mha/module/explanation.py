@@ -68,8 +68,9 @@ def explain(
     arguments = ModuleArguments(**call.arguments)
     offsets = None
     if any(x.is_nested for x in arguments[:3]):
-        if arguments.need_weights or heads is not None:
-            arguments, _ = module._padded(arguments)
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:3], *module.parameters()))
+        if arguments.need_weights or heads is not None or nested.is_padded(arguments, requires_grad):
+            arguments, _ = nested.padded(arguments, module.batch_first, requires_grad)
         else:
             packed = nested.packed(arguments, module.batch_first)
             arguments, offsets = packed.arguments, (packed.cu_seqlens_q, packed.cu_seqlens_k)

@@ -398,8 +398,10 @@ class MultiHeadAttention(TorchAttention):
     def _forward_nested(
         self, arguments: ModuleArguments, weights_of_heads: Sequence[int] | None
     ) -> tuple[Tensor, Tensor | None]:
-        if arguments.need_weights or weights_of_heads is not None:
-            padded, repack_both = self._padded(arguments)
+        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:3], *self.parameters()))
+        wants_weights = arguments.need_weights or weights_of_heads is not None
+        if wants_weights or nested.is_padded(arguments, requires_grad):
+            padded, repack_both = nested.padded(arguments, self.batch_first, requires_grad)
             return repack_both(*self.forward(*padded, weights_of_heads=weights_of_heads))
         packed = nested.packed(arguments, self.batch_first)
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
@@ -410,10 +412,6 @@ class MultiHeadAttention(TorchAttention):
                 return packed.repack(result[0]), None
         output, _ = steps.with_options(self, packed.arguments, offsets=offsets)
         return packed.repack(output), None
-
-    def _padded(self, arguments: ModuleArguments) -> tuple[ModuleArguments, nested.Repack]:
-        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:3], *self.parameters()))
-        return nested.padded(arguments, self.batch_first, requires_grad)
 
     def _checked(self, arguments: ModuleArguments) -> tuple[int, bool, float]:
         """Check what `forward` is called with; N, whether the input is batched, and the probability of dropout."""

@@ -1,7 +1,7 @@
 """Nested tensors: ragged batches, whose sequences the module projects and attends to as packed rows.
 
-The module's forward, and `explain`, call `packed`. `padded` is for the attention weights, which have no ragged form:
-`nn.TransformerEncoder` may ask for nothing else, but torch's module gives them in inference, and so does ours.
+The module's forward, and `explain`, call `packed`. `padded` is for attention weights, which have no ragged form, but which
+torch's module gives in inference; and for kernels of CUDA, which take no packed rows yet.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.core.inputs import ModuleArguments
+from fused_mha.core.varlen import offsets_of
 
 Repack = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
@@ -42,19 +43,20 @@ def packed(arguments: ModuleArguments, batch_first: bool) -> Packed:
     """
     query, key, value = arguments[:3]
     _check(arguments, batch_first)
-    rows: dict[int, tuple[Tensor, Tensor]] = {}
-    for x in (query, key, value):
-        if id(x) not in rows:
-            rows[id(x)] = _rows(x)
-    (q, of_query), (k, of_key), (v, of_value) = (rows[id(x)] for x in (query, key, value))
-    if of_value is not of_key and not torch.equal(of_value, of_key):
+    q, of_query = _rows(query)
+    k, of_key = (q, of_query) if key is query else _rows(key)
+    v, of_value = (q, of_query) if value is query else (k, of_key) if value is key else _rows(value)
+    if not _are_equal(of_value, of_key, value, key):
         raise AssertionError(
             f"{_TAKES}: key and value must have the same lengths; got {_lengths(key)} and {_lengths(value)}"
         )
 
     def repack(output: Tensor) -> Tensor:
         if query.layout == torch.jagged:
-            return torch.nested.nested_tensor_from_jagged(output, of_query)
+            known: Any = query
+            return torch.nested.nested_tensor_from_jagged(  # of query's own sizes, so that the two can be added
+                output, known.offsets(), min_seqlen=known._maybe_min_seqlen, max_seqlen=known._maybe_max_seqlen
+            )
         return torch.nested.as_nested_tensor([*output.split(_lengths(query))])
 
     return Packed(arguments._replace(query=q, key=k, value=v), of_query, of_key, repack)
@@ -75,9 +77,9 @@ def padded(arguments: ModuleArguments, batch_first: bool, requires_grad: bool) -
     Raises:
         AssertionError: anything else.
     """
-    query, key, value = arguments[:3]
+    query = arguments.query
     _check(arguments, batch_first)
-    if query is not key or key is not value or query.layout != torch.strided or requires_grad:
+    if not _can_be_padded(arguments, requires_grad):
         raise AssertionError(
             f"{_TAKES}: need_weights must be False, since weights have no nested form; torch's padded ones are given "
             "of strided self-attention in inference alone"
@@ -100,6 +102,19 @@ def padded(arguments: ModuleArguments, batch_first: bool, requires_grad: bool) -
 _TAKES = "MultiHeadAttention takes nested tensors as query, key and value"
 
 
+_PACKS = ("cpu",)  # devices whose kernels take packed rows
+
+
+def is_padded(arguments: ModuleArguments, requires_grad: bool) -> bool:
+    """Whether a call that wants no weights is served by padding it, as kernels of other devices do."""
+    return arguments.query.device.type not in _PACKS and _can_be_padded(arguments, requires_grad)
+
+
+def _can_be_padded(arguments: ModuleArguments, requires_grad: bool) -> bool:
+    query, key, value = arguments[:3]
+    return query is key and key is value and query.layout == torch.strided and not requires_grad
+
+
 def _check(arguments: ModuleArguments, batch_first: bool) -> None:
     inputs: tuple[Any, ...] = arguments[:3]  # pyright knows no method of jagged tensors
     query, key, value, key_padding_mask, _, attn_mask, _, _ = arguments
@@ -110,12 +125,22 @@ def _check(arguments: ModuleArguments, batch_first: bool) -> None:
         problem = "each must be of N sequences (L, E)"
     elif not query.size(0) == key.size(0) == value.size(0):
         problem = f"they must be of as many sequences; got {query.size(0)}, {key.size(0)} and {value.size(0)}"
+    elif any(x.layout == torch.jagged and x.lengths() is not None for x in inputs):
+        problem = "one has holes: call contiguous() on it before"
     elif key_padding_mask is not None or attn_mask is not None:
         problem = "the lengths are the mask: key_padding_mask and attn_mask must be None"
     elif not batch_first:
         problem = "the module must be batch_first=True"
     if problem is not None:
         raise AssertionError(f"{_TAKES}: {problem}")
+
+
+def _are_equal(of_value: Tensor, of_key: Tensor, value: Tensor, key: Tensor) -> bool:
+    if of_value is of_key:
+        return True
+    if torch.compiler.is_compiling():  # which reads no values
+        return value.size(1) == key.size(1)
+    return torch.equal(of_value, of_key)
 
 
 def _lengths(x: Tensor) -> list[int]:
@@ -125,8 +150,10 @@ def _lengths(x: Tensor) -> list[int]:
 def _rows(x: Any) -> tuple[Tensor, Tensor]:
     """The rows, and where each sequence begins."""
     if x.layout == torch.jagged:
-        x = x.contiguous()  # without holes
-        return x.values(), x.offsets()
+        values = x.values()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and values.is_inference():
+            values = values.clone()  # which autograd may save
+        return values, offsets_of(x.offsets())
     sequences = x.unbind()
     lengths = torch.tensor([0, *(sequence.shape[0] for sequence in sequences)], device=x.device)
     return torch.cat(sequences), lengths.cumsum(0)

@@ -91,8 +91,8 @@ def _without_padding(
     """The same call with its keys as packed rows, which it then projects without the hidden ones; None where that does
     not pay, or where padding is not at the right of every sequence.
 
-    All queries are there, in as many sequences. The output has the same bits. A sequence of few keys, or one with
-    virtual keys behind it, would be summed in another order.
+    All queries are there, in as many sequences. The output has the same bits. Products of few rows, a sequence of few
+    keys, or one with virtual keys behind it, would be summed in another order.
     """
     (query, key, value), padding = tensors[:3], arguments.key_padding_mask
     if padding is None or padding.dtype != torch.bool or padding.dim() != 2 or not module.batch_first or not is_eager():
@@ -104,13 +104,14 @@ def _without_padding(
         return None
     lengths = S - padding.sum(dim=1)
     least, keys = (int(x) for x in torch.stack((lengths.min(), lengths.sum())).tolist())
-    if least < _FEWEST_KEYS or keys > (1 - _LEAST_HIDDEN) * N * S:
+    if least < _FEWEST_KEYS or not _FEWEST_ROWS <= keys <= (1 - _LEAST_HIDDEN) * N * S:
         return None
-    if query is None or not torch.equal(padding, torch.arange(S) >= lengths.unsqueeze(1)):
+    if query is None or not torch.equal(padding, torch.arange(S, device=padding.device) >= lengths.unsqueeze(1)):
         return None
     of_keys, cu_seqlens_k = pack(query if key is None else key, padding)
     of_values = None if value is None else of_keys if value is key else pack(value, padding)[0]
-    cu_seqlens_q = torch.arange(0, query.shape[0] * query.shape[1] + 1, query.shape[1])
+    L = query.shape[1]
+    cu_seqlens_q = torch.arange(0, N * L + 1, L, device=padding.device)
     return (query.flatten(0, 1), of_keys, of_values, *tensors[3:-1], None), (cu_seqlens_q, cu_seqlens_k)
 
 
@@ -118,6 +119,7 @@ def _without_padding(
 _LEAST_HIDDEN = 0.3  # of all keys
 _LEAST_WORK = 1 << 26  # multiply-adds of a projection, which the padding is a part of
 _FEWEST_KEYS = 9  # of a sequence: `csrc/generic/few_keys.h` has fewer
+_FEWEST_ROWS = 64  # of a product: `csrc/generic/few_rows.h` has fewer
 
 
 def _numbers(module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float) -> tuple[Any, ...]:

@@ -243,8 +243,8 @@ def _positions_in_sequences(offsets: Offsets, tokens: int) -> Tensor:
     begins, of_keys = offsets
     if begins is not of_keys and not torch.equal(begins, of_keys):
         raise ValueError("rope counts the positions of query and key as one: key must have query's lengths")
-    first = torch.repeat_interleave(begins[:-1], begins.diff(), output_size=tokens)
-    return torch.arange(tokens, device=begins.device) - first
+    places = torch.arange(tokens, device=begins.device)
+    return places - begins[torch.searchsorted(begins, places, right=True) - 1]
 
 
 def _of_all_keys(attn_mask: Tensor, num_heads: int, projected: Projected, length: int, is_batched: bool) -> Tensor:

@@ -30,7 +30,8 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
         shape = (N, H, L, a.columns)
         if a.cu_seqlens_q is not None and a.cu_seqlens_k is not None:  # as of the padded batch
             lengths = (a.cu_seqlens_q.diff(), a.cu_seqlens_k.diff())
-            shape = (lengths[0].numel(), H, *(int(x.max()) if x.numel() else 0 for x in lengths))
+            longest, most = (int(x.max()) if x.numel() else 0 for x in lengths)
+            shape = (lengths[0].numel(), H, longest, most + a.columns - a.key.shape[1])
         dropout_mask = schema.dropout_mask(a.seed, shape, a.dropout_p)
     window, diagonal = None, a.key.shape[1] - L if a.bottom_right and a.cu_seqlens_q is None else 0
     if a.first_visible is not None or a.last_visible is not None:

@@ -134,7 +134,8 @@ private:
         return {number, *q, q_end - *q, *k, k_end - *k, is_rest};
     }
     double work(const Sequence& s) const {
-        return double(s.queries + 1) * double(s.keys + 1) * double(a.query.size[2]) * double(a.query.size[3] + a.value.size[3]);
+        const double of_score = double(max(a.query.size[2], 1)) * double(a.query.size[3] + a.value.size[3]);
+        return double(s.queries + 1) * double(s.keys + 1) * of_score;  // at least 1
     }
 
     template <class F>
