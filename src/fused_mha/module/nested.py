@@ -1,7 +1,7 @@
 """Nested tensors: ragged batches, whose sequences the module projects and attends to as packed rows.
 
-The module's forward, and `explain`, call `packed`. `padded` is for attention weights, which have no ragged form, but which
-torch's module gives in inference; and for kernels of CUDA, which take no packed rows yet.
+The module's forward, and `explain`, call `packed`. `padded` is for the attention weights, which torch's module gives in
+inference though they have no ragged form, and for the kernels of CUDA, which take no packed rows yet.
 """
 
 from __future__ import annotations
