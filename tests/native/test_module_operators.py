@@ -91,6 +91,7 @@ def make_call(
         torch.randn(N if batched else 1, 1, L, S).to(dtype) if attn_mask else None,
         mask,
         torch.tensor([5, 6]) if dropout_p else None,
+        *(None, None),  # no packed sequences
         batch_first,
         H,
         is_causal,

@@ -99,6 +99,7 @@ def module_call(**changed):
             value=None,
             in_weight=in_weight.requires_grad_(given.pop("learns", False)),
             **dict.fromkeys(("query_weight", "key_weight", "value_weight", "bias_k", "bias_v", "attn_mask", "seed")),
+            **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k")),
             in_bias=in_bias,
             out_weight=out_weight,
             num_heads=given.pop("num_heads", 4),

@@ -60,7 +60,7 @@ def reference_attention(a: Arguments) -> tuple[Tensor, Tensor | None, Tensor]:
             need_weights=a.need_weights,
             average_attn_weights=a.average_attn_weights,
             return_lse=True,
-            weights_of_heads=a.weights_of_heads,
+            weights_of_heads=a.weights_of_heads or None,
             cu_seqlens_q=a.cu_seqlens_q,
             cu_seqlens_k=a.cu_seqlens_k,
             dropout_mask=dropout_mask,

@@ -130,7 +130,7 @@ def _composed(call: Call) -> tuple[Tensor, Tensor]:
         None,
         call.need_weights,
         call.average_attn_weights,
-        (),
+        None,
     )
     output = product(heads.reshape(-1, E), call.out_weight, call.out_bias, False, True).view(*heads.shape[:2], E)
     if call.query.dim() == 2:
