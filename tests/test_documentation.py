@@ -104,6 +104,8 @@ CUDA_GROUPS = (
             ("prefill", "training step"),
         ),
         ("Intel Xeon, 2 cores: decoding", "intel_xeon_avx512_amx/decoding.json", None),
+        ("Intel Xeon, 2 cores: ragged batches", "intel_xeon_avx512_amx/ragged.json", None),
+        ("Intel Xeon, 2 cores: rotary positions and Q/K norm", "intel_xeon_avx512_amx/rotary.json", None),
         ("NVIDIA H100", "nvidia_h100/cuda.json", CUDA_GROUPS),
     ],
 )
