@@ -154,9 +154,9 @@ ALLOWED = {
     "core.varlen": {"core.dispatch", "core.inputs", "core.modes"},
     "core.packing": set(),
     "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.modes"},
-    "module.nested": {"core.inputs", "core.varlen"},
+    "module.nested": {"core.inputs", "core.modes", "core.varlen"},
     "module.quantization": set(),
-    "module.projections": {"module.linear", "core.masks"},
+    "module.projections": {"module.linear", "core.masks", "core.modes"},
     "module.linear": {"backends.cpu", "core.dispatch", "core.modes"},
     "core.dispatch": {
         "backends.capability",

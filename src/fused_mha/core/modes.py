@@ -71,6 +71,13 @@ def is_recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def recordable(x: Tensor) -> Tensor:
+    """A copy of ``x`` where autograd records and may not save it, since it is of `torch.inference_mode`; else ``x``."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.is_inference():
+        return x.clone()
+    return x
+
+
 def is_eager() -> bool:
     """Whether no compiler, tracer, transform or mode sees the operators that are called."""
     if torch.compiler.is_compiling() or _is_tracing():

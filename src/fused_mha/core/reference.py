@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from fused_mha.core import masks
 from fused_mha.core.modes import is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fused_mha.core.inputs import CausalAlignment, Window
 
@@ -72,21 +73,24 @@ def attention(
     (N * H, L, S') tensor, as torch's module draws. With offsets of packed sequences it has an element for each of them.
     """
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        settings = (
-            is_causal,
-            causal_alignment,
-            window,
-            bias_k,
-            bias_v,
-            sinks,
-            alibi_slopes,
-            add_zero_attn,
-            dropout_p,
-            scale,
-            softcap,
+        of_sequence = functools.partial(
+            attention,
+            is_causal=is_causal,
+            causal_alignment=causal_alignment,
+            window=window,
+            bias_k=bias_k,
+            bias_v=bias_v,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+            add_zero_attn=add_zero_attn,
+            dropout_p=dropout_p,
+            scale=scale,
+            softcap=softcap,
+            return_lse=return_lse,
         )
-        offsets = (cu_seqlens_q, cu_seqlens_k)
-        return _of_sequences(query, key, value, key_padding_mask, settings, offsets, return_lse, dropout_mask)
+        virtual_keys = int(bias_k is not None) + int(add_zero_attn)
+        tensors = (query, key, value, key_padding_mask, dropout_mask)
+        return _of_sequences(of_sequence, virtual_keys, *tensors, cu_seqlens_q, cu_seqlens_k)
     N, L, H, _ = query.shape
     S = key.shape[1]
     out_dtype = query.dtype
@@ -154,40 +158,33 @@ def attention(
 
 
 def _of_sequences(
+    of_sequence: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]],
+    virtual_keys: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_padding_mask: Tensor | None,
-    settings: tuple[Any, ...],
-    cu_seqlens: tuple[Tensor, Tensor],
-    return_lse: bool,
     dropout_mask: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
 ) -> tuple[Tensor, None, Tensor | None]:
     """`attention` of each packed sequence; the rows behind the last see nothing."""
-    queries = _bounds("cu_seqlens_q", cu_seqlens[0], query.shape[1])
-    keys = _bounds("cu_seqlens_k", cu_seqlens[1], key.shape[1])
-    parts = [*zip(map(slice, queries, queries[1:]), map(slice, keys, keys[1:]), strict=True)]
-    virtual_keys = int(settings[3] is not None) + int(settings[7])
+    queries = _bounds("cu_seqlens_q", cu_seqlens_q, query.shape[1])
+    keys = _bounds("cu_seqlens_k", cu_seqlens_k, key.shape[1])
     if virtual_keys and queries[-1] != query.shape[1]:
         raise RuntimeError("beside virtual keys, packed sequences must have all of the queries")
+    parts = [*zip(map(slice, queries, queries[1:]), map(slice, keys, keys[1:]), strict=True)]
+    rest = (slice(queries[-1], query.shape[1]), slice(0, 0))
     outputs, lses = [], []
-    for n, (q, k) in enumerate([*parts, (slice(queries[-1], query.shape[1]), slice(0, 0))]):
+    for n, (q, k) in enumerate([*parts, rest]):
+        padding = None if key_padding_mask is None else key_padding_mask[:, k]
         kept = None
         if dropout_mask is not None and n < len(parts):
             kept = dropout_mask[n : n + 1, :, : q.stop - q.start, : k.stop - k.start + virtual_keys]
-        output, _, lse = attention(
-            query[:, q],
-            key[:, k],
-            value[:, k],
-            None,
-            None if key_padding_mask is None else key_padding_mask[:, k],
-            *settings,
-            return_lse=return_lse,
-            dropout_mask=kept,
-        )
+        output, _, lse = of_sequence(query[:, q], key[:, k], value[:, k], key_padding_mask=padding, dropout_mask=kept)
         outputs.append(output)
         lses.append(lse)
-    return torch.cat(outputs, dim=1), None, torch.cat(lses, dim=2) if return_lse else None
+    return torch.cat(outputs, dim=1), None, None if lses[0] is None else torch.cat(lses, dim=2)
 
 
 def _bounds(name: str, offsets: Tensor, rows: int) -> list[int]:

@@ -1,7 +1,6 @@
 """`varlen_attention`: attention over packed sequences of different lengths, with no padding computed.
 
-Users call it; the module's nested input comes here too. `pack` and `unpack` in `packing` make packed rows of a padded
-batch.
+Users call it; `module.nested` takes offsets by `offsets_of`. `packing` makes packed rows of a padded batch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fused_mha.core import dispatch
 from fused_mha.core.inputs import AttentionInputs, AttentionResult, CausalAlignment, Window, check_attention
-from fused_mha.core.modes import as_autocast_casts, autocast_is_on
+from fused_mha.core.modes import as_autocast_casts, autocast_is_on, recordable
 
 
 def varlen_attention(
@@ -67,7 +66,7 @@ def varlen_attention(
         RuntimeError: ranks, shapes, dtypes or devices that disagree, or offsets that do not begin with 0, descend or
             reach beyond the tokens.
         ValueError: as `attention`.
-        TypeError: ``cu_seqlens_q`` or ``cu_seqlens_k`` is no tensor.
+        TypeError: an argument that has to be a tensor is none.
 
     Examples:
         >>> query, key, value = (torch.randn(9, 4, 8) for _ in range(3))
@@ -142,9 +141,7 @@ def of_sequences(inputs: AttentionInputs, cu_seqlens_q: Tensor, cu_seqlens_k: Te
 
 def offsets_of(cu_seqlens: Tensor) -> Tensor:
     """As the operators take them, and autograd may save them."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and cu_seqlens.is_inference():
-        cu_seqlens = cu_seqlens.clone()
-    return cu_seqlens.to(torch.int64)
+    return recordable(cu_seqlens).to(torch.int64)
 
 
 def _shape(x: Tensor) -> tuple[int, ...] | str:

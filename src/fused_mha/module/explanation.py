@@ -68,11 +68,10 @@ def explain(
     arguments = ModuleArguments(**call.arguments)
     offsets = None
     if any(x.is_nested for x in arguments[:3]):
-        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:3], *module.parameters()))
-        if arguments.need_weights or heads is not None or nested.is_padded(arguments, requires_grad):
-            arguments, _ = nested.padded(arguments, module.batch_first, requires_grad)
+        if nested.is_padded(module, arguments, arguments.need_weights or heads is not None):
+            arguments, _ = nested.padded(module, arguments)
         else:
-            packed = nested.packed(arguments, module.batch_first)
+            packed = nested.packed(module, arguments)
             arguments, offsets = packed.arguments, (packed.cu_seqlens_q, packed.cu_seqlens_k)
     with torch.no_grad():  # autograd would refuse inputs of inference mode, which the module's forward copies
         if module.options is not None or offsets is not None or any(x is not None for x in own):

@@ -398,12 +398,10 @@ class MultiHeadAttention(TorchAttention):
     def _forward_nested(
         self, arguments: ModuleArguments, weights_of_heads: Sequence[int] | None
     ) -> tuple[Tensor, Tensor | None]:
-        requires_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*arguments[:3], *self.parameters()))
-        wants_weights = arguments.need_weights or weights_of_heads is not None
-        if wants_weights or nested.is_padded(arguments, requires_grad):
-            padded, repack_both = nested.padded(arguments, self.batch_first, requires_grad)
+        if nested.is_padded(self, arguments, arguments.need_weights or weights_of_heads is not None):
+            padded, repack_both = nested.padded(self, arguments)
             return repack_both(*self.forward(*padded, weights_of_heads=weights_of_heads))
-        packed = nested.packed(arguments, self.batch_first)
+        packed = nested.packed(self, arguments)
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         if self.options is None:
             _, _, dropout_p = self._checked(packed.arguments)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_mha.core.inputs import ModuleArguments
+from fused_mha.core.modes import is_recorded, recordable
 from fused_mha.core.varlen import offsets_of
 
 Repack = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -27,13 +28,13 @@ class Packed(NamedTuple):
     repack: Callable[[Tensor], Tensor]  # from (T_q, E) to query's layout
 
 
-def packed(arguments: ModuleArguments, batch_first: bool) -> Packed:
+def packed(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Packed:
     """The rows of query, key and value.
 
     Args:
-        arguments: the module's, of which query, key and value are nested: N tensors of shape (L_n, E), (S_n, kdim) and
+        module: has batch_first=True.
+        arguments: its own, of which query, key and value are nested: N tensors of shape (L_n, E), (S_n, kdim) and
             (S_n, vdim), strided or jagged; key and value have the same lengths.
-        batch_first: must be True.
 
     Returns:
         The rows; what is one tensor stays one.
@@ -42,7 +43,7 @@ def packed(arguments: ModuleArguments, batch_first: bool) -> Packed:
         AssertionError: anything else, as torch outside of its fast path.
     """
     query, key, value = arguments[:3]
-    _check(arguments, batch_first)
+    _check(arguments, module.batch_first)
     q, of_query = _rows(query)
     k, of_key = (q, of_query) if key is query else _rows(key)
     v, of_value = (q, of_query) if value is query else (k, of_key) if value is key else _rows(value)
@@ -62,13 +63,12 @@ def packed(arguments: ModuleArguments, batch_first: bool) -> Packed:
     return Packed(arguments._replace(query=q, key=k, value=v), of_query, of_key, repack)
 
 
-def padded(arguments: ModuleArguments, batch_first: bool, requires_grad: bool) -> tuple[ModuleArguments, Repack]:
-    """Nested self-attention input with padding, for a call that wants the weights.
+def padded(module: nn.MultiheadAttention, arguments: ModuleArguments) -> tuple[ModuleArguments, Repack]:
+    """Nested self-attention input with padding, in inference.
 
     Args:
-        arguments: the module's, of which query, key and value are the same strided nested tensor.
-        batch_first: must be True.
-        requires_grad: whether the output would have to be differentiable; must be False.
+        module: has batch_first=True.
+        arguments: its own, of which query, key and value are the same strided nested tensor.
 
     Returns:
         The arguments with input (N, L, E) and its key_padding_mask, and a function that turns the output and the
@@ -78,8 +78,8 @@ def padded(arguments: ModuleArguments, batch_first: bool, requires_grad: bool) -
         AssertionError: anything else.
     """
     query = arguments.query
-    _check(arguments, batch_first)
-    if not _can_be_padded(arguments, requires_grad):
+    _check(arguments, module.batch_first)
+    if not _can_be_padded(module, arguments):
         raise AssertionError(
             f"{_TAKES}: need_weights must be False, since weights have no nested form; torch's padded ones are given "
             "of strided self-attention in inference alone"
@@ -105,14 +105,15 @@ _TAKES = "MultiHeadAttention takes nested tensors as query, key and value"
 _PACKS = ("cpu",)  # devices whose kernels take packed rows
 
 
-def is_padded(arguments: ModuleArguments, requires_grad: bool) -> bool:
-    """Whether a call that wants no weights is served by padding it, as kernels of other devices do."""
-    return arguments.query.device.type not in _PACKS and _can_be_padded(arguments, requires_grad)
+def is_padded(module: nn.MultiheadAttention, arguments: ModuleArguments, wants_weights: bool) -> bool:
+    """Whether a call is served by `padded`: one for weights, or on a device whose kernels need that."""
+    return wants_weights or (arguments.query.device.type not in _PACKS and _can_be_padded(module, arguments))
 
 
-def _can_be_padded(arguments: ModuleArguments, requires_grad: bool) -> bool:
+def _can_be_padded(module: nn.MultiheadAttention, arguments: ModuleArguments) -> bool:
     query, key, value = arguments[:3]
-    return query is key and key is value and query.layout == torch.strided and not requires_grad
+    is_one = query is key and key is value and query.layout == torch.strided
+    return is_one and not is_recorded(query, *module.parameters())
 
 
 def _check(arguments: ModuleArguments, batch_first: bool) -> None:
@@ -150,10 +151,7 @@ def _lengths(x: Tensor) -> list[int]:
 def _rows(x: Any) -> tuple[Tensor, Tensor]:
     """The rows, and where each sequence begins."""
     if x.layout == torch.jagged:
-        values = x.values()
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and values.is_inference():
-            values = values.clone()  # which autograd may save
-        return values, offsets_of(x.offsets())
+        return recordable(x.values()), offsets_of(x.offsets())
     sequences = x.unbind()
     lengths = torch.tensor([0, *(sequence.shape[0] for sequence in sequences)], device=x.device)
     return torch.cat(sequences), lengths.cumsum(0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fused_mha.core import masks
+from fused_mha.core import masks, modes
 from fused_mha.module.linear import linear
 
 Rows = tuple[int, int, int]
@@ -88,7 +88,7 @@ def recordable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tenso
     """The three, with copies of those from `torch.inference_mode`, which autograd can't save; what is one stays one."""
     if not (query.is_inference() or key.is_inference() or value.is_inference()):
         return query, key, value
-    copies = {id(x): x.clone() if x.is_inference() else x for x in (query, key, value)}
+    copies = {id(x): modes.recordable(x) for x in (query, key, value)}
     return copies[id(query)], copies[id(key)], copies[id(value)]
 
 
