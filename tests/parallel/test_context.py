@@ -115,6 +115,8 @@ def bad_call(what):
         call["attn_mask"] = torch.zeros(8, 8)
     elif what == "cache":
         call["cache"] = fused_mha.KeyValueCache(model, 2)
+    elif what == "named heads":
+        call["weights_of_heads"] = (0,)
     elif what == "nested":
         x = torch.nested.as_nested_tensor([x[0], x[1]])
     elif what == "positions":
@@ -130,6 +132,7 @@ ERRORS = {
     "weights": "need_weights must be False over a sharded sequence",
     "mask": "attn_mask must be None over a sharded sequence",
     "cache": "cache must be None over a sharded sequence",
+    "named heads": "weights_of_heads must be None over a sharded sequence",
     "nested": "query must be a strided tensor over a sharded sequence; got a nested one",
     "positions": "positions must have shape (L) = (8,) or (N, L) = (2, 8); got (3,)",
 }

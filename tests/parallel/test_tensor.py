@@ -316,6 +316,18 @@ def test_ranks_whose_inputs_differ_raise_by_name(two_ranks):
         assert "rank 1: query (3, 32, 16) float32, key (3, 32, 16) float32" in error[1]
 
 
+def named_heads():
+    x = batch()
+    return spread(block("as torch's")).attention(x, x, x, need_weights=False, weights_of_heads=(0, 3))
+
+
+def test_weights_of_named_heads_are_refused_where_they_are_spread(two_ranks):
+    for error in two_ranks.errors(named_heads):
+        assert error is not None
+        assert error[0] == "ValueError"
+        assert "weights_of_heads must be None where heads are spread over ranks" in error[1]
+
+
 def bad_plan(what):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
     module = fused_mha.MultiHeadAttention(

@@ -356,7 +356,7 @@ class MultiHeadAttention(TorchAttention):
             arguments = ModuleArguments(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-            return self.context(self, arguments, positions, cache)
+            return self.context(self, arguments, positions, cache, weights_of_heads)
         if query.is_nested or key.is_nested or value.is_nested:
             if positions is not None or cache is not None:
                 name = "positions" if cache is None else "cache"

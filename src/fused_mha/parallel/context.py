@@ -84,13 +84,18 @@ class _Context:
         return self  # a process group can't be copied
 
     def __call__(
-        self, module: MultiHeadAttention, arguments: ModuleArguments, positions: Tensor | None, cache: Any
+        self,
+        module: MultiHeadAttention,
+        arguments: ModuleArguments,
+        positions: Tensor | None,
+        cache: Any,
+        weights_of_heads: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What `MultiHeadAttention.forward` returns."""
         prepared: list[steps.Prepared] = []
 
         def check() -> str:
-            found = self._prepared(module, arguments, positions, cache)
+            found = self._prepared(module, arguments, positions, cache, weights_of_heads)
             prepared.append(found)
             return ring.checked(found.inputs)
 
@@ -105,10 +110,15 @@ class _Context:
         arguments: ModuleArguments,
         positions: Tensor | None,
         cache: KeyValueCache | None,
+        weights_of_heads: Any,
     ) -> steps.Prepared:
         if arguments.need_weights:
             raise ValueError("need_weights must be False over a sharded sequence: no rank has all of a row's weights")
-        for name, given in (("attn_mask", arguments.attn_mask), ("cache", cache)):
+        for name, given in (
+            ("attn_mask", arguments.attn_mask),
+            ("cache", cache),
+            ("weights_of_heads", weights_of_heads),
+        ):
             if given is not None:
                 raise ValueError(f"{name} must be None over a sharded sequence")
         query = arguments.query

@@ -156,6 +156,11 @@ class _HeadShards(MultiHeadAttention):
         """As `MultiHeadAttention.forward`; the same input on every rank gives the same output on every rank."""
         names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
         call = {"need_weights": True, "average_attn_weights": True, **dict(zip(names, args, strict=False)), **kwargs}
+        if call.get("weights_of_heads") is not None:  # of which each rank would look among its own
+            raise ValueError(
+                "weights_of_heads must be None where heads are spread over ranks: average_attn_weights=False gives the "
+                "weights of all heads"
+            )
         taken: dict[int, Any] = {}
 
         def on_every_rank(x: Any) -> Any:
