@@ -1,12 +1,13 @@
 """Whether the faults of `tests/mutation` follow the sources; `tests/mutation/run.py` puts them in."""
 
-import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
-FAULTS = runpy.run_path(str(PROJECT / "tests" / "mutation" / "faults.py"))["FAULTS"]
+sys.path.append(str(PROJECT / "tests" / "mutation"))  # as of `run.py`, a script
+from faults import FAULTS  # noqa: E402
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

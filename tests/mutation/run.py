@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from faults import FAULTS, Fault
+from fault import Fault
+from faults import FAULTS
 
 PROJECT = Path(__file__).resolve().parents[2]
 HOME = PROJECT / "out" / "mutation"
