@@ -10,6 +10,7 @@ import fused_mha
 from fused_mha import MultiHeadAttention
 from fused_mha.backends import cpu
 from fused_mha.module import projections
+from fused_mha.module.arguments import ModuleArguments
 
 N, L, E, H = 3, 5, 16, 2
 
@@ -164,8 +165,9 @@ def test_a_mask_of_inference_mode_that_is_larger_than_the_query_is_trained_besid
 def test_copies_of_one_tensor_are_one():
     with torch.inference_mode():
         x, y = torch.randn(2, L, N, E)
-    query, key, value = projections.recordable(x, y, y)
+    copied = projections.recordable(ModuleArguments(x, y, y, None, False, None, True, False))
+    query, key, value = copied[:3]
     assert key is value
     assert torch.equal(query, x)
-    assert not any(copied.is_inference() for copied in (query, key))
-    assert projections.recordable(query, x, query)[0] is query
+    assert not any(one.is_inference() for one in (query, key))
+    assert projections.recordable(copied._replace(key=x)).query is query

@@ -92,7 +92,7 @@ ALLOWED = {
     "integrations.lazy_mask": {"core.inputs", "core.masks"},
     "parallel": {"parallel.context", "parallel.ring", "parallel.tensor", "parallel.zigzag"},
     "parallel.context": {
-        *("core.inputs", "module.cache", "module.multi_head_attention", "module.steps"),
+        *("core.inputs", "module.arguments", "module.cache", "module.multi_head_attention", "module.steps"),
         *("parallel.groups", "parallel.ring", "parallel.zigzag"),
     },
     "parallel.ring": {
@@ -109,8 +109,8 @@ ALLOWED = {
     "module.explanation": {
         "backends.delegation",
         "core.dispatch",
-        "core.inputs",
         "integrations.sdpa",
+        "module.arguments",
         "module.cache",
         "module.linear",
         "module.multi_head_attention",
@@ -120,16 +120,17 @@ ALLOWED = {
     },
     "module.multi_head_attention": {
         *("core.heads", "core.inputs", "core.modes"),
-        *(f"module.{name}" for name in ("cache", "decoding", "loading", "nested", "one_call", "options")),
-        *(f"module.{name}" for name in ("projections", "quantization", "rotary", "steps")),
+        *(f"module.{name}" for name in ("arguments", "cache", "decoding", "loading", "nested", "one_call")),
+        *(f"module.{name}" for name in ("options", "projections", "quantization", "rotary", "steps")),
     },
     "module.decoding": {
-        *("backends.cpu", "core.dispatch", "core.inputs", "core.modes"),
-        *(f"module.{name}" for name in ("cache", "linear", "one_call", "steps")),
+        *("backends.cpu", "core.dispatch", "core.modes"),
+        *(f"module.{name}" for name in ("arguments", "cache", "linear", "one_call", "steps")),
     },
     "module.steps": {
         *("core.heads", "core.inputs", "core.masks", "core.plans"),
-        *(f"module.{name}" for name in ("cache", "heads", "linear", "one_call", "options", "projections", "rotary")),
+        *(f"module.{name}" for name in ("arguments", "cache", "heads", "linear", "one_call", "options")),
+        *("module.projections", "module.rotary"),
     },
     "module.cache": {"core.modes"},
     "module.loading": {"module.options"},
@@ -142,6 +143,7 @@ ALLOWED = {
         *(
             "core.dispatch",
             "core.inputs",
+            "module.arguments",
             "module.linear",
             "core.masks",
             "core.modes",
@@ -154,9 +156,10 @@ ALLOWED = {
     "core.varlen": {"core.dispatch", "core.inputs", "core.modes"},
     "core.packing": set(),
     "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.modes"},
-    "module.nested": {"core.inputs", "core.modes", "core.varlen"},
+    "module.nested": {"core.modes", "core.varlen", "module.arguments"},
+    "module.arguments": {"core.inputs", "core.modes"},
     "module.quantization": set(),
-    "module.projections": {"module.linear", "core.masks", "core.modes"},
+    "module.projections": {"module.arguments", "module.linear", "core.masks", "core.modes"},
     "module.linear": {"backends.cpu", "core.dispatch", "core.modes"},
     "core.dispatch": {
         "backends.capability",
@@ -268,7 +271,7 @@ ALLOWED = {
     "ops.heads": {"core.heads", "ops.gradients", "ops.schema"},
     "ops.schema": set(),
     "core.reference": {"core.masks", "core.modes"},
-    "core.inputs": {"core.modes"},
+    "core.inputs": set(),
     "core.masks": set(),
     "core.heads": set(),
     "core.modes": set(),

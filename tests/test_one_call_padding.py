@@ -9,6 +9,7 @@ from torch import nn
 from fused_mha import MultiHeadAttention
 from fused_mha.backends import cpu
 from fused_mha.module import one_call
+from fused_mha.module.arguments import ModuleArguments
 
 pytestmark = pytest.mark.skipif(cpu.LIBRARY is None, reason="this installation has no CPU library")
 
@@ -119,4 +120,4 @@ def test_small_calls_are_left_as_they_are():
 
 
 def _arguments(x):
-    return one_call.ModuleArguments(x, x, x, RIGHT, False, None, True, False)
+    return ModuleArguments(x, x, x, RIGHT, False, None, True, False)

@@ -1,6 +1,7 @@
 """What goes into the attention core and what comes out, and every shape, dtype and device error.
 
-`functional.attention` and `MultiHeadAttention.forward` check their arguments here, once, before anything is computed.
+`attention` and `varlen_attention` check their arguments here, once, before anything is computed; `module.arguments` has
+the checks of the module.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-from fused_mha.core.modes import autocast_is_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,19 +62,6 @@ class AttentionInputs(NamedTuple):
         return self.is_causal and (has_virtual_keys or not is_aligned)
 
 
-class ModuleArguments(NamedTuple):
-    """What `MultiHeadAttention.forward` is called with, in its order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    key_padding_mask: Tensor | None
-    need_weights: bool
-    attn_mask: Tensor | None
-    average_attn_weights: bool
-    is_causal: bool
-
-
 class AttentionResult(NamedTuple):
     """What `attention` returns.
 
@@ -95,23 +81,19 @@ class AttentionResult(NamedTuple):
     lse: Tensor | None
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The sizes, as texts of errors print them."""
     return tuple(tensor.shape)
 
 
-def _type_name(x: object) -> str:
+def type_name(x: object) -> str:
+    """The type with its module, but that of a builtin."""
     kind = type(x)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def check_are_tensors(query: object, key: object, value: object) -> None:
-    """Raise AttributeError, as torch's module does, unless they are tensors."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise AttributeError(f"{name} must be a Tensor, not {_type_name(x)}")
-
-
-def _check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
+def check_mask_dtype(name: str, mask: Tensor, error: type[Exception]) -> None:
+    """Raise ``error`` unless a mask is of a dtype that has a meaning."""
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise error(
             f"{name} must be of dtype bool (True = ignore) or floating point (added to the scores); got {mask.dtype}"
@@ -125,7 +107,7 @@ def check_same_device(query: Tensor, others: Sequence[tuple[str, Tensor | None]]
         if other is None:
             continue
         if not isinstance(other, Tensor):
-            raise TypeError(f"{name} must be a Tensor, not {_type_name(other)}: torch.as_tensor makes one of an array")
+            raise TypeError(f"{name} must be a Tensor, not {type_name(other)}: torch.as_tensor makes one of an array")
         if other.device != device:
             raise RuntimeError(f"all tensors must be on query's device, {device}; got {name} on {other.device}")
 
@@ -178,7 +160,7 @@ def check_attention(
         if tensor.is_nested:
             raise RuntimeError(f"{name} must be a strided tensor; got a nested tensor")
         if tensor.dim() != 4:
-            raise RuntimeError(f"{name} must be 4-D, (batch, length, heads, head size); got shape {_shape(tensor)}")
+            raise RuntimeError(f"{name} must be 4-D, (batch, length, heads, head size); got shape {shape_of(tensor)}")
         if not tensor.is_floating_point():
             raise RuntimeError(f"{name} must be of a floating dtype; got {tensor.dtype}")
         if tensor.dtype != query.dtype:
@@ -186,15 +168,15 @@ def check_attention(
     N, L, H, D = query.shape
     S, H_kv, D_v = key.shape[1], key.shape[2], value.shape[3]
     if D == 0:
-        raise RuntimeError(f"query must have a head size of at least 1; got shape {_shape(query)}")
+        raise RuntimeError(f"query must have a head size of at least 1; got shape {shape_of(query)}")
     if key.shape[0] != N or key.shape[3] != D:
         raise RuntimeError(
-            f"key must have shape (N, S, H_kv, D) with query's N = {N} and D = {D}; got {_shape(key)}, query is "
-            f"{_shape(query)}"
+            f"key must have shape (N, S, H_kv, D) with query's N = {N} and D = {D}; got {shape_of(key)}, query is "
+            f"{shape_of(query)}"
         )
     if value.shape[:3] != key.shape[:3]:
         raise RuntimeError(
-            f"value must have shape (N, S, H_kv, D_v) with key's (N, S, H_kv) = {(N, S, H_kv)}; got {_shape(value)}"
+            f"value must have shape (N, S, H_kv, D_v) with key's (N, S, H_kv) = {(N, S, H_kv)}; got {shape_of(value)}"
         )
     if H_kv == 0 or H % H_kv != 0:
         raise RuntimeError(f"query's heads must be a multiple of key's and value's; got H = {H} and H_kv = {H_kv}")
@@ -212,21 +194,21 @@ def check_attention(
         ),
     )
     if attn_mask is not None:
-        _check_mask_dtype("attn_mask", attn_mask, RuntimeError)
+        check_mask_dtype("attn_mask", attn_mask, RuntimeError)
         given = attn_mask
         if given.dim() == 2:
             attn_mask = given[None, None]
-        if attn_mask.dim() != 4 or not _broadcasts(attn_mask, (N, H, L, S)):
+        if attn_mask.dim() != 4 or not broadcasts(attn_mask, (N, H, L, S)):
             raise RuntimeError(
                 f"attn_mask must have shape (L|1, S) or (N|1, H|1, L|1, S) with (N, H, L, S) = {(N, H, L, S)}; "
-                f"got {_shape(given)}{_transposed_hint(given, L, S)}"
+                f"got {shape_of(given)}{transposed_hint(given, L, S)}"
             )
     if key_padding_mask is not None:
-        _check_mask_dtype("key_padding_mask", key_padding_mask, RuntimeError)
+        check_mask_dtype("key_padding_mask", key_padding_mask, RuntimeError)
         if key_padding_mask.shape != (N, S):
             raise RuntimeError(
-                f"key_padding_mask must have shape (N, S) = {(N, S)}; got {_shape(key_padding_mask)}"
-                f"{_transposed_hint(key_padding_mask, N, S)}"
+                f"key_padding_mask must have shape (N, S) = {(N, S)}; got {shape_of(key_padding_mask)}"
+                f"{transposed_hint(key_padding_mask, N, S)}"
             )
     if (bias_k is None) != (bias_v is None):
         given = "bias_v" if bias_k is None else "bias_k"
@@ -234,12 +216,12 @@ def check_attention(
     for name, bias, shape in (("bias_k", bias_k, (H_kv, D)), ("bias_v", bias_v, (H_kv, D_v))):
         if bias is not None and (bias.shape != shape or bias.dtype != query.dtype):
             raise RuntimeError(
-                f"{name} must have shape {shape} and dtype {query.dtype}; got {_shape(bias)} and {bias.dtype}"
+                f"{name} must have shape {shape} and dtype {query.dtype}; got {shape_of(bias)} and {bias.dtype}"
             )
     for name, of_heads in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if of_heads is not None and (of_heads.shape != (H,) or not of_heads.is_floating_point()):
             raise RuntimeError(
-                f"{name} must have shape (H,) = ({H},) and a floating dtype; got {_shape(of_heads)} and "
+                f"{name} must have shape (H,) = ({H},) and a floating dtype; got {shape_of(of_heads)} and "
                 f"{of_heads.dtype}"
             )
     check_softcap(softcap)
@@ -317,140 +299,13 @@ def _is_window(window: object) -> bool:
     )
 
 
-def _broadcasts(mask: Tensor, target: tuple[int, int, int, int]) -> bool:
+def broadcasts(mask: Tensor, target: tuple[int, int, int, int]) -> bool:
     """Whether a 4-D mask has `target`'s size, or 1 anywhere but in the last dimension."""
     return mask.shape[3] == target[3] and all(
         size in (1, full) for size, full in zip(mask.shape[:3], target[:3], strict=True)
     )
 
 
-def _transposed_hint(mask: Tensor, rows: int, columns: int) -> str:
+def transposed_hint(mask: Tensor, rows: int, columns: int) -> str:
+    """What a text adds where a mask of a wrong shape would fit, transposed."""
     return ". Is it transposed?" if rows != columns and mask.shape[-2:] == (columns, rows) else ""
-
-
-def check_module_inputs(
-    arguments: ModuleArguments,
-    *,
-    embed_dim: int,
-    kdim: int,
-    vdim: int,
-    num_heads: int,
-    batch_first: bool,
-    weight: Tensor,
-) -> tuple[int, bool]:
-    """Check what `MultiHeadAttention.forward` is called with, by torch's error types.
-
-    Args:
-        arguments: its own, with the shapes that it describes.
-        embed_dim: E.
-        kdim: size of key's features.
-        vdim: size of value's features.
-        num_heads: H.
-        batch_first: the layout of 3-D input.
-        weight: the query's projection weight, which fixes dtype and device.
-
-    Returns:
-        N and whether the input is batched.
-
-    Raises:
-        AssertionError: ranks, embedding sizes, mask types, key_padding_mask's shape.
-        RuntimeError: attn_mask's shape, batch sizes, dtypes and devices that disagree, one wrong size of key and value
-            beside a packed weight.
-        TypeError: a mask that is no tensor, num_heads that is no int.
-    """
-    query, key, value, key_padding_mask, _, attn_mask, _, _ = arguments
-    if not hasattr(num_heads, "__index__"):
-        raise TypeError(f"num_heads must be an int; got {num_heads!r}")
-    rank = query.dim()
-    if rank not in (2, 3):
-        raise AssertionError(f"query must be unbatched 2-D or batched 3-D; got a {rank}-D tensor, {_shape(query)}")
-    is_batched = rank == 3
-    if key.dim() != rank or value.dim() != rank:
-        raise AssertionError(
-            f"key and value must be {rank}-D, as query is; got {key.dim()}-D and {value.dim()}-D tensors, "
-            f"{_shape(key)} and {_shape(value)}"
-        )
-    sequence_dim, batch_dim = (1, 0) if batch_first else (0, 1)
-    if not is_batched:
-        sequence_dim = 0
-    L, S = query.shape[sequence_dim], key.shape[sequence_dim]
-    N = query.shape[batch_dim] if is_batched else 1
-
-    if query.shape[-1] != embed_dim:
-        raise AssertionError(f"query must have embedding size embed_dim = {embed_dim}; got shape {_shape(query)}")
-    if key.shape[:-1] != value.shape[:-1]:
-        raise AssertionError(
-            f"key and value must agree in length and batch size; got {_shape(key)} and {_shape(value)}"
-        )
-    if key.shape[-1] != kdim or value.shape[-1] != vdim:
-        # Where both are wrong alike, torch's product with the packed weight is the first to see it.
-        is_of_product = kdim == vdim == embed_dim and key.shape[-1] == value.shape[-1]
-        raise (RuntimeError if is_of_product else AssertionError)(
-            f"key and value must have sizes kdim = {kdim} and vdim = {vdim}; got {_shape(key)} and {_shape(value)}"
-        )
-    if is_batched and key.shape[batch_dim] != N:
-        raise RuntimeError(
-            f"query and key must have one batch size (dimension {batch_dim}, batch_first={batch_first}); got "
-            f"{_shape(query)} and {_shape(key)}"
-        )
-    check_same_device(
-        query,
-        (
-            ("key", key),
-            ("value", value),
-            ("key_padding_mask", key_padding_mask),
-            ("attn_mask", attn_mask),
-            ("the module's projection weight", weight),
-        ),
-    )
-    if not (query.dtype == key.dtype == value.dtype == weight.dtype) and not autocast_is_on(query.device.type):
-        raise RuntimeError(
-            "query, key, value and the module's parameters must have one dtype (or run under torch.autocast); got "
-            f"{query.dtype}, {key.dtype}, {value.dtype} and {weight.dtype}"
-        )
-    if key_padding_mask is not None:
-        _check_mask_dtype("key_padding_mask", key_padding_mask, AssertionError)
-        expected = (N, S) if is_batched else (S,)
-        if key_padding_mask.shape != expected:
-            raise AssertionError(
-                f"key_padding_mask must have shape {'(N, S)' if is_batched else '(S)'} = {expected}; got "
-                f"{_shape(key_padding_mask)}{_transposed_hint(key_padding_mask, N, S)}"
-            )
-    if attn_mask is not None:
-        check_module_attn_mask(attn_mask, N, num_heads, L, S, is_batched)
-    return N, is_batched
-
-
-def check_module_attn_mask(attn_mask: Tensor, N: int, H: int, L: int, S: int, is_batched: bool) -> None:
-    """Raise, by torch's error types, unless a module's attn_mask has one of its shapes, and its dtype.
-
-    Args:
-        attn_mask: (L, S), (N * H, L, S) or (N|1, H|1, L|1, S).
-        N: of the batch, 1 for unbatched input.
-        H: of heads.
-        L: of queries.
-        S: of keys.
-        is_batched: whether the call's input is.
-
-    Raises:
-        AssertionError: its rank or dtype, or the shape of a 3-D one of unbatched input.
-        RuntimeError: another shape.
-    """
-    _check_mask_dtype("attn_mask", attn_mask, AssertionError)
-    mask_rank = attn_mask.dim()
-    if mask_rank == 2:
-        fits = attn_mask.shape == (L, S)
-    elif mask_rank == 3:
-        fits = attn_mask.shape == (N * H, L, S)
-    elif mask_rank == 4:
-        fits = _broadcasts(attn_mask, (N, H, L, S))
-    else:
-        raise AssertionError(f"attn_mask must be 2-D, 3-D or 4-D; got a {mask_rank}-D tensor, {_shape(attn_mask)}")
-    if not fits:
-        # torch checks an unbatched 3-D mask earlier than the others, by an assertion
-        error = AssertionError if mask_rank == 3 and not is_batched else RuntimeError
-        raise error(
-            f"attn_mask must have shape (L, S) = {(L, S)}, (N*num_heads, L, S) = {(N * H, L, S)} or "
-            f"(N|1, num_heads|1, L|1, S) with {(N, H, L, S)}; got {_shape(attn_mask)}"
-            f"{_transposed_hint(attn_mask, L, S)}"
-        )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fused_mha.backends import delegation
 from fused_mha.core.dispatch import Explanation, explain_inputs
-from fused_mha.core.inputs import ModuleArguments
 from fused_mha.integrations import sdpa
 from fused_mha.module import linear, nested, one_call, steps
+from fused_mha.module.arguments import ModuleArguments
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 

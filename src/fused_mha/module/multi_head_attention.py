@@ -17,10 +17,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from fused_mha.core.heads import QKNorm
-from fused_mha.core.inputs import ModuleArguments, Window, check_are_tensors, check_dropout, check_module_inputs
+from fused_mha.core.inputs import Window, check_dropout
 from fused_mha.core.modes import PLAIN_OR_NONE
 from fused_mha.module import decoding, loading, nested, one_call, projections, steps
 from fused_mha.module import options as module_options
+from fused_mha.module.arguments import ModuleArguments, check_are_tensors, check_module_inputs
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.options import ModuleOptions
 from fused_mha.module.quantization import QConfig
@@ -352,27 +353,18 @@ class MultiHeadAttention(TorchAttention):
                     **{name: x for name, x in own.items() if x is not None},
                 )
             check_are_tensors(query, key, value)
+        arguments = ModuleArguments(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
         if self.context is not None:
-            arguments = ModuleArguments(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
             return self.context(self, arguments, positions, cache, weights_of_heads)
         if query.is_nested or key.is_nested or value.is_nested:
             if positions is not None or cache is not None:
                 name = "positions" if cache is None else "cache"
                 raise ValueError(f"{name} must be None with nested tensors, whose positions are counted from 0")
-            return self._forward_nested(
-                ModuleArguments(
-                    query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-                ),
-                weights_of_heads,
-            )
-
+            return self._forward_nested(arguments, weights_of_heads)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which cannot ask what recordable asks
-            query, key, value = projections.recordable(query, key, value)
-        arguments = ModuleArguments(
-            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
+            arguments = projections.recordable(arguments)
         if cache is not None and weights_of_heads is None:
             return decoding.forward(self, arguments, positions, cache)
         if not (self.options is positions is cache is weights_of_heads is None):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_mha.core.inputs import ModuleArguments
 from fused_mha.core.modes import is_recorded, recordable
 from fused_mha.core.varlen import offsets_of
+from fused_mha.module.arguments import ModuleArguments
 
 Repack = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 

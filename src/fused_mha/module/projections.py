@@ -12,6 +12,7 @@ from torch.nn.modules import module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fused_mha.core import masks, modes
+from fused_mha.module.arguments import ModuleArguments
 from fused_mha.module.linear import linear
 
 Rows = tuple[int, int, int]
@@ -84,12 +85,13 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (product + bias).to(product.dtype)
 
 
-def recordable(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three, with copies of those from `torch.inference_mode`, which autograd can't save; what is one stays one."""
+def recordable(arguments: ModuleArguments) -> ModuleArguments:
+    """Copies of query, key and value from `torch.inference_mode`, which autograd can't save; what is one stays one."""
+    query, key, value = arguments[:3]
     if not (query.is_inference() or key.is_inference() or value.is_inference()):
-        return query, key, value
+        return arguments
     copies = {id(x): modes.recordable(x) for x in (query, key, value)}
-    return copies[id(query)], copies[id(key)], copies[id(value)]
+    return arguments._replace(query=copies[id(query)], key=copies[id(key)], value=copies[id(value)])
 
 
 def without_hidden_keys(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,14 +16,13 @@ from fused_mha.core.inputs import (
     AttentionInputs,
     AttentionResult,
     CausalAlignment,
-    ModuleArguments,
-    check_module_attn_mask,
     check_same_device,
     checked_weights_of_heads,
     default_scale,
 )
 from fused_mha.module import options as module_options
 from fused_mha.module import projections
+from fused_mha.module.arguments import ModuleArguments, check_module_attn_mask
 from fused_mha.module.cache import Extended, KeyValueCache
 from fused_mha.module.heads import transform_heads
 from fused_mha.module.linear import linear

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_mha.core.inputs import AttentionResult, ModuleArguments
+from fused_mha.core.inputs import AttentionResult
 from fused_mha.module import steps
+from fused_mha.module.arguments import ModuleArguments
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.parallel import ring
