@@ -15,6 +15,7 @@ import triton
 
 NVDISASM = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 ZERO = 63  # URZ
+NONE = frozenset()
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 PREDICATE = re.compile(r"@!?U?P[T\d]+\s+")
@@ -41,7 +42,7 @@ def reads_of_nothing(text):
     """The instructions that read a uniform register which is not set on any path, each with the registers' numbers."""
     instructions, labels = _parsed(text)
     set_before = [None] * len(instructions)  # registers that some path has set
-    set_before[0] = frozenset()
+    set_before[0] = NONE
     pending = [0]
     while pending:
         i = pending.pop()
@@ -49,7 +50,7 @@ def reads_of_nothing(text):
         for successor in _successors(i, instructions, labels):
             known = set_before[successor]
             if known is None or not after <= known:
-                set_before[successor] = after | (known or frozenset())
+                set_before[successor] = after | (known or NONE)
                 pending.append(successor)
     found = []
     for instruction, known in zip(instructions, set_before, strict=True):
@@ -69,6 +70,8 @@ def _parsed(text):
 
 
 def _instruction(text):
+    if "UR" not in text:
+        return Instruction(text, NONE, NONE)
     name, _, rest = PREDICATE.sub("", text).partition(" ")
     operands = [operand.strip() for operand in re.split(r",(?![^\[]*\])", rest)] if rest else []
     sets = set()
