@@ -26,10 +26,12 @@ from fused_mha.backends.triton.scores import tanh
 DTYPES = (torch.float32, torch.float16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_several_tiles(attention, case, dtype):
-    matches_oracle(attention, make_arguments(N=2, L=70, S=90, H=2, H_kv=1, D=24, D_v=16, dtype=dtype, **case))
+SEVERAL_TILES = [(name, dtype) for i, name in enumerate(CASES) for dtype in DTYPES[: 1 if i % 3 else 2]]
+
+
+@pytest.mark.parametrize(("name", "dtype"), SEVERAL_TILES, ids=str)
+def test_several_tiles(attention, name, dtype):
+    matches_oracle(attention, make_arguments(N=2, L=70, S=90, H=2, H_kv=1, D=24, D_v=16, dtype=dtype, **CASES[name]))
 
 
 @pytest.mark.parametrize("D", [1, 8, 40, 64, 80, 128, 200, 256])
@@ -44,7 +46,7 @@ def test_lengths(attention, integers_are_checked, L, S):
 
 
 @settings(
-    max_examples=examples(25),
+    max_examples=examples(15),
     phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes here
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
