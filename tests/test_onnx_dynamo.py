@@ -255,7 +255,7 @@ def assert_equal(model, onnx_program):
 
 def test_onnxruntime_computes_what_the_model_does(model):
     pytest.importorskip("onnxscript")
-    exported = torch.onnx.export(model, **arguments_of(inputs(*EXAMPLE)), dynamo=True, opset_version=24, verbose=False)
+    exported = torch.onnx.export(model, **arguments_of(inputs(*EXAMPLE)), dynamo=True, opset_version=24, optimize=False)
     nodes = [node.op_type for node in exported.model.graph]
     assert nodes.count("Attention") == len(MODULES) + len(CORE)
     assert_equal(model, exported)

@@ -151,21 +151,9 @@ def inputs_of(
             key,
             value,
             attn_mask=attn_mask,
-            key_padding_mask=None,
             is_causal=is_causal,
-            causal_alignment="top_left",
-            window=None,
-            bias_k=None,
-            bias_v=None,
-            sinks=None,
-            alibi_slopes=None,
-            add_zero_attn=False,
             dropout_p=dropout_p,
             scale=scale,
-            softcap=None,
-            need_weights=False,
-            average_attn_weights=True,
-            return_lse=False,
         )
     except (RuntimeError, ValueError):  # torch refuses it too, or broadcasts
         return "the sizes, dtypes or devices differ"
