@@ -1,7 +1,7 @@
 """`torch.onnx.export(dynamo=False)`: every mask, and no size of the example in the graph.
 
 torch's exporter needs the package onnx in its last step alone, for functions that our graphs have none of; the results
-are compared where onnxruntime is installed (``pip install ".[peers]"``).
+are compared where onnxruntime is installed (``pip install ".[onnx]"``).
 """
 
 import io
