@@ -61,7 +61,7 @@ def onnx_export_is_active() -> bool:
     return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and _is_in_onnx_export()
 
 
-@constant_for_dynamo  # which answers torch's own question by False, and which `torch.onnx.export` asks if it needs to
+@constant_for_dynamo  # which takes torch's question for False; where tracing without it fails, the exporter tries it
 def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 

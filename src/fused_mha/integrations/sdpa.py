@@ -160,7 +160,7 @@ def inputs_of(
 
 
 def left_to_torch(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why a call on the CPU that the core could serve ends sooner in torch; None too where a back end is forced."""
+    """Why a call on the CPU that the core could serve ends sooner in torch; never in ONNX or by a forced back end."""
     if not query.is_cpu or dispatch.forced() is not None or onnx_export_is_active():
         return None
     is_half = query.dtype in (torch.bfloat16, torch.float16)

@@ -22,8 +22,8 @@ __all__ = ["count_scores", "register_flop_formula"]
 def count_scores(N: int, L: int, S: int, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> int:
     """The scores of one head, N * L * S, or of packed sequences the sum of each one's.
 
-    Offsets on meta and of `FakeTensorMode` have no values. Then the most that there can be are counted, those of one
-    sequence, as torch counts its longest length for each sequence then.
+    Offsets on meta and of `FakeTensorMode` have no values. The most that there can be are counted then, those of one
+    sequence; torch's formulas count the most of theirs too.
     """
     if (
         cu_seqlens_q is None
