@@ -89,7 +89,7 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
     in_onnx = onnx_export_is_active()
     is_half = inputs.query.dtype in (torch.float16, torch.bfloat16)
-    if is_half and inputs.needs_mask_tensor() and not capability.off_cpu_half_masks and (in_onnx or device != "cpu"):
+    if not capability.off_cpu_half_masks and is_half and inputs.needs_mask_tensor() and (in_onnx or device != "cpu"):
         where = "ONNX" if in_onnx else device
         reasons.append(f"its kernels for {where} are not known to be right with a mask in {inputs.query.dtype}")
     head_size = max(inputs.query.shape[3], inputs.value.shape[3])
