@@ -266,7 +266,7 @@ def run_with_gradients(function, arguments, dtype=None, through=("output", "weig
 
 def checked(**arguments):
     """The inputs of a call of `attention`."""
-    return check_attention(**DEFAULTS | arguments)
+    return check_attention(**arguments)
 
 
 def explain_attention(**arguments):

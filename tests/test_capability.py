@@ -94,6 +94,16 @@ def test_onnx_export_goes_to_operators_of_torch(monkeypatch, module, x, served_b
     torch.export.export(module, (x, x, x))
     assert served_by == ["sdpa", "reference"]
     monkeypatch.setattr(capability, "onnx_export_is_active", lambda: True)
+    in_half = make_arguments(mask_dtype=torch.bool, dtype=torch.float16)
+    assert reasons_on_the_cpu(explain_attention(**in_half))["sdpa"] == [
+        "its kernels for ONNX are not known to be right with a mask in torch.float16"
+    ]
+    assert reasons_on_the_cpu(explain_attention(**make_arguments(mask_dtype=torch.bool)))["sdpa"] == []
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.jit.is_tracing", lambda: True)
+        assert reasons_on_the_cpu(explain_attention(**make_arguments()))["sdpa"] == [
+            "torch.onnx.export(dynamo=False) translates it without grouped heads, and for new opsets alone"
+        ]
     reason = "the model is exported to ONNX, which has no operator for it"
     reasons = reasons_on_the_cpu(fused_mha.explain(module, x, need_weights=False))
     assert reasons == {"cpu": [reason], "sdpa": [], "reference": []}

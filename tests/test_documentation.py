@@ -38,6 +38,9 @@ def code_of(page):
 def test_the_code_of_a_page_runs_from_top_to_bottom(page):
     if page.name == "transformers.md":
         pytest.importorskip("transformers", reason="transformers is not installed; the extra `transformers` has it")
+    if page.name == "export.md":
+        for package in ("onnxscript", "onnxruntime"):
+            pytest.importorskip(package, reason=f"{package} is not installed; the extra `onnx` has it")
     torch.manual_seed(0)
     namespace = {"__name__": page.stem}
     for code, line in code_of(page):

@@ -1,7 +1,7 @@
 """`torch.onnx.export(dynamo=False)`: every mask, and no size of the example in the graph.
 
 torch's exporter needs the package onnx in its last step alone, for functions that our graphs have none of; the results
-are compared where onnxruntime is installed (``pip install ".[peers]"``).
+are compared where onnxruntime is installed (``pip install ".[onnx]"``).
 """
 
 import io
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_mha import MultiHeadAttention
+from fused_mha import KeyValueCache, MultiHeadAttention, RotaryEmbedding, scaled_dot_product_attention, varlen_attention
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # the checks of a call read its sizes
@@ -52,6 +52,13 @@ CASES = [
     (PADDED, {"add_bias_kv": True}),
     (PADDED, {"add_zero_attn": True}),
     ({}, {"add_bias_kv": True, "add_zero_attn": True}),
+]
+OPTIONS = [
+    ({}, {"num_kv_heads": 1, "head_dim": 6, "value_head_dim": 3}),
+    ({"key_padding_mask": last_key}, {"window": (2, 1), "softcap": 2.0, "sinks": True, "alibi": True}),
+    ({"attn_mask": future}, {"rope": RotaryEmbedding(4), "qk_norm": "rms", "gate": True}),
+    ({}, {"rope": RotaryEmbedding(2, layout="interleaved"), "qk_norm": "layer"}),
+    ({}, {"qk_norm": "l2"}),
 ]
 
 
@@ -100,7 +107,7 @@ def case_name(case):
 each_case = pytest.mark.parametrize("case", CASES, ids=case_name)
 
 
-@each_case
+@pytest.mark.parametrize("case", CASES + OPTIONS, ids=case_name)
 @pytest.mark.parametrize("need_weights", [True, False], ids=["weights", ""])
 def test_examples_of_two_sizes_give_one_graph(monkeypatch, case, need_weights):
     exporter = "torch.onnx._internal.torchscript_exporter.onnx_proto_utils"
@@ -110,17 +117,64 @@ def test_examples_of_two_sizes_give_one_graph(monkeypatch, case, need_weights):
     assert export(model, masks, 2, 5) == export(model, masks, 3, 7)
 
 
-@each_case
-@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
-@pytest.mark.parametrize(("need_weights", "opset"), [(True, None), (True, 12), (False, None)], ids=str)
-def test_results_are_the_modules(case, batch_first, need_weights, opset):
-    pytest.importorskip("onnx")
+def assert_runs_as(model, exported, masks):
     runtime = pytest.importorskip("onnxruntime")
-    masks, virtual = case
-    model = SelfAttention(need_weights, batch_first, **virtual)
-    session = runtime.InferenceSession(export(model, masks, 2, 5, opset))
+    session = runtime.InferenceSession(exported)
     for N, L in ((2, 5), (3, 7), (1, 1)):
         given = inputs(model, masks, N, L)
         results = session.run(None, {name: x.numpy() for name, x in given.items()})
         for result, expected in zip(results, model(**given), strict=False):
             torch.testing.assert_close(torch.from_numpy(result), expected)
+
+
+@each_case
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize(("need_weights", "opset"), [(True, None), (True, 12), (False, None)], ids=str)
+def test_results_are_the_modules(case, batch_first, need_weights, opset):
+    pytest.importorskip("onnx")
+    masks, virtual = case
+    model = SelfAttention(need_weights, batch_first, **virtual)
+    assert_runs_as(model, export(model, masks, 2, 5, opset), masks)
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=case_name)
+@pytest.mark.parametrize(("need_weights", "opset"), [(True, None), (False, 14)], ids=str)
+def test_results_with_options_are_the_modules(case, need_weights, opset):
+    pytest.importorskip("onnx")
+    masks, options = case
+    model = SelfAttention(need_weights, batch_first=True, **options)
+    assert_runs_as(model, export(model, masks, 2, 5, opset), masks)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def test_sdpa_gives_zeros_to_a_query_that_sees_no_key():
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    query, mask, file = torch.randn(2, H, 5, 4), ~everything(2, 5).triu(1), io.BytesIO()
+    mask[3] = False
+    model = Function(lambda query, mask: scaled_dot_product_attention(query, query, query, mask))
+    torch.onnx.export(model, (query, mask), file, dynamo=False, input_names=["query", "mask"])
+    (output,) = runtime.InferenceSession(file.getvalue()).run(None, {"query": query.numpy(), "mask": mask.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(query, mask))
+    assert not output[:, :, 3].any()
+
+
+def test_what_onnx_has_no_operator_for_is_refused_by_name():
+    rows, offsets = torch.randn(5, H, 4), torch.tensor([0, 2, 5])
+    packed = Function(lambda rows: varlen_attention(rows, rows, rows, offsets, offsets).output)
+    with pytest.raises(RuntimeError, match=r"reference: cannot: ONNX has no operator for packed sequences"):
+        torch.onnx.export(packed, (rows,), io.BytesIO(), dynamo=False)
+    module = MultiHeadAttention(E, H, batch_first=True).requires_grad_(False)
+    cache, x = KeyValueCache(module, 2), torch.randn(2, 5, E)
+    cached = Function(lambda x: module(x, x, x, cache=cache, need_weights=False)[0])
+    with pytest.raises(ValueError, match=r"cache must be None in a model that is exported or traced"):
+        torch.onnx.export(cached, (x,), io.BytesIO(), dynamo=False)
+    assert cache.length == 0

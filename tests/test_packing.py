@@ -59,3 +59,22 @@ def test_unpack_refuses_another_number_of_rows():
         RuntimeError, match=r"rows must have as many rows as key_padding_mask has False, 12; got shape \(5, 2\)"
     ):
         fused_mha.unpack(torch.randn(5, 2), RIGHT)
+
+
+def test_unpack_refuses_what_has_no_rows():
+    with pytest.raises(RuntimeError, match=r"rows must have at least 1 dimension, \(T, ...\); got shape \(\)"):
+        fused_mha.unpack(torch.tensor(1.0), RIGHT)
+    with pytest.raises(TypeError, match="rows must be a Tensor, not list"):
+        fused_mha.unpack([1.0], RIGHT)
+
+
+def test_on_meta_unpack_gives_shapes_and_pack_asks_for_values():
+    rows, padding = torch.randn(12, 3, device="meta", requires_grad=True), RIGHT.to("meta")
+    padded = fused_mha.unpack(rows, padding)
+    assert (padded.device.type, padded.shape) == ("meta", (4, 6, 3))
+    padded.sum().backward()
+    assert rows.grad.shape == rows.shape
+    with pytest.raises(
+        RuntimeError, match="key_padding_mask must have values, which say how many rows there are; got a"
+    ):
+        fused_mha.pack(padded, padding)

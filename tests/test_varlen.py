@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_mha
@@ -140,6 +141,26 @@ def test_offsets_may_be_of_either_integer_type(name):
             "not reach beyond the 5 tokens there are; got 9 at 2",
         ),
         ({"query": torch.randn(2, 5, 4, 16)}, RuntimeError, "query must be 3-D"),
+        (
+            {"key": torch.randn(6, 2, 12)},
+            RuntimeError,
+            r"key must have shape \(T_k, H_kv, D\) with query's D = 16; got \(6, 2, 12\), query is \(5, 4, 16\)",
+        ),
+        (
+            {"value": torch.randn(5, 2, 24)},
+            RuntimeError,
+            r"value must have shape \(T_k, H_kv, D_v\) with key's \(T_k, H_kv\) = \(6, 2\); got \(5, 2, 24\)",
+        ),
+        (
+            {"key_padding_mask": torch.zeros(5)},
+            RuntimeError,
+            r"key_padding_mask must have shape \(T_k,\) = \(6,\); got \(5,\)",
+        ),
+        (
+            {"query": torch.randn(5, 4, 0), "key": torch.randn(6, 2, 0)},
+            RuntimeError,
+            r"query must have a head size of at least 1; got shape \(5, 4, 0\)",
+        ),
         ({"query": None}, TypeError, "query must be a Tensor, not NoneType"),
         ({"key_padding_mask": [True]}, TypeError, "key_padding_mask must be a Tensor, not list"),
         ({"key_padding_mask": torch.zeros(2, 6)}, RuntimeError, "key_padding_mask must be 1-D"),
@@ -185,6 +206,30 @@ def test_flops_are_counted_for_each_sequence():
     with FlopCounterMode(display=False) as counter:
         output.sum().backward()
     assert counter.get_total_flops() == 2 * scores * (3 * 8 + 2 * 12)
+
+
+def test_flops_of_offsets_without_values_are_those_of_one_sequence():
+    with FakeTensorMode():
+        arguments = packed_call(D=8, D_v=12)
+        arguments["query"].requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            varlen(**arguments)[0].sum().backward()
+    scores = 4 * sum(LENGTHS[0]) * sum(LENGTHS[1])
+    assert counter.get_total_flops() == 2 * scores * (8 + 12 + 3 * 8 + 2 * 12)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_dtype": torch.bool, "dropout_p": 0.5, "of_heads": ("sinks",)}], ids=str
+)
+def test_on_meta_there_are_shapes(options):
+    arguments = packed_call(rest=2, **options)
+    expected = varlen(**arguments)
+    of_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    of_meta["key"].requires_grad_()
+    for x, y in zip(varlen(**of_meta), expected, strict=True):
+        assert (x.device.type, x.shape, x.dtype) == ("meta", y.shape, y.dtype)
+    varlen(**of_meta)[0].sum().backward()
+    assert of_meta["key"].grad.shape == arguments["key"].shape
 
 
 def test_compiles_and_exports_without_a_break():

@@ -4,6 +4,7 @@ from fault import PACKAGE, Fault
 
 OPTIONS = "tests/module/test_options_inside_torch.py"
 CACHE = "tests/module/test_cache.py"
+EXPORT = "tests/test_onnx_dynamo.py"
 SDPA = "tests/integrations/test_sdpa.py"
 CONVERT = "tests/test_convert.py"
 ONE_CALL = "tests/test_one_call.py"
@@ -189,6 +190,49 @@ FAULTS = [
         " or (module.training and module.dropout):",
         ":",
         "tests/module/test_decoding.py",
+    ),
+    # Exported models, and calls without data.
+    Fault(
+        "Dynamo does not notice the export to ONNX",
+        PACKAGE + "core/modes.py",
+        "@constant_for_dynamo  # which takes torch's question for False",
+        "# which takes torch's question for False",
+        EXPORT,
+    ),
+    Fault(
+        "a row of a mask stands for all queries in ONNX",
+        PACKAGE + "backends/sdpa.py",
+        "if mask is not None and in_onnx:",
+        "if False:",
+        EXPORT,
+    ),
+    Fault(
+        "a cache keeps what an export traces",
+        PACKAGE + "module/cache.py",
+        "if torch.compiler.is_exporting() or torch.jit.is_tracing():",
+        "if False:",
+        EXPORT,
+    ),
+    Fault(
+        "an exported causal alignment is tied to its lengths",
+        PACKAGE + "core/inputs.py",
+        "are_numbers = type(L) is type(S) is int",
+        "are_numbers = True",
+        EXPORT,
+    ),
+    Fault(
+        "packed sequences have the FLOPs of one in the module's operator",
+        PACKAGE + "ops/module.py",
+        "return 2 * E * (N * (2 * L * E + S * of_keys) + 2 * scores)",
+        "return 2 * E * (N * (2 * L * E + S * of_keys) + 2 * N * L * S)",
+        "tests/native/test_module_operators.py",
+    ),
+    Fault(
+        "packed sequences on meta are read",
+        PACKAGE + "core/reference.py",
+        "bounds = [0, rows] if offsets.is_meta else offsets.tolist()",
+        "bounds = offsets.tolist()",
+        "tests/test_varlen.py",
     ),
     # The rule itself.
     Fault(

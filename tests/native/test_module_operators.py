@@ -232,6 +232,19 @@ def test_flops_are_those_of_the_products(base_isa):
     assert counter.get_total_flops() == 2 * projections + 2 * N * L * S * 5 * E
 
 
+def test_flops_of_packed_sequences_are_those_of_each(base_isa):
+    L, E, offsets = 7, 8, torch.tensor([0, 2, 2, 7])
+    call = make_call(L=L, batched=False, need_weights=False, requires_grad=True)
+    call = call._replace(cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    with FlopCounterMode(display=False) as counter:
+        output = OPS.multi_head_attention(*call, True)[0]
+    projections, scores = 8 * L * E * E, 2 * 2 + 5 * 5
+    assert counter.get_total_flops() == projections + 2 * scores * 2 * E
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == 2 * projections + 2 * scores * 5 * E
+
+
 class TestWrongCalls:
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -22,13 +22,14 @@ class Capability(NamedTuple):
     weights: bool = True
     lse: bool = True
     transforms: bool = True  # torch.func and forward-mode AD
-    onnx_export: bool = True
+    onnx_export: bool = True  # by either of torch's exporters
+    onnx_trace: bool = True  # by the older one, torch.onnx.export(dynamo=False)
     score_options: bool = True  # softcap, sinks, alibi_slopes
     packed_sequences: bool = True
     reads_hidden_keys: bool = True  # 0 * NaN = NaN: zeros have to take the place of keys that are hidden from all
     empty_tensors: bool = True
     cpu_dropout: bool = True
-    off_cpu_half_masks: bool = True  # any but plain causal, on other devices than the CPU; in ONNX, of all dtypes
+    off_cpu_half_masks: bool = True  # any but plain causal, on other devices than the CPU and in ONNX
     most_head_size: int | None = None  # None is any
     cuda_capability: tuple[int, int] | None = None  # the least; None is any
 
@@ -86,11 +87,11 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
             reasons.append(f"it knows no {' and no '.join(sorted(unknown))}")
     if inputs.dropout_p > 0.0 and not capability.cpu_dropout and device == "cpu":
         reasons.append(f"it has no fused dropout on the CPU (dropout_p={inputs.dropout_p})")
-    if inputs.needs_mask_tensor() and not capability.off_cpu_half_masks:
-        if onnx_export_is_active():
-            reasons.append("its kernels for ONNX are not known to be right on rows that a mask hides everywhere")
-        elif device != "cpu" and inputs.query.dtype in (torch.float16, torch.bfloat16):
-            reasons.append(f"its kernels for {device} are not known to be right with a mask in {inputs.query.dtype}")
+    in_onnx = onnx_export_is_active()
+    is_half = inputs.query.dtype in (torch.float16, torch.bfloat16)
+    if not capability.off_cpu_half_masks and is_half and inputs.needs_mask_tensor() and (in_onnx or device != "cpu"):
+        where = "ONNX" if in_onnx else device
+        reasons.append(f"its kernels for {where} are not known to be right with a mask in {inputs.query.dtype}")
     head_size = max(inputs.query.shape[3], inputs.value.shape[3])
     if capability.most_head_size is not None and head_size > capability.most_head_size:
         reasons.append(f"its largest head size is {capability.most_head_size} (it is {head_size})")
@@ -98,6 +99,13 @@ def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> li
         reasons.append(f"an input is empty (query {tuple(inputs.query.shape)}, key {tuple(inputs.key.shape)})")
     if not capability.transforms and transform_is_active():
         reasons.append("a torch.func transform or forward-mode AD is active")
-    if not capability.onnx_export and onnx_export_is_active():
+    if in_onnx and not capability.onnx_export:
         reasons.append("the model is exported to ONNX, which has no operator for it")
+    elif in_onnx and not capability.onnx_trace and torch.jit.is_tracing():
+        reasons.append("torch.onnx.export(dynamo=False) translates it without grouped heads, and for new opsets alone")
+    elif in_onnx and inputs.cu_seqlens_q is not None and capability.packed_sequences:
+        reasons.append(
+            "ONNX has no operator for packed sequences (cu_seqlens_q): export attention on a padded batch, with "
+            "key_padding_mask"
+        )
     return reasons

@@ -13,7 +13,7 @@ from fused_mha.backends import delegation
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.core import masks
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
-from fused_mha.core.modes import is_plain
+from fused_mha.core.modes import is_plain, onnx_export_is_active
 from fused_mha.core.reference import append_virtual_keys
 from fused_mha.ops import schema
 from fused_mha.ops.module import Call
@@ -59,8 +59,11 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
             torch.float32 if is_half else query.dtype,
             query.device,
         )
-        if mask is not None and query.device.type not in _KNOW_EMPTY_ROWS and key.shape[1] == S:
+        in_onnx = onnx_export_is_active()  # of what runs the exported model, nothing is known
+        if mask is not None and (in_onnx or query.device.type not in _KNOW_EMPTY_ROWS) and key.shape[1] == S:
             mask, empty = masks.without_empty_rows(mask)
+        if mask is not None and in_onnx:  # onnxruntime 1.32 takes a row for each query alone, below opset 25
+            mask = mask.expand(-1, -1, query.shape[1], -1)
         mask = schema.own_mask(mask, query) if torch.is_grad_enabled() else mask
     result = _attend(query, key, value, mask, inputs.dropout_p, inputs.is_causal and mask is None, inputs.scale)
     if empty is None:
@@ -143,6 +146,7 @@ BACKEND = Backend(
         score_options=False,
         packed_sequences=False,
         transforms=False,
+        onnx_trace=False,
         empty_tensors=False,
         cpu_dropout=False,
         off_cpu_half_masks=False,

@@ -58,7 +58,9 @@ class AttentionInputs(NamedTuple):
         if self.attn_mask is not None or self.key_padding_mask is not None or self.window is not None:
             return True
         has_virtual_keys = self.bias_k is not None or self.add_zero_attn  # visible, causal or not
-        is_aligned = self.causal_alignment == "top_left" or self.query.shape[1] == self.key.shape[1]
+        L, S = self.query.shape[1], self.key.shape[1]
+        are_numbers = type(L) is type(S) is int  # a guard on symbols would tie an exported program to what it finds
+        is_aligned = self.causal_alignment == "top_left" or (are_numbers and L == S)
         return self.is_causal and (has_virtual_keys or not is_aligned)
 
 
@@ -137,22 +139,22 @@ def check_attention(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    causal_alignment: CausalAlignment,
-    window: Window | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    scale: float | None,
-    softcap: float | None,
-    need_weights: bool,
-    average_attn_weights: bool,
-    return_lse: bool,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    window: Window | None = None,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    add_zero_attn: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    softcap: float | None = None,
+    need_weights: bool = False,
+    average_attn_weights: bool = True,
+    return_lse: bool = False,
     weights_of_heads: Sequence[int] | None = None,
 ) -> AttentionInputs:
     """Check the arguments of `attention` and resolve its defaults; RuntimeError and ValueError as torch's SDPA."""

@@ -58,7 +58,12 @@ def _knows_autocast(device_type: str) -> bool:
 
 def onnx_export_is_active() -> bool:
     """Whether `torch.onnx.export` is tracing; its own check alone costs as much as three small ops."""
-    return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
+    return (torch.jit.is_tracing() or torch.compiler.is_compiling()) and _is_in_onnx_export()
+
+
+@constant_for_dynamo  # which takes torch's question for False; where tracing without it fails, the exporter tries it
+def _is_in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def is_plain(x: Tensor) -> bool:
@@ -87,7 +92,7 @@ def is_eager() -> bool:
 
 def is_traced_by_dynamo() -> bool:
     """Whether `torch.compile` or `torch.export` is tracing Python, and no transform is active."""
-    return torch.compiler.is_dynamo_compiling() and not transform_is_active() and not torch.onnx.is_in_onnx_export()
+    return torch.compiler.is_dynamo_compiling() and not transform_is_active() and not _is_in_onnx_export()
 
 
 def may_skip_dispatcher(grads: Iterable[Tensor | None]) -> bool:

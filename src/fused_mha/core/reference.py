@@ -188,7 +188,8 @@ def _of_sequences(
 
 
 def _bounds(name: str, offsets: Tensor, rows: int) -> list[int]:
-    bounds = offsets.tolist()
+    # On meta there are no values: results have the shapes of one sequence.
+    bounds = [0, rows] if offsets.is_meta else offsets.tolist()
     if bounds[0] != 0:
         raise RuntimeError(f"{name} must begin with 0; got {bounds[0]}")
     for n, (before, bound) in enumerate(itertools.pairwise(bounds), 1):

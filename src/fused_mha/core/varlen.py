@@ -77,6 +77,35 @@ def varlen_attention(
     Source:
         `torch.nn.attention.varlen.varlen_attn`; for the layout, flash-attn's ``flash_attn_varlen_func``.
     """
+    _check_shapes(query, key, value, key_padding_mask)
+    device = query.device.type
+    if autocast_is_on(device):
+        query, key, value = (as_autocast_casts(x) for x in (query, key, value))
+    inputs = check_attention(
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        key_padding_mask=None if key_padding_mask is None else key_padding_mask.unsqueeze(0),
+        is_causal=is_causal,
+        causal_alignment=causal_alignment,
+        window=window,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        scale=scale,
+        softcap=softcap,
+        return_lse=return_lse,
+    )
+    inputs = of_sequences(inputs, cu_seqlens_q, cu_seqlens_k)
+    output, _, lse = dispatch.run(dispatch.choose(inputs), inputs)
+    return AttentionResult(output.squeeze(0), None, None if lse is None else lse.squeeze(0))
+
+
+_LAYOUT = {3: "(tokens, heads, head size)", 1: "(tokens)"}
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    """Raise, by the shapes that were given, where `check_attention` would by those of a batch of one."""
     for name, x, dims in (
         ("query", query, 3),
         ("key", key, 3),
@@ -87,36 +116,19 @@ def varlen_attention(
             raise TypeError(f"{name} must be a Tensor, not {type(x).__name__}")
         if x is not None and (x.is_nested or x.dim() != dims):
             raise RuntimeError(f"{name} must be {dims}-D, {_LAYOUT[dims]}; got shape {_shape(x)}")
-    device = query.device.type
-    if autocast_is_on(device):
-        query, key, value = (as_autocast_casts(x) for x in (query, key, value))
-    inputs = check_attention(
-        query.unsqueeze(0),
-        key.unsqueeze(0),
-        value.unsqueeze(0),
-        attn_mask=None,
-        key_padding_mask=None if key_padding_mask is None else key_padding_mask.unsqueeze(0),
-        is_causal=is_causal,
-        causal_alignment=causal_alignment,
-        window=window,
-        bias_k=None,
-        bias_v=None,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        add_zero_attn=False,
-        dropout_p=dropout_p,
-        scale=scale,
-        softcap=softcap,
-        need_weights=False,
-        average_attn_weights=True,
-        return_lse=return_lse,
-    )
-    inputs = of_sequences(inputs, cu_seqlens_q, cu_seqlens_k)
-    output, _, lse = dispatch.run(dispatch.choose(inputs), inputs)
-    return AttentionResult(output.squeeze(0), None, None if lse is None else lse.squeeze(0))
-
-
-_LAYOUT = {3: "(tokens, heads, head size)", 1: "(tokens)"}
+    D, (T_k, H_kv, D_k) = query.shape[2], key.shape
+    if D == 0:
+        raise RuntimeError(f"query must have a head size of at least 1; got shape {_shape(query)}")
+    if D_k != D:
+        raise RuntimeError(
+            f"key must have shape (T_k, H_kv, D) with query's D = {D}; got {_shape(key)}, query is {_shape(query)}"
+        )
+    if value.shape[:2] != (T_k, H_kv):
+        raise RuntimeError(
+            f"value must have shape (T_k, H_kv, D_v) with key's (T_k, H_kv) = {(T_k, H_kv)}; got {_shape(value)}"
+        )
+    if key_padding_mask is not None and key_padding_mask.shape[0] != T_k:
+        raise RuntimeError(f"key_padding_mask must have shape (T_k,) = ({T_k},); got {_shape(key_padding_mask)}")
 
 
 def of_sequences(inputs: AttentionInputs, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> AttentionInputs:

@@ -21,7 +21,13 @@ from fused_mha.backends.sdpa import torch_sdpa
 from fused_mha.core import dispatch
 from fused_mha.core.attention import attention
 from fused_mha.core.inputs import AttentionInputs, check_attention
-from fused_mha.core.modes import as_autocast_casts, autocast_is_on, constant_for_dynamo, is_recorded
+from fused_mha.core.modes import (
+    as_autocast_casts,
+    autocast_is_on,
+    constant_for_dynamo,
+    is_recorded,
+    onnx_export_is_active,
+)
 
 NAME = "scaled_dot_product_attention"
 OURS = "fused_mha"
@@ -82,7 +88,7 @@ def _attend(query: Tensor, *arguments: Any) -> Tensor | str:
         return inputs
     if inputs.query.device.type == "cpu":
         back_end = dispatch.choose(inputs)
-        if back_end.name not in ("cpu", dispatch.forced()):
+        if back_end.name not in ("cpu", dispatch.forced()) and not onnx_export_is_active():
             return f"the back end {back_end.name} would serve it"
         result = dispatch.run(back_end, inputs)
     else:  # where `attention` has plans for eager calls, torch's kernels among them
@@ -109,9 +115,10 @@ def inputs_of(
         return "query, key and value are not all tensors"
     if type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(dropout_p, (int, float)):
         return "a flag is no bool, or dropout_p no number"
-    if has_torch_function((query, key, value, attn_mask)):
+    in_onnx = onnx_export_is_active()  # in old opsets, what torch's operator is there is wrong on rows that see nothing
+    if has_torch_function((query, key, value, attn_mask)) and not in_onnx:
         return "a subclass of torch.Tensor or a mode has its own way"
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() and not in_onnx:
         return "an exported program has torch's operator"
     dims = query.dim()
     if dims not in (3, 4) or key.dim() != dims or value.dim() != dims:
@@ -144,29 +151,17 @@ def inputs_of(
             key,
             value,
             attn_mask=attn_mask,
-            key_padding_mask=None,
             is_causal=is_causal,
-            causal_alignment="top_left",
-            window=None,
-            bias_k=None,
-            bias_v=None,
-            sinks=None,
-            alibi_slopes=None,
-            add_zero_attn=False,
             dropout_p=dropout_p,
             scale=scale,
-            softcap=None,
-            need_weights=False,
-            average_attn_weights=True,
-            return_lse=False,
         )
     except (RuntimeError, ValueError):  # torch refuses it too, or broadcasts
         return "the sizes, dtypes or devices differ"
 
 
 def left_to_torch(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why a call on the CPU that the core could serve ends sooner in torch; None too where a back end is forced."""
-    if not query.is_cpu or dispatch.forced() is not None:
+    """Why a call on the CPU that the core could serve ends sooner in torch; never in ONNX or by a forced back end."""
+    if not query.is_cpu or dispatch.forced() is not None or onnx_export_is_active():
         return None
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     if is_half and is_recorded(query, key, value):  # torch's backward takes 1.1 to 10 times as long

@@ -214,6 +214,12 @@ class KeyValueCache:
         self, module: MultiHeadAttention, key: Tensor, value: Tensor, padding: Tensor | None, need_weights: bool
     ) -> None:
         """Raise unless a call's new keys and values, (N, L, H_kv, D) and (N, L, H_kv, D_v), belong here."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            raise ValueError(
+                "cache must be None in a model that is exported or traced, which keeps nothing between calls; got a "
+                "KeyValueCache. Let past keys and values be inputs of the model, for fused_mha.attention with "
+                "causal_alignment='bottom_right'"
+            )
         if self._module is not None and self._module() is not module:
             raise ValueError("cache must be one of this module, KeyValueCache(module, batch_size); got that of another")
         for name, x, kept in (("keys", key, self._keys), ("values", value, self._values)):

@@ -261,7 +261,8 @@ def check_positions(positions: object, heads: Tensor, is_batched: bool = True) -
     if not isinstance(positions, Tensor) or positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"positions must be a tensor of an integer dtype; got {_kind(positions)}")
     N, L = heads.shape[:2]
-    if positions.shape != (L,) and not (is_batched and positions.shape == (N, L)):
+    # By rank first: tuples of two ranks would compare N with L, which ties an exported program to what it finds.
+    if not (positions.shape == (L,) if positions.dim() == 1 else is_batched and positions.shape == (N, L)):
         shapes = f"(L) = {(L,)}" + (f" or (N, L) = {(N, L)}" if is_batched else "")
         raise ValueError(f"positions must have shape {shapes}; got {tuple(positions.shape)}")
     if positions.device != heads.device:

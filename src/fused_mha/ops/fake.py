@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.ops import schema
-from fused_mha.ops.flop_counter import register_flop_formula
+from fused_mha.ops.flop_counter import count_scores, register_flop_formula
 from fused_mha.ops.schema import Arguments
 
 
@@ -76,7 +76,4 @@ def attention_backward_flops(*inputs: Any, **_: Any) -> int:
 
 def _scores(query: Tensor, key: Tensor, cu_seqlens: Sequence[Any]) -> int:
     N, L, H, _ = query.shape
-    if len(cu_seqlens) == 2 and isinstance(cu_seqlens[0], Tensor):  # each sequence by itself
-        queries, keys = (x.diff() for x in cu_seqlens)
-        return H * int((queries * keys).sum())
-    return N * H * L * key.shape[1]
+    return H * count_scores(N, L, key.shape[1], *cu_seqlens)

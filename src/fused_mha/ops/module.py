@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.ops import schema
-from fused_mha.ops.flop_counter import register_flop_formula
+from fused_mha.ops.flop_counter import count_scores, register_flop_formula
 
 _INPUTS = (
     "Tensor query, Tensor? key, Tensor? value, Tensor? in_weight, Tensor? query_weight, Tensor? key_weight, "
@@ -145,7 +145,8 @@ def _flops(query: Tensor, *others: Any, **_: Any) -> int:
     call = Call.of((query, *others[: len(Call._fields) - 1]))
     N, L, S, E = call.sizes()
     of_keys = sum(x.shape[-1] for x in call.inputs()[1:])
-    return 2 * N * E * (2 * L * E + S * of_keys + 2 * L * S)
+    scores = count_scores(N, L, S, call.cu_seqlens_q, call.cu_seqlens_k)
+    return 2 * E * (N * (2 * L * E + S * of_keys) + 2 * scores)
 
 
 @register_flop_formula(torch.ops.fused_mha.multi_head_attention_backward, get_raw=True)
@@ -154,4 +155,5 @@ def _backward_flops(*arguments: Any, **_: Any) -> int:
     call = Call.of(arguments[5 : 5 + len(Call._fields)])
     N, L, S, E = call.sizes()
     of_keys = sum(x.shape[-1] for x in call.inputs()[1:])
-    return 2 * N * E * (4 * L * E + 2 * S * of_keys + 5 * L * S)
+    scores = count_scores(N, L, S, call.cu_seqlens_q, call.cu_seqlens_k)
+    return 2 * E * (N * (4 * L * E + 2 * S * of_keys) + 5 * scores)

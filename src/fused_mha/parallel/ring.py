@@ -82,22 +82,12 @@ def ring_attention(
             query,
             key,
             value,
-            attn_mask=None,
             key_padding_mask=key_padding_mask,
             is_causal=is_causal,
-            causal_alignment="top_left",
-            window=None,
-            bias_k=None,
-            bias_v=None,
             sinks=sinks,
-            alibi_slopes=None,
-            add_zero_attn=False,
             dropout_p=dropout_p,
             scale=scale,
             softcap=softcap,
-            need_weights=False,
-            average_attn_weights=True,
-            return_lse=False,
         )
 
     ranks = group_of(group)
