@@ -13,6 +13,11 @@ void set_parallel_for(fused_mha_parallel_for parallel_for);
 // before left there; then it takes of the others' shares.
 enum class Order { IN_TURN, IN_SHARES };
 
+// Whether a call of a tenth of a millisecond is worth sharing: on a quiet machine that takes two thirds of the time. Beside
+// busy processes the system takes threads away for milliseconds, and whoever shares waits for them. So once the others have
+// kept a caller waiting, such calls stay on their own thread for a while.
+bool shares_small_calls();
+
 // Calls task(index, worker) for every index in [0, tasks) on up to `threads` workers.
 void run_tasks(int64_t tasks, int64_t threads, Order order, void (*task)(void* context, int64_t index, int64_t worker),
                void* context);

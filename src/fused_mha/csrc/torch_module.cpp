@@ -1,11 +1,15 @@
 // The operators of ops/module.py on the CPU: a whole module's forward as one call of the C ABI, and its gradients step by
 // step. torch_operators.cpp registers them.
+#include <algorithm>
 #include <cstring>
 
+#include "parallel.h"
 #include "torch_operators.h"
 
 namespace fused_mha {
 namespace {
+
+constexpr double SMALL_WORK = 1 << 23;  // multiply-adds that one thread does in a tenth of a millisecond
 
 // A call of a whole module, as ops/module.py describes it. Tensors are taken as they are given; `prepare` makes views of
 // them: sequences (N, length, E), masks with all their dimensions, biases by heads.
@@ -129,6 +133,12 @@ struct ModuleCall {
         return {t.data, t.dtype, t.bytes, {N, L, H, D}, {L * E, E, D, 1}};
     }
 
+    // Multiply-adds, of so many rows at least that their products take longer than to read the weights.
+    double work() const {
+        const double of_query = double(std::max<int64_t>(N * L, 16)) * double(E), of_key = double(std::max<int64_t>(N * S, 16)) * double(E);
+        return of_query * double(2 * E) + of_key * double(views[KEY].size[2] + views[VALUE].size[2]) + of_query * double(2 * S);
+    }
+
     fused_mha_attention attention(const fused_mha_tensor& projections) const {
         fused_mha_attention a = {};
         if (projections.data) {
@@ -184,6 +194,7 @@ void multi_head_attention(Value* stack, uint64_t, uint64_t) {
     call.out_bias = given.views[M::OUT_BIAS];
     call.output = given.sequences(output.fields());
     call.core.attention = given.attention(keeps ? projections.fields() : fused_mha_tensor{});
+    if (given.work() < SMALL_WORK && !shares_small_calls()) call.core.attention.threads = 1;
     if (keeps) {
         call.core.output = heads.fields();
         call.core.attention.stats = stats.fields();

@@ -113,7 +113,7 @@ private:
     static constexpr int64_t LONGEST_OF_TASK = 1024;  // rows of a sequence that one thread attends to alone
     static constexpr int64_t LEAST_OF_TASK = 64;      // rows that make up for reading large weights once more
     static constexpr int64_t SMALL_WEIGHT = 512 * 1024;  // bytes that stay in the second-level cache
-    static constexpr double SERIAL_WORK = 1 << 23;    // multiply-adds that are not worth waking other threads three times for
+    static constexpr double SERIAL_WORK = 1 << 21;    // multiply-adds, 30 us, that are not worth sharing three times
     // Rows whose products take as long as the weights take to be read, from the second-level cache or from farther away.
     static constexpr int64_t READ_ROWS = 4, READ_ROWS_FAR = 16, NEAR_BYTES = 3 << 19;
     const fused_mha_module_arguments& call;
