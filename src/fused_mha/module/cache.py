@@ -98,6 +98,7 @@ class KeyValueCache:
             )
         self._hidden: Tensor | None = None  # (N, stored)
         self._behind: Tensor | None = None  # (N), how many tokens fewer than `length` an element has
+        self._lost: Tensor | None = None  # (N), how many tokens of an element a ring had dropped when they last moved
         self._stored = 0  # slots in use
         self._dropped = 0  # tokens before these
 
@@ -156,7 +157,9 @@ class KeyValueCache:
         """
         with writable():
             self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
-        self._hidden, self._behind = (None if x is None else x.to(device) for x in (self._hidden, self._behind))
+        self._hidden, self._behind, self._lost = (
+            None if x is None else x.to(device) for x in (self._hidden, self._behind, self._lost)
+        )
         return self
 
     def reorder(self, indices: Tensor) -> None:
@@ -179,6 +182,8 @@ class KeyValueCache:
             )
         if self._hidden is not None:
             self._hidden = self._hidden.index_select(0, indices)
+        if self._lost is not None:
+            self._lost = self._lost.index_select(0, indices)
         if self._behind is not None:
             self._behind = self._behind.index_select(0, indices)
             self._leave_out(torch.zeros_like(self._behind))  # slots that no element has any more
@@ -192,7 +197,8 @@ class KeyValueCache:
         Raises:
             ValueError: of another shape, negative, or so few that a ring has dropped what they would attend to.
         """
-        if type(length) is int and length >= 0 and self._behind is None and not self._dropped:  # nothing has to move
+        moves = self._behind is not None or self._lost is not None or self._dropped
+        if type(length) is int and length >= 0 and not moves:
             self._stored = min(self._stored, length)
             self._hidden = self._hidden[:, : self._stored] if self._hidden is not None and length else None
             return
@@ -201,8 +207,8 @@ class KeyValueCache:
             raise ValueError(f"length must be a count of tokens, or (N) = ({self.batch_size},) counts; got {length}")
         lengths = self.lengths
         kept = torch.minimum(lengths, kept)
-        if self._reach and self._dropped:
-            dropped = (lengths - self._stored).clamp(min=0)
+        if self._reach:
+            dropped = self._dropped_of_each()
             if bool(((kept > 0) & ((kept - self._reach).clamp(min=0) < dropped)).any()):
                 raise ValueError(
                     f"length must keep what the window reaches back to, {self._reach} tokens, of which the ring has "
@@ -309,10 +315,18 @@ class KeyValueCache:
         self._dropped += first
         self._stored -= first
 
+    def _dropped_of_each(self) -> Tensor:
+        """How many of its first tokens each element has no more, (N)."""
+        dropped = (self.lengths - self._stored).clamp(min=0)
+        return dropped if self._lost is None else torch.maximum(dropped, self._lost)
+
     def _leave_out(self, last: Tensor) -> None:
         """Forget the last tokens of each element, (N), and move the others to the end."""
+        if self._reach is not None:  # once they have moved, no slot says so any more
+            self._lost = torch.minimum(self._dropped_of_each(), self.lengths - last)
         stored, behind = self._stored, last if self._behind is None else self._behind + last
-        fewest = _number(behind.min().clamp(max=stored))  # so many slots are free at the end of all
+        # So many slots are free at the end of all, or before the tokens of all once those are at the end.
+        fewest = _number(torch.maximum(last.min(), behind.min() - self._dropped).clamp(max=stored))
         source = torch.arange(fewest, stored, device=last.device) - last.unsqueeze(1)  # (N, stored - fewest)
         before, source = source < 0, source.clamp(min=0)
         with torch.no_grad():
