@@ -335,23 +335,21 @@ class KeyValueCache:
                 buffer[:, : stored - fewest] = buffer.gather(1, index)
         hidden = before if self._hidden is None else before | self._hidden.gather(1, source)
         behind = behind - fewest
-        self._stored, self._behind, self._hidden = stored - fewest, behind, hidden
-        if is_eager():
-            before_all = min(int(behind.min()), self._dropped)  # what no element has had
+        if self._reach is not None:
+            before_all = _number(behind.min().clamp(max=self._dropped))  # what no element has had
             self._dropped -= before_all
             behind = behind - before_all
+        self._stored, self._behind, self._hidden = stored - fewest, behind, hidden
+        if is_eager():
             self._behind = behind if bool(behind.any()) else None
             self._hidden = hidden if bool(hidden.any()) else None
 
 
 def _number(count: Tensor) -> int:
     """The count (); 0 of a tensor without a value, as those of tracers."""
-    if is_eager():
-        return int(count)
     if not torch.compiler.is_dynamo_compiling():
-        return 0
-    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # not to break the graph
-        number = int(count)
+        return int(count) if is_eager() else 0
+    number = int(count)  # breaks the graph, but for fullgraph=True
     torch._check(number >= 0)
     return number
 
