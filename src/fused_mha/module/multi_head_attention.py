@@ -392,7 +392,7 @@ class MultiHeadAttention(TorchAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if nested.is_padded(self, arguments, arguments.need_weights or weights_of_heads is not None):
             padded, repack_both = nested.padded(self, arguments)
-            return repack_both(*self.forward(*padded, weights_of_heads=weights_of_heads))
+            return repack_both(*MultiHeadAttention.forward(self, *padded, weights_of_heads=weights_of_heads))
         packed = nested.packed(self, arguments)
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         if self.options is None:
