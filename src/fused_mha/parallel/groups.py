@@ -96,8 +96,13 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
 
 def described(tensors: Mapping[str, Tensor | None], flags: Mapping[str, object]) -> str:
     """Shapes and dtypes of a call's tensors, and its flags, as `check_on_every_rank` compares them."""
-    given = [f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}" for name, x in tensors.items() if x is not None]
+    given = [f"{name} {_sizes(x)} {str(x.dtype)[6:]}" for name, x in tensors.items() if x is not None]
     return ", ".join(given + [f"{name}={value}" for name, value in flags.items()])
+
+
+def _sizes(x: Tensor) -> list[int] | tuple[int, ...]:
+    """The shape; of a nested tensor, the lengths of its sequences, since its sizes are not the same on every rank."""
+    return [len(sequence) for sequence in x.unbind()] if x.is_nested else tuple(x.shape)
 
 
 class Passing:
