@@ -352,7 +352,8 @@ class MultiHeadAttention(TorchAttention):
                     *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal),
                     **{name: x for name, x in own.items() if x is not None},
                 )
-            check_are_tensors(query, key, value)
+            if self.context is None:  # which has to let every rank know
+                check_are_tensors(query, key, value)
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )

@@ -52,7 +52,7 @@ def group_of(group: Group) -> dist.ProcessGroup:
     return found
 
 
-def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: str, check: Callable[[], str]) -> None:
+def check_on_every_rank(group: dist.ProcessGroup, query: object, name: str, check: Callable[[], str]) -> None:
     """Let every rank check its own call, and raise on all of them if one fails or their calls differ.
 
     Without this a rank that raises, or that sends another size, would leave the others waiting. It costs one
@@ -60,7 +60,7 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
 
     Args:
         group: of the ranks.
-        device: of the call's tensors.
+        query: of the call, on the device of its tensors; anything, of which the check tells.
         name: of the function that is called.
         check: raises what is wrong with this rank's call, or describes what must be the same on every rank.
 
@@ -73,8 +73,8 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
     except Exception as raised:  # the other ranks have to hear of any
         error, text = raised, f"{type(raised).__name__}: {raised}"
     size = dist.get_world_size(group)
-    if "cpu" in dist.get_backend_config(group):
-        device = torch.device("cpu")
+    is_of_gpus = isinstance(query, Tensor) and "cpu" not in dist.get_backend_config(group)
+    device = query.device if is_of_gpus else torch.device("cpu")
     said = torch.zeros(_ROOM, dtype=torch.uint8)
     encoded = f"{'!' if error else '='}{text}".encode()[:_ROOM]
     said[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)

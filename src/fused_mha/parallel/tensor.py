@@ -201,7 +201,7 @@ class _HeadShards(MultiHeadAttention):
             check_are_tensors(**tensors)
             return described({**tensors, **masks}, flags)
 
-        check_on_every_rank(self.shards.mesh.get_group(), torch.device("cpu"), "MultiHeadAttention", check)
+        check_on_every_rank(self.shards.mesh.get_group(), tensors["query"], "MultiHeadAttention", check)
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """This rank's shards of the parameters, as `MultiHeadAttention.forward` reads them."""
