@@ -73,8 +73,8 @@ def check_on_every_rank(group: dist.ProcessGroup, query: object, name: str, chec
     except Exception as raised:  # the other ranks have to hear of any
         error, text = raised, f"{type(raised).__name__}: {raised}"
     size = dist.get_world_size(group)
-    is_of_gpus = isinstance(query, Tensor) and "cpu" not in dist.get_backend_config(group)
-    device = query.device if is_of_gpus else torch.device("cpu")
+    has_cpu = "cpu" in dist.get_backend_config(group)
+    device = query.device if isinstance(query, Tensor) and not has_cpu else torch.device("cpu")
     said = torch.zeros(_ROOM, dtype=torch.uint8)
     encoded = f"{'!' if error else '='}{text}".encode()[:_ROOM]
     said[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
