@@ -166,16 +166,16 @@ class KeyValueCache:
         """Take batch elements anew, as after a step of beam search: element n becomes what ``indices[n]`` was.
 
         Args:
-            indices: (M), of an integer dtype; M is the new batch size.
+            indices: (M), of an integer dtype; M, at least 1, is the new batch size.
 
         Raises:
             ValueError: of another rank or dtype, or an index that there is not.
         """
-        if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        if indices.dim() != 1 or indices.numel() == 0 or not _is_of_integers(indices):
             raise ValueError(f"indices must be (M) of an integer dtype; got {tuple(indices.shape)}, {indices.dtype}")
         if not bool(((indices >= 0) & (indices < self.batch_size)).all()):
             raise ValueError(f"indices must be in [0, batch_size = {self.batch_size}); got {indices.tolist()}")
-        indices = indices.to(self._keys.device)
+        indices = indices.to(self._keys.device, torch.int64)
         with writable():
             self._keys, self._values = (
                 x.transpose(1, 2).index_select(0, indices).transpose(1, 2) for x in (self._keys, self._values)
@@ -203,7 +203,7 @@ class KeyValueCache:
             self._hidden = self._hidden[:, : self._stored] if self._hidden is not None and length else None
             return
         kept = torch.as_tensor(length, device=self._keys.device)
-        if kept.shape not in ((), (self.batch_size,)) or kept.is_floating_point() or bool((kept < 0).any()):
+        if kept.shape not in ((), (self.batch_size,)) or not _is_of_integers(kept) or bool((kept < 0).any()):
             raise ValueError(f"length must be a count of tokens, or (N) = ({self.batch_size},) counts; got {length}")
         lengths = self.lengths
         kept = torch.minimum(lengths, kept)
@@ -343,6 +343,10 @@ class KeyValueCache:
         if is_eager():
             self._behind = behind if bool(behind.any()) else None
             self._hidden = hidden if bool(hidden.any()) else None
+
+
+def _is_of_integers(x: Tensor) -> bool:
+    return not x.is_floating_point() and x.dtype != torch.bool
 
 
 def _number(count: Tensor) -> int:
