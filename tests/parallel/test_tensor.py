@@ -338,6 +338,23 @@ def test_a_model_of_spread_heads_is_copied_with_its_gradients(two_ranks):
             torch.testing.assert_close(gradient, before[name], rtol=0, atol=0)
 
 
+def bad_arguments(call, ranks):
+    model = spread(block("grouped heads, rope"))
+    return model(batch(), need_weights=False, **(call if dist.get_rank() in ranks else {}))
+
+
+def test_other_positions_on_one_rank_raise_on_both(two_ranks):
+    for error in two_ranks.errors(bad_arguments, {"positions": torch.arange(3)}, [1]):
+        assert error is not None
+        assert error[0] == "RuntimeError"
+        assert "MultiHeadAttention must be called alike on every rank" in error[1]
+
+
+def test_a_mask_that_is_no_tensor_is_an_error_as_on_one_device(two_ranks):
+    error = ("TypeError", "attn_mask must be a Tensor, not list: torch.as_tensor makes one of an array")
+    assert two_ranks.errors(bad_arguments, {"attn_mask": [1]}, [0, 1]) == [error] * 2
+
+
 def no_tensor_on_one_rank():
     model, x = spread(block("as torch's")), batch()
     model.attention(x if dist.get_rank() else None, x, x)

@@ -94,15 +94,18 @@ def check_on_every_rank(group: dist.ProcessGroup, query: object, name: str, chec
         raise RuntimeError(f"{name} must be called alike on every rank of the group\n  " + "\n  ".join(said_by))
 
 
-def described(tensors: Mapping[str, Tensor | None], flags: Mapping[str, object]) -> str:
+def described(tensors: Mapping[str, object], flags: Mapping[str, object]) -> str:
     """Shapes and dtypes of a call's tensors, and its flags, as `check_on_every_rank` compares them."""
-    given = [f"{name} {_sizes(x)} {str(x.dtype)[6:]}" for name, x in tensors.items() if x is not None]
+    given = [f"{name} {_kind(x)}" for name, x in tensors.items() if x is not None]
     return ", ".join(given + [f"{name}={value}" for name, value in flags.items()])
 
 
-def _sizes(x: Tensor) -> list[int] | tuple[int, ...]:
-    """The shape; of a nested tensor, the lengths of its sequences, since its sizes are not the same on every rank."""
-    return [len(sequence) for sequence in x.unbind()] if x.is_nested else tuple(x.shape)
+def _kind(x: object) -> str:
+    """Shape and dtype; of a nested tensor, whose sizes are not the same on every rank, its sequences' lengths."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    sizes = [len(sequence) for sequence in x.unbind()] if x.is_nested else tuple(x.shape)
+    return f"{sizes} {str(x.dtype)[6:]}"
 
 
 class Passing:

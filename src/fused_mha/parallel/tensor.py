@@ -194,12 +194,12 @@ class _HeadShards(MultiHeadAttention):
 
     def _compare_with_other_ranks(self, tensors: dict[str, Any], call: dict[str, Any]) -> None:
         """Raise on every rank if the calls differ; gloo would end the process where it sums tensors of two sizes."""
-        masks = {name: call.get(name) for name in ("key_padding_mask", "attn_mask")}
+        others = {name: call.get(name) for name in ("key_padding_mask", "attn_mask", "positions")}
         flags = {name: call[name] for name in ("need_weights", "average_attn_weights")}
 
         def check() -> str:
             check_are_tensors(**tensors)
-            return described({**tensors, **masks}, flags)
+            return described({**tensors, **others}, flags)
 
         check_on_every_rank(self.shards.mesh.get_group(), tensors["query"], "MultiHeadAttention", check)
 
