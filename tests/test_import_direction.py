@@ -100,8 +100,8 @@ ALLOWED = {
         *("core.inputs", "core.modes", "ops.schema", "parallel.groups", "parallel.zigzag"),
     },
     "parallel.tensor": {
-        *("backends.arguments", "module.linear", "module.multi_head_attention", "module.options"),
-        *("module.projections", "parallel.groups"),
+        *("backends.arguments", "module.arguments", "module.linear", "module.multi_head_attention"),
+        *("module.options", "module.projections", "parallel.groups"),
     },
     "parallel.zigzag": {"parallel.groups"},
     "parallel.groups": set(),

@@ -209,6 +209,22 @@ def test_strided_self_attention_in_inference_agrees_with_torch(mode, need_weight
         torch.testing.assert_close(weights, expected_weights)
 
 
+def test_a_forward_that_calls_ours_is_called_once():
+    class Doubled(MultiHeadAttention):
+        def forward(self, *args, **kwargs):
+            output, weights = super().forward(*args, **kwargs)
+            return 2.0 * output, weights
+
+    ours = MultiHeadAttention(E, H, batch_first=True).eval()
+    doubled = copy.deepcopy(ours)
+    doubled.__class__ = Doubled
+    x = nested(sequences())
+    with torch.no_grad():
+        (output, weights), (expected, expected_weights) = doubled(x, x, x), ours(x, x, x)
+    torch.testing.assert_close(output.to_padded_tensor(0.0), 2.0 * expected.to_padded_tensor(0.0))
+    torch.testing.assert_close(weights, expected_weights)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -186,6 +186,24 @@ def test_a_compiled_module_is_not_compiled_at_each_length(config, arguments, pad
     assert counter.frame_count <= most
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("arguments", [{"max_length": 12}, {"ring": True}], ids=str)
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_call_gives_the_slots_of_padding_back(fullgraph, arguments):
+    module, x = module_with(torch.float64, **ROTARY_WINDOW), draw(N, 15, E)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=fullgraph)
+    cache, twin = KeyValueCache(module, N, **arguments), KeyValueCache(module, N, **arguments)
+    for i, counts in enumerate([(3, 1), (1, 3), (2, 2), (3, 3), (0, 2)]):
+        chunk, padding = x[:, 3 * i : 3 * i + 3].clone(), torch.arange(3) >= torch.tensor(counts)[:, None]
+        with torch.no_grad():
+            call = {"need_weights": False, "is_causal": True, "key_padding_mask": padding}
+            output, _ = compiled(chunk, chunk, chunk, cache=cache, **call)
+            expected, _ = module(chunk, chunk, chunk, cache=twin, **call)
+        assert_same(output[~padding], expected[~padding])
+        assert cache.lengths.tolist() == twin.lengths.tolist()
+        assert cache.length == twin.length == max(twin.lengths)
+
+
 def test_the_explanation_of_a_call_with_a_cache_keeps_nothing():
     module, x = module_with(), draw(N, 3, E, dtype=torch.float32)
     cache = KeyValueCache(module, N)

@@ -67,13 +67,14 @@ def test_truncation_to_other_lengths_of_each():
     assert_same(decode(module, cache, x[:, 4:], 2), expected[:, 4:])
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("indices", [[1, 0], [1, 1, 0], [0]], ids=str)
-def test_reordering_takes_elements_anew(indices):
+def test_reordering_takes_elements_anew(indices, dtype):
     module, x = module_with(torch.float64, **EVERYTHING), draw(N, L, E)
     cache = KeyValueCache(module, N)
     decode(module, cache, x[:, :8], 8)
     cache.truncate([5, 8])
-    cache.reorder(torch.tensor(indices))
+    cache.reorder(torch.tensor(indices, dtype=dtype))
     assert cache.batch_size == len(indices)
     assert cache.lengths.tolist() == [(5, 8)[n] for n in indices]
     expected = module(x, x, x, is_causal=True)[0]

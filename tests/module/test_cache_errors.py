@@ -129,6 +129,7 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(call, error, text):
         (-1, r"length must be a count of tokens, or \(N\) = \(2,\) counts; got -1"),
         ([1, 2, 3], r"got \[1, 2, 3\]"),
         (1.0, "got 1.0"),
+        ([True, False], r"counts; got \[True, False\]"),
         (12, r"reaches back to, 3 tokens, of which the ring has dropped the first \[14, 14\]; got 12"),
         ([19, 14], r"dropped the first \[14, 14\]; got \[19, 14\]"),
     ],
@@ -150,6 +151,7 @@ def test_a_mistake_in_truncation_is_named_and_changes_nothing(length, text):
     [
         (torch.tensor([0, 2]), r"indices must be in \[0, batch_size = 2\); got \[0, 2\]"),
         (torch.tensor([[0]]), r"indices must be \(M\) of an integer dtype; got \(1, 1\), torch.int64"),
+        (torch.tensor([], dtype=torch.int64), r"indices must be \(M\) of an integer dtype; got \(0,\), torch.int64"),
         (torch.tensor([0.0]), r"indices must be \(M\) of an integer dtype; got \(1,\), torch.float32"),
     ],
     ids=str,

@@ -103,3 +103,37 @@ def test_truncate_to_nothing_makes_a_ring_a_new_one():
     assert cache.length == 0
     output, _ = module(x[:, :1], x[:, :1], x[:, :1], is_causal=True, attn_mask=torch.zeros(1, 1).bool(), cache=cache)
     assert_same(output, module(x[:, :1], x[:, :1], x[:, :1])[0])
+
+
+def test_a_ring_keeps_a_short_element_when_the_longest_is_forgotten():
+    module, x = module_with(torch.float64, **EVERYTHING), draw(N, 30, E)
+    expected = module(x, x, x, is_causal=True)[0]
+    cache = KeyValueCache(module, N, ring=True)
+    decode(module, cache, x[:, :8], 1)
+    padding = torch.tensor([[False], [True]])
+    for i in range(8, 20):  # the second element stays at 8 tokens
+        token = torch.stack([x[0, i : i + 1], x[1, :1]])
+        with torch.no_grad():
+            module(token, token, token, key_padding_mask=padding, need_weights=False, is_causal=True, cache=cache)
+    cache.truncate([0, 8])
+    assert cache.lengths.tolist() == [0, 8]
+    later = torch.stack([x[0, :9], x[1, 8:17]])
+    assert_same(decode(module, cache, later, 1), torch.stack([expected[0, :9], expected[1, 8:17]]))
+
+
+def test_a_ring_refuses_to_keep_what_padding_has_pushed_out():
+    module, x = module_with(torch.float64, window=(2, 2)), draw(N, 8, E)
+    cache = KeyValueCache(module, N, ring=True)
+    decode(module, cache, x[:, :5], [2, 3])
+    padding = torch.tensor([[False] * 3, [True] * 3])
+    with torch.no_grad():
+        module(*[x[:, 5:]] * 3, key_padding_mask=padding, need_weights=False, is_causal=True, cache=cache)
+    assert cache.lengths.tolist() == [8, 5]
+    with pytest.raises(ValueError, match=r"has dropped the first \[3, 3\]; got \[0, 4\]"):
+        cache.truncate([0, 4])
+    cache.truncate([0, 5])
+    with pytest.raises(ValueError, match=r"has dropped the first \[0, 3\]; got \[0, 4\]"):
+        cache.truncate([0, 4])
+    cache.reorder(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match=r"has dropped the first \[3, 0\]; got \[4, 0\]"):
+        cache.truncate([4, 0])

@@ -121,7 +121,7 @@ def bad_call(what):
         x = torch.nested.as_nested_tensor([x[0], x[1]])
     elif what == "positions":
         call["positions"] = torch.zeros(3, dtype=torch.long)
-    return model(x, x, x, **call)
+    return model(None if what == "no query on one rank" and not dist.get_rank() else x, x, x, **call)
 
 
 ERRORS = {
@@ -146,8 +146,11 @@ def test_what_a_ring_cannot_do_is_refused_on_every_rank(two_ranks, what):
         assert ERRORS[what] in error[1]
 
 
-def test_an_error_of_one_rank_reaches_the_others(two_ranks):
-    first, second = two_ranks.errors(bad_call, "embedding of one rank")
-    assert first[0] == "AssertionError"
+@pytest.mark.parametrize(
+    ("what", "error"), [("embedding of one rank", "AssertionError"), ("no query on one rank", "AttributeError")]
+)
+def test_an_error_of_one_rank_reaches_the_others(two_ranks, what, error):
+    first, second = two_ranks.errors(bad_call, what)
+    assert first[0] == error
     assert second == ("RuntimeError", second[1])
-    assert f"rank 0: AssertionError: {first[1]}" in second[1]
+    assert f"rank 0: {error}: {first[1]}" in second[1]

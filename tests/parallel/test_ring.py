@@ -162,6 +162,8 @@ def bad_call(what):
         options = {"key_padding_mask": torch.zeros(batch, length, requires_grad=True)}
     query = torch.zeros(batch, length, heads, 4, dtype=dtype)
     key = torch.zeros(batch, key_length or length, 2, 4, dtype=dtype)
+    if what == "no query on one rank" and rank == 0:
+        query = None
     return ring_attention(query, key, key, group, **options)
 
 
@@ -192,6 +194,12 @@ def test_every_rank_raises_by_name(two_ranks, what):
         assert error is not None
         assert error[0] == expected
         assert text in error[1]
+
+
+def test_a_query_that_is_no_tensor_on_one_rank_reaches_the_others(two_ranks):
+    first, second = two_ranks.errors(bad_call, "no query on one rank")
+    assert first[0] == "AttributeError"
+    assert f"rank 0: AttributeError: {first[1]}" in second[1]
 
 
 def test_an_error_of_one_rank_reaches_the_others(two_ranks):

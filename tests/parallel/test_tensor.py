@@ -303,6 +303,71 @@ def test_dropout_of_spread_heads_is_refused_where_it_would_be_another():
         draw_seed(0.5, torch.device("meta"))
 
 
+def nested(need_weights, learns):
+    """Of sequences in tensors that were made after one more on the second rank."""
+    modules = block("as torch's").attention, spread(block("as torch's")).attention
+    results = []
+    for layout in (torch.strided,) if need_weights else (torch.strided, torch.jagged):
+        for _ in range(1 + dist.get_rank()):
+            x = torch.nested.nested_tensor([*batch()[0].split([3, 0, 20, 9])], layout=layout)
+        with torch.set_grad_enabled(learns):
+            for module in modules:
+                output, weights = module(x, x, x, need_weights=need_weights)
+                results.append((torch.cat([*output.unbind()]).detach(), weights))
+    return results
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+@pytest.mark.parametrize(("need_weights", "learns"), [(False, False), (False, True), (True, False)])
+def test_spread_heads_take_nested_input(two_ranks, need_weights, learns):
+    for results in two_ranks.run(nested, need_weights, learns):
+        for expected, ours in zip(results[::2], results[1::2], strict=True):
+            torch.testing.assert_close(ours, expected)
+
+
+def copied_after_backward():
+    model = spread(block("as torch's"))
+    before = gradients(model, batch(), need_weights=False)
+    twin = copy.deepcopy(model)
+    return before, of_one_device(twin)
+
+
+def test_a_model_of_spread_heads_is_copied_with_its_gradients(two_ranks):
+    for before, copied in two_ranks.run(copied_after_backward):
+        for name, gradient in copied.items():
+            torch.testing.assert_close(gradient, before[name], rtol=0, atol=0)
+
+
+def bad_arguments(call, ranks):
+    model = spread(block("grouped heads, rope"))
+    return model(batch(), need_weights=False, **(call if dist.get_rank() in ranks else {}))
+
+
+def test_other_positions_on_one_rank_raise_on_both(two_ranks):
+    for error in two_ranks.errors(bad_arguments, {"positions": torch.arange(3)}, [1]):
+        assert error is not None
+        assert error[0] == "RuntimeError"
+        assert "MultiHeadAttention must be called alike on every rank" in error[1]
+
+
+def test_a_mask_that_is_no_tensor_is_an_error_as_on_one_device(two_ranks):
+    error = ("TypeError", "attn_mask must be a Tensor, not list: torch.as_tensor makes one of an array")
+    assert two_ranks.errors(bad_arguments, {"attn_mask": [1]}, [0, 1]) == [error] * 2
+
+
+def no_tensor_on_one_rank():
+    model, x = spread(block("as torch's")), batch()
+    model.attention(x if dist.get_rank() else None, x, x)
+
+
+def test_what_is_no_tensor_on_one_rank_raises_on_both(two_ranks):
+    first, second = two_ranks.errors(no_tensor_on_one_rank)
+    assert first == ("AttributeError", "query must be a Tensor, not NoneType")
+    assert second is not None
+    assert second[0] == "RuntimeError"
+    assert "rank 0: AttributeError: query must be a Tensor, not NoneType" in second[1]
+
+
 def other_batch_on_one_rank():
     model = spread(block("as torch's"))
     return model(batch()[: 2 + dist.get_rank()], need_weights=False)

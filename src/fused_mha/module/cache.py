@@ -98,6 +98,7 @@ class KeyValueCache:
             )
         self._hidden: Tensor | None = None  # (N, stored)
         self._behind: Tensor | None = None  # (N), how many tokens fewer than `length` an element has
+        self._lost: Tensor | None = None  # (N), how many tokens of an element a ring had dropped when they last moved
         self._stored = 0  # slots in use
         self._dropped = 0  # tokens before these
 
@@ -156,29 +157,33 @@ class KeyValueCache:
         """
         with writable():
             self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
-        self._hidden, self._behind = (None if x is None else x.to(device) for x in (self._hidden, self._behind))
+        self._hidden, self._behind, self._lost = (
+            None if x is None else x.to(device) for x in (self._hidden, self._behind, self._lost)
+        )
         return self
 
     def reorder(self, indices: Tensor) -> None:
         """Take batch elements anew, as after a step of beam search: element n becomes what ``indices[n]`` was.
 
         Args:
-            indices: (M), of an integer dtype; M is the new batch size.
+            indices: (M), of an integer dtype; M, at least 1, is the new batch size.
 
         Raises:
             ValueError: of another rank or dtype, or an index that there is not.
         """
-        if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
+        if indices.dim() != 1 or indices.numel() == 0 or not _is_of_integers(indices):
             raise ValueError(f"indices must be (M) of an integer dtype; got {tuple(indices.shape)}, {indices.dtype}")
         if not bool(((indices >= 0) & (indices < self.batch_size)).all()):
             raise ValueError(f"indices must be in [0, batch_size = {self.batch_size}); got {indices.tolist()}")
-        indices = indices.to(self._keys.device)
+        indices = indices.to(self._keys.device, torch.int64)
         with writable():
             self._keys, self._values = (
                 x.transpose(1, 2).index_select(0, indices).transpose(1, 2) for x in (self._keys, self._values)
             )
         if self._hidden is not None:
             self._hidden = self._hidden.index_select(0, indices)
+        if self._lost is not None:
+            self._lost = self._lost.index_select(0, indices)
         if self._behind is not None:
             self._behind = self._behind.index_select(0, indices)
             self._leave_out(torch.zeros_like(self._behind))  # slots that no element has any more
@@ -192,17 +197,18 @@ class KeyValueCache:
         Raises:
             ValueError: of another shape, negative, or so few that a ring has dropped what they would attend to.
         """
-        if type(length) is int and length >= 0 and self._behind is None and not self._dropped:  # nothing has to move
+        moves = self._behind is not None or self._lost is not None or self._dropped
+        if type(length) is int and length >= 0 and not moves:
             self._stored = min(self._stored, length)
             self._hidden = self._hidden[:, : self._stored] if self._hidden is not None and length else None
             return
         kept = torch.as_tensor(length, device=self._keys.device)
-        if kept.shape not in ((), (self.batch_size,)) or kept.is_floating_point() or bool((kept < 0).any()):
+        if kept.shape not in ((), (self.batch_size,)) or not _is_of_integers(kept) or bool((kept < 0).any()):
             raise ValueError(f"length must be a count of tokens, or (N) = ({self.batch_size},) counts; got {length}")
         lengths = self.lengths
         kept = torch.minimum(lengths, kept)
-        if self._reach and self._dropped:
-            dropped = (lengths - self._stored).clamp(min=0)
+        if self._reach:
+            dropped = self._dropped_of_each()
             if bool(((kept > 0) & ((kept - self._reach).clamp(min=0) < dropped)).any()):
                 raise ValueError(
                     f"length must keep what the window reaches back to, {self._reach} tokens, of which the ring has "
@@ -315,10 +321,18 @@ class KeyValueCache:
         self._dropped += first
         self._stored -= first
 
+    def _dropped_of_each(self) -> Tensor:
+        """How many of its first tokens each element has no more, (N)."""
+        dropped = (self.lengths - self._stored).clamp(min=0)
+        return dropped if self._lost is None else torch.maximum(dropped, self._lost)
+
     def _leave_out(self, last: Tensor) -> None:
         """Forget the last tokens of each element, (N), and move the others to the end."""
+        if self._reach is not None:  # once they have moved, no slot says so any more
+            self._lost = torch.minimum(self._dropped_of_each(), self.lengths - last)
         stored, behind = self._stored, last if self._behind is None else self._behind + last
-        fewest = _number(behind.min().clamp(max=stored))  # so many slots are free at the end of all
+        # So many slots are free at the end of all, or before the tokens of all once those are at the end.
+        fewest = _number(torch.maximum(last.min(), behind.min() - self._dropped).clamp(max=stored))
         source = torch.arange(fewest, stored, device=last.device) - last.unsqueeze(1)  # (N, stored - fewest)
         before, source = source < 0, source.clamp(min=0)
         with torch.no_grad():
@@ -327,23 +341,25 @@ class KeyValueCache:
                 buffer[:, : stored - fewest] = buffer.gather(1, index)
         hidden = before if self._hidden is None else before | self._hidden.gather(1, source)
         behind = behind - fewest
-        self._stored, self._behind, self._hidden = stored - fewest, behind, hidden
-        if is_eager():
-            before_all = min(int(behind.min()), self._dropped)  # what no element has had
+        if self._reach is not None:
+            before_all = _number(behind.min().clamp(max=self._dropped))  # what no element has had
             self._dropped -= before_all
             behind = behind - before_all
+        self._stored, self._behind, self._hidden = stored - fewest, behind, hidden
+        if is_eager():
             self._behind = behind if bool(behind.any()) else None
             self._hidden = hidden if bool(hidden.any()) else None
 
 
+def _is_of_integers(x: Tensor) -> bool:
+    return not x.is_floating_point() and x.dtype != torch.bool
+
+
 def _number(count: Tensor) -> int:
     """The count (); 0 of a tensor without a value, as those of tracers."""
-    if is_eager():
-        return int(count)
     if not torch.compiler.is_dynamo_compiling():
-        return 0
-    with torch._dynamo.patch_dynamo_config(capture_scalar_outputs=True):  # not to break the graph
-        number = int(count)
+        return int(count) if is_eager() else 0
+    number = int(count)  # breaks the graph, but for fullgraph=True
     torch._check(number >= 0)
     return number
 

@@ -352,7 +352,8 @@ class MultiHeadAttention(TorchAttention):
                     *(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal),
                     **{name: x for name, x in own.items() if x is not None},
                 )
-            check_are_tensors(query, key, value)
+            if self.context is None:  # which has to let every rank know
+                check_are_tensors(query, key, value)
         arguments = ModuleArguments(
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
@@ -392,7 +393,7 @@ class MultiHeadAttention(TorchAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if nested.is_padded(self, arguments, arguments.need_weights or weights_of_heads is not None):
             padded, repack_both = nested.padded(self, arguments)
-            return repack_both(*self.forward(*padded, weights_of_heads=weights_of_heads))
+            return repack_both(*MultiHeadAttention.forward(self, *padded, weights_of_heads=weights_of_heads))
         packed = nested.packed(self, arguments)
         offsets = (packed.cu_seqlens_q, packed.cu_seqlens_k)
         if self.options is None:

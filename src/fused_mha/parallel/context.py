@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fused_mha.core.inputs import AttentionResult
 from fused_mha.module import steps
-from fused_mha.module.arguments import ModuleArguments
+from fused_mha.module.arguments import ModuleArguments, check_are_tensors
 from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.parallel import ring
@@ -100,7 +100,7 @@ class _Context:
             prepared.append(found)
             return ring.checked(found.inputs)
 
-        check_on_every_rank(self.group, arguments.query.device, "MultiHeadAttention", check)
+        check_on_every_rank(self.group, arguments.query, "MultiHeadAttention", check)
         (found,) = prepared
         heads = ring.attend(found.inputs, self.group)
         return steps.leave(module, AttentionResult(heads, None, None), found.embedded, found.is_batched)
@@ -113,6 +113,7 @@ class _Context:
         cache: KeyValueCache | None,
         weights_of_heads: Any,
     ) -> steps.Prepared:
+        check_are_tensors(*arguments[:3])
         if arguments.need_weights:
             raise ValueError("need_weights must be False over a sharded sequence: no rank has all of a row's weights")
         for name, given in (

@@ -52,7 +52,7 @@ def group_of(group: Group) -> dist.ProcessGroup:
     return found
 
 
-def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: str, check: Callable[[], str]) -> None:
+def check_on_every_rank(group: dist.ProcessGroup, query: object, name: str, check: Callable[[], str]) -> None:
     """Let every rank check its own call, and raise on all of them if one fails or their calls differ.
 
     Without this a rank that raises, or that sends another size, would leave the others waiting. It costs one
@@ -60,7 +60,7 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
 
     Args:
         group: of the ranks.
-        device: of the call's tensors.
+        query: of the call, on the device of its tensors; anything, of which the check tells.
         name: of the function that is called.
         check: raises what is wrong with this rank's call, or describes what must be the same on every rank.
 
@@ -73,8 +73,8 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
     except Exception as raised:  # the other ranks have to hear of any
         error, text = raised, f"{type(raised).__name__}: {raised}"
     size = dist.get_world_size(group)
-    if "cpu" in dist.get_backend_config(group):
-        device = torch.device("cpu")
+    has_cpu = "cpu" in dist.get_backend_config(group)
+    device = query.device if isinstance(query, Tensor) and not has_cpu else torch.device("cpu")
     said = torch.zeros(_ROOM, dtype=torch.uint8)
     encoded = f"{'!' if error else '='}{text}".encode()[:_ROOM]
     said[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
@@ -94,10 +94,18 @@ def check_on_every_rank(group: dist.ProcessGroup, device: torch.device, name: st
         raise RuntimeError(f"{name} must be called alike on every rank of the group\n  " + "\n  ".join(said_by))
 
 
-def described(tensors: Mapping[str, Tensor | None], flags: Mapping[str, object]) -> str:
+def described(tensors: Mapping[str, object], flags: Mapping[str, object]) -> str:
     """Shapes and dtypes of a call's tensors, and its flags, as `check_on_every_rank` compares them."""
-    given = [f"{name} {tuple(x.shape)} {str(x.dtype)[6:]}" for name, x in tensors.items() if x is not None]
+    given = [f"{name} {_kind(x)}" for name, x in tensors.items() if x is not None]
     return ", ".join(given + [f"{name}={value}" for name, value in flags.items()])
+
+
+def _kind(x: object) -> str:
+    """Shape and dtype; of a nested tensor, whose sizes are not the same on every rank, its sequences' lengths."""
+    if not isinstance(x, Tensor):
+        return type(x).__name__
+    sizes = [len(sequence) for sequence in x.unbind()] if x.is_nested else tuple(x.shape)
+    return f"{sizes} {str(x.dtype)[6:]}"
 
 
 class Passing:

@@ -74,14 +74,11 @@ def ring_attention(
     Source:
         Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context" (arXiv 2310.01889).
     """
-    if autocast_is_on(query.device.type):
-        query, key, value = (as_autocast_casts(x) for x in (query, key, value))
 
     def inputs() -> AttentionInputs:
+        casts = autocast_is_on(query.device.type)
         return check_attention(
-            query,
-            key,
-            value,
+            *(as_autocast_casts(x) if casts else x for x in (query, key, value)),
             key_padding_mask=key_padding_mask,
             is_causal=is_causal,
             sinks=sinks,
@@ -97,7 +94,7 @@ def ring_attention(
         found.append(inputs())
         return checked(found[0])
 
-    check_on_every_rank(ranks, query.device, "ring_attention", check)
+    check_on_every_rank(ranks, query, "ring_attention", check)
     return attend(found[0], ranks)
 
 

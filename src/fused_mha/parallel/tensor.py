@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import Parameter
 
 from fused_mha.backends.arguments import heads_of_a_longer_call
+from fused_mha.module.arguments import check_are_tensors
 from fused_mha.module.linear import linear
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.module.options import OWN_NAMES, ModuleOptions
@@ -171,7 +172,7 @@ class _HeadShards(MultiHeadAttention):
                 taken[id(x)] = _ToRanks.apply(plain, self.shards.mesh) if plain.requires_grad else plain
             return taken[id(x)]
 
-        if isinstance(query, Tensor) and query.is_cpu:
+        if self.shards.mesh.device_type == "cpu":
             self._compare_with_other_ranks({"query": query, "key": key, "value": value}, call)
         query, key, value = (on_every_rank(x) for x in (query, key, value))
         for name in ("key_padding_mask", "attn_mask"):
@@ -193,12 +194,14 @@ class _HeadShards(MultiHeadAttention):
 
     def _compare_with_other_ranks(self, tensors: dict[str, Any], call: dict[str, Any]) -> None:
         """Raise on every rank if the calls differ; gloo would end the process where it sums tensors of two sizes."""
-        masks = {name: call.get(name) for name in ("key_padding_mask", "attn_mask")}
+        others = {name: call.get(name) for name in ("key_padding_mask", "attn_mask", "positions")}
         flags = {name: call[name] for name in ("need_weights", "average_attn_weights")}
-        group = self.shards.mesh.get_group()
-        check_on_every_rank(
-            group, torch.device("cpu"), "MultiHeadAttention", lambda: described({**tensors, **masks}, flags)
-        )
+
+        def check() -> str:
+            check_are_tensors(**tensors)
+            return described({**tensors, **others}, flags)
+
+        check_on_every_rank(self.shards.mesh.get_group(), tensors["query"], "MultiHeadAttention", check)
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """This rank's shards of the parameters, as `MultiHeadAttention.forward` reads them."""
@@ -209,7 +212,8 @@ class _HeadShards(MultiHeadAttention):
                 shard = parameter.to_local()
                 own[name] = _ToRanks.apply(shard, self.shards.mesh) if dim is None else shard
         if "q_proj_bias" in own:
-            own["in_proj_bias"] = torch.cat([own[f"{name}_proj_bias"] for name in _PROJECTIONS])
+            # Times 1, so that each has a gradient in memory of its own: torch can't copy DTensors of other memory.
+            own["in_proj_bias"] = torch.cat([own[f"{name}_proj_bias"] * 1.0 for name in _PROJECTIONS])
         return own
 
     def _weights_of_all(self, weights: Tensor, average: bool) -> Tensor:

@@ -82,7 +82,7 @@ def unshard(x: Tensor, group: Group = None, *, dim: int = 1) -> Tensor:
             raise ValueError(f"a rank's part must have an even length; got {length} in dimension {dim}")
         return f"x {tuple(x.shape)} {x.dtype}, dim={dim}"
 
-    check_on_every_rank(found, x.device, "unshard", check)
+    check_on_every_rank(found, x, "unshard", check)
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
     dist.all_gather(parts, x.contiguous(), group=found)
     halves = {}
