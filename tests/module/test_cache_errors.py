@@ -161,6 +161,11 @@ def test_a_mistake_in_reordering_is_named(indices, text):
         KeyValueCache(module_with(), N).reorder(indices)
 
 
+def test_reordering_by_a_list_is_refused():
+    with pytest.raises(TypeError, match="indices must be a Tensor, not list: torch.tensor makes one"):
+        KeyValueCache(module_with(), N).reorder([1, 0])
+
+
 @pytest.mark.parametrize(
     ("mask", "error", "text"),
     [

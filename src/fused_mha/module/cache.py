@@ -169,8 +169,11 @@ class KeyValueCache:
             indices: (M), of an integer dtype; M, at least 1, is the new batch size.
 
         Raises:
+            TypeError: no tensor.
             ValueError: of another rank or dtype, or an index that there is not.
         """
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"indices must be a Tensor, not {type(indices).__name__}: torch.tensor makes one of a list")
         if indices.dim() != 1 or indices.numel() == 0 or not _is_of_integers(indices):
             raise ValueError(f"indices must be (M) of an integer dtype; got {tuple(indices.shape)}, {indices.dtype}")
         if not bool(((indices >= 0) & (indices < self.batch_size)).all()):
