@@ -59,7 +59,10 @@ def _load(at, is_read):
 
 @triton.jit
 def terms_of(call, given, head, rows):
-    """Where the shifts of rows are, and how far from them the factors: L', a multiple of every BLOCK_M."""
+    """Where the shifts of rows are, and how far from them the factors: L', so that there are whole blocks."""
+    if call.place is not None:
+        length = (tl.cdiv(call.place.all_queries, MOST_ROWS) + 1) * MOST_ROWS
+        return given.terms + head.h * 3 * length + call.place.first_query + rows, length
     length = tl.cdiv(call.L, MOST_ROWS) * MOST_ROWS
     return given.terms + (head.n * call.H + head.h) * 3 * length + rows, length
 

@@ -146,7 +146,7 @@ class Plan:
         self._call, self._tiling = prepare(a, layout)
         N, L, H, _ = a.query.shape
         tiling = self._tiling.forward
-        programs = N * H * blocks(L, tiling.BLOCK_M)
+        programs = H * preparation.blocks_of_queries(a, tiling.BLOCK_M)
         self._forward = Launcher(forward, programs, tiling, self._call, tile_of(a, tiling))
         D_v = a.value.shape[3]
         self._output = self._maker((N, L, H, D_v), a.query.dtype, (*layout.output, D_v, 1))
@@ -245,38 +245,41 @@ class Plan:
         N, L, H, _ = query.shape
         S, H_kv = key.shape[1:3]
 
-        def launcher(kernel: Any, programs: int, tiling: Launch, **changed: int) -> Launcher:
-            tile = tile_of(a, tiling)
+        def launcher(kernel: Any, programs: int, tiling: Launch, by_keys: bool = False, **changed: int) -> Launcher:
+            tile = tile_of(a, tiling)._replace(BY_KEYS=by_keys)
             tile = with_weights(tile, a) if of_weights else tile
             return Launcher(kernel, programs, tiling, self._call._replace(**changed), tile)
 
         tiling = self._tiling.grad_query
-        row_blocks = blocks(L, tiling.BLOCK_M)
-        grad_query = launcher(kernels_of_backward.grad_query, N * H * row_blocks, tiling)
+        all_blocks = preparation.blocks_of_queries(a, tiling.BLOCK_M)
+        grad_query = launcher(kernels_of_backward.grad_query, H * all_blocks, tiling)
         grad_mask = of_mask = None
         if mask_grad and self._mask_sizes is not None:
             batches, heads = self._mask_sizes
-            programs = batches * heads * row_blocks * blocks(S, tiling.BLOCK_N)
+            programs = batches * heads * blocks(L, tiling.BLOCK_M) * blocks(S, tiling.BLOCK_N)
             sizes = {"mask_batches": batches, "mask_heads": heads}
             grad_mask = launcher(kernels_of_backward.grad_mask, programs, tiling, **sizes)
             of_mask = self._maker((batches, heads, L, S), torch.float32)
         tiling = self._tiling.grad_key_value
-        programs = N * H_kv * blocks(a.columns, tiling.BLOCK_N)
+        programs = H_kv * preparation.blocks_of_keys(a, tiling.BLOCK_N)
         biases = () if a.bias_k is None else (key, value)
-        of_blocks = self._maker((N, H, row_blocks), torch.float32)
+        of_blocks = self._maker((N, H, all_blocks // N), torch.float32)
+        biases_of, whole_blocks = N, blocks(L, MOST_ROWS.value)
+        if preparation.is_packed(a):  # of each sequence and what is behind them; a block may begin at any row
+            biases_of, whole_blocks = preparation.sequences_of(a) + 1, whole_blocks + 1
         return _Backward(
             grad_query,
             grad_mask,
-            launcher(kernels_of_backward.grad_key_value, programs, tiling),
+            launcher(kernels_of_backward.grad_key_value, programs, tiling, by_keys=True),
             tuple(self._maker(tuple(x.shape), x.dtype) for x in (query, key, value)),
             of_mask,
             self._maker((N, H, S), torch.float32) if columns_grad else None,
-            tuple(self._maker((N, H_kv, x.shape[3]), torch.float32) for x in biases),
+            tuple(self._maker((biases_of, H_kv, x.shape[3]), torch.float32) for x in biases),
             (
                 None if a.sinks is None else of_blocks,
                 of_blocks if a.alibi_slopes is not None and slopes_grad else None,
             ),
-            self._maker((N, H, 3, blocks(L, MOST_ROWS.value) * MOST_ROWS.value), torch.float32),
+            self._maker((N, H, 3, whole_blocks * MOST_ROWS.value), torch.float32),
             None if not preparation.may_hide_queries(a) else self._output,
         )
 
