@@ -11,6 +11,8 @@ import triton.language as tl
 from fused_mha.backends.triton.scores import scores_of, softmax_tile
 from fused_mha.backends.triton.tiles import MOST_ROWS, is_kept, load_rows, multiple, rows_of_output
 
+TERMS_UNIT = tl.constexpr(4)  # elements of 16 bytes, where the terms of each packed sequence begin
+
 
 class Given(NamedTuple):
     """What the gradients are computed from, beside the call; the first, `output` and `cleaned` lie as the output, all
@@ -22,7 +24,7 @@ class Given(NamedTuple):
     grad_lse: Any  # (N, H, L) or None
     output: Any  # (N, L, H, D_v)
     stats: Any  # (2, N, H, L)
-    terms: Any  # (N, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
+    terms: Any  # (N, H, 3, L'), of packed sequences (1, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
     cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
     named: Any  # the heads that have a gradient of weights, as `preparation.named_heads` writes them; None: all
 
@@ -61,8 +63,9 @@ def _load(at, is_read):
 def terms_of(call, given, head, rows):
     """Where the shifts of rows are, and how far from them the factors: L', so that there are whole blocks."""
     if call.place is not None:
-        length = (tl.cdiv(call.place.all_queries, MOST_ROWS) + 1) * MOST_ROWS
-        return given.terms + head.h * 3 * length + call.place.first_query + rows, length
+        length = (tl.cdiv(call.place.all_queries + (call.N + 1) * TERMS_UNIT, MOST_ROWS) + 1) * MOST_ROWS
+        first = (call.place.first_query // TERMS_UNIT + call.place.sequence) * TERMS_UNIT  # with room for the others
+        return given.terms + head.h * 3 * length + first + rows, length
     length = tl.cdiv(call.L, MOST_ROWS) * MOST_ROWS
     return given.terms + (head.n * call.H + head.h) * 3 * length + rows, length
 

@@ -19,7 +19,7 @@ from fused_mha.backends.delegation import MOST_HEADS_OF_TORCH
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
 from fused_mha.backends.triton.forward import forward
-from fused_mha.backends.triton.gradient_tile import Given
+from fused_mha.backends.triton.gradient_tile import TERMS_UNIT, Given
 from fused_mha.backends.triton.launcher import Launcher
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch
@@ -264,9 +264,10 @@ class Plan:
         programs = H_kv * preparation.blocks_of_keys(a, tiling.BLOCK_N)
         biases = () if a.bias_k is None else (key, value)
         of_blocks = self._maker((N, H, all_blocks // N), torch.float32)
-        biases_of, whole_blocks = N, blocks(L, MOST_ROWS.value)
-        if preparation.is_packed(a):  # of each sequence and what is behind them; a block may begin at any row
-            biases_of, whole_blocks = preparation.sequences_of(a) + 1, whole_blocks + 1
+        batch, terms = N, blocks(L, MOST_ROWS.value)
+        if preparation.is_packed(a):  # of each sequence and what is behind them
+            batch = preparation.sequences_of(a) + 1
+            terms = blocks(L + batch * TERMS_UNIT.value, MOST_ROWS.value) + 1
         return _Backward(
             grad_query,
             grad_mask,
@@ -274,12 +275,12 @@ class Plan:
             tuple(self._maker(tuple(x.shape), x.dtype) for x in (query, key, value)),
             of_mask,
             self._maker((N, H, S), torch.float32) if columns_grad else None,
-            tuple(self._maker((biases_of, H_kv, x.shape[3]), torch.float32) for x in biases),
+            tuple(self._maker((batch, H_kv, x.shape[3]), torch.float32) for x in biases),
             (
                 None if a.sinks is None else of_blocks,
                 of_blocks if a.alibi_slopes is not None and slopes_grad else None,
             ),
-            self._maker((N, H, 3, whole_blocks * MOST_ROWS.value), torch.float32),
+            self._maker((N, H, 3, terms * MOST_ROWS.value), torch.float32),
             None if not preparation.may_hide_queries(a) else self._output,
         )
 
