@@ -34,10 +34,10 @@ class Capability(NamedTuple):
 
 
 _Some = Tensor | None
-# Query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k and bias_v.
-ServedTensors = tuple[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some]
-# Serves the calls of which these differ from another's by values alone.
-Served = Callable[[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some], AttentionResult]
+# Query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k, bias_v, cu_seqlens_q and cu_seqlens_k.
+ServedTensors = tuple[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some, _Some, _Some]
+# Serves the calls of which these differ from another's by values alone; the last two may be left out.
+Served = Callable[..., AttentionResult]
 # The tensors of `ops.module.Call`; output and weights.
 ServedModule = Callable[[Sequence[Tensor | None]], tuple[Tensor, Tensor | None]]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_mha.core import dispatch
+from fused_mha.core import plans
 from fused_mha.core.inputs import AttentionInputs, AttentionResult, CausalAlignment, Window, check_attention
 from fused_mha.core.modes import as_autocast_casts, autocast_is_on, recordable
 
@@ -112,7 +112,7 @@ def varlen_attention(
         return_lse=return_lse,
     )
     inputs = of_sequences(inputs, cu_seqlens_q, cu_seqlens_k)
-    output, _, lse = dispatch.run(dispatch.choose(inputs), inputs)
+    output, _, lse = plans.run(inputs)
     return AttentionResult(output.squeeze(0), None, None if lse is None else lse.squeeze(0))
 
 
