@@ -151,10 +151,13 @@ ALLOWED = {
     },
     "core": set(),
     "core.attention": {"core.dispatch", "core.inputs", "core.modes", "core.plans"},
-    "core.varlen": {"core.dispatch", "core.inputs", "core.modes"},
+    "core.varlen": {"core.inputs", "core.modes", "core.plans"},
     "core.packing": set(),
     "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.modes"},
-    "module.nested": {"core.inputs", "core.modes", "core.varlen"},
+    "module.nested": {
+        *("backends.capability", "backends.cpu", "backends.triton"),
+        *("core.inputs", "core.modes", "core.varlen"),
+    },
     "module.quantization": set(),
     "module.projections": {"module.linear", "core.masks", "core.modes"},
     "module.linear": {"backends.cpu", "core.dispatch", "core.modes"},
@@ -225,12 +228,13 @@ ALLOWED = {
     "backends.triton.launcher": {f"backends.triton.{name}" for name in ("entry", "tile_config", "tiles")},
     "backends.triton.preparation": {
         "core.inputs",
-        *(f"backends.triton.{name}" for name in ("assembler", "readable", "tile_config", "tiles", "visibility")),
+        *(f"backends.triton.{name}" for name in ("assembler", "packed", "readable", "tile_config")),
+        *(f"backends.triton.{name}" for name in ("tiles", "visibility")),
         "ops.schema",
     },
     "backends.triton.readable": {"backends.triton.tiles", "ops.schema"},
     "backends.triton.assembler": set(),
-    "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
+    "backends.triton.entry": {f"backends.triton.{name}" for name in ("assembler", "packed", "tiles")},
     "backends.triton.backward": {
         f"backends.triton.{name}" for name in ("gradient_tile", "scores", "tiles", "visibility")
     },
@@ -240,6 +244,7 @@ ALLOWED = {
     "backends.triton.scores": {"backends.triton.tiles"},
     "backends.triton.visibility": {"backends.triton.tiles"},
     "backends.triton.tiles": set(),
+    "backends.triton.packed": set(),
     "backends.triton.tile_config": set(),
     "backends.arguments": {"core.inputs", "ops.schema"},
     "backends.sdpa": {
@@ -282,7 +287,7 @@ THIRD_PARTY = {  # of every other file torch alone
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
     **{
         f"backends.triton.{name}": {"triton"}
-        for name in ("backward", "entry", "forward", "gradient_tile", "scores", "tiles", "visibility", "weights")
+        for name in ("backward", "entry", "forward", "gradient_tile", "packed", "scores", "tiles", "visibility", "weights")
     },
 }
 ON_TOP = {
