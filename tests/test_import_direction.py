@@ -78,7 +78,10 @@ ALLOWED = {
     "testing.strategies": {"testing.cases"},
     "testing.tolerances": set(),
     "convert": {"module.multi_head_attention"},
-    "warm_up": {"backends.triton", "core.attention", "module.multi_head_attention", "core.plans"},
+    "warm_up": {
+        *("backends.triton", "module.multi_head_attention"),
+        *("core.attention", "core.plans", "core.varlen"),
+    },
     "integrations": set(),
     "integrations.sdpa": {
         "backends.sdpa",
@@ -285,9 +288,10 @@ THIRD_PARTY = {  # of every other file torch alone
     "benchmark.plot": {"matplotlib"},
     "integrations.transformers_cache": {"torch", "transformers"},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
+    "backends.triton.packed": {"triton"},
     **{
         f"backends.triton.{name}": {"triton"}
-        for name in ("backward", "entry", "forward", "gradient_tile", "packed", "scores", "tiles", "visibility", "weights")
+        for name in ("backward", "entry", "forward", "gradient_tile", "scores", "tiles", "visibility", "weights")
     },
 }
 ON_TOP = {

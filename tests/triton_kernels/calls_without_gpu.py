@@ -1,8 +1,8 @@
 """Calls by Triton's own compiler and launcher, with a driver that does nothing; `test_without_gpu` runs it by itself.
 
-It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}), of `varlen_attention` ({"packed": [...]}),
-of a module ({"modules": [...]}) or of `warm_up` ({"warm_up": [...]}), and prints how many kernels each step compiled, how
-many it took from disk, and how many variants the process has.
+It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}), of `varlen_attention` ({"packed":
+[...]}), of a module ({"modules": [...]}) or of `warm_up` ({"warm_up": [...]}), and prints how many kernels each step
+compiled, how many it took from disk, and how many variants the process has.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ ON_SM_80 = {
 ON_SM_86 = {
     "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
     "large heads": {"D": 256, "padding": True},
+    "packed": {"D": 64, "packed": True, "padding": True},
 }
 ON_SM_90 = {
     "plain, 64": {"D": 64},
@@ -52,9 +53,8 @@ ON_SM_90 = {
     "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
     "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
     "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},
-    "packed": {"D": 64, "packed": True, "H_kv": 2},
-    "packed, 128, padding, dropout": {"D": 128, "packed": True, "padding": True, "dropout": True},
-    "packed, virtual keys, options": {"D": 64, "packed": True, "virtual": True, "softcap": 2.0}
+    "packed, 128": {"D": 128, "packed": True, "H_kv": 2},
+    "packed, options": {"D": 64, "packed": True, "padding": True, "dropout": True, "virtual": True, "softcap": 2.0}
     | {"of_heads": ["sinks", "alibi_slopes"]},
 }
 SIZES = [(40, 24), (8, 40), (20, 12)]  # D and D_v, whose tiles have different widths

@@ -89,7 +89,7 @@ RULES = (
         "packed sequences",
         "triton",
         lambda inputs: inputs.cu_seqlens_q is not None,
-        "torch's kernel for these takes no float32, no dropout and no mask, and the host has to know the longest sequence",
+        "torch's kernel for these takes no float32, dropout or mask, and the host has to know the longest of them",
     ),
     Rule(
         "score options",

@@ -1,10 +1,10 @@
 """What serves an eager call on CUDA of a kind that has come before: looked up, not checked and chosen anew.
 
-`attention`, `varlen_attention`, `one_call` and the steps ask. Here the short way and the general one meet: the general one serves the first
-call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`, `dispatch` and the kernels
-look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the flags, and which back end is
-forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other tensors than plain ones, and
-those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
+`attention`, `varlen_attention`, `one_call` and the steps ask. Here the short way and the general one meet: the general
+one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
+`dispatch` and the kernels look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
+flags, and which back end is forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other
+tensors than plain ones, and those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
 """
 
 from __future__ import annotations

@@ -247,8 +247,8 @@ def grad_key_value(
 ):
     """The gradients of a block of keys (N, S, H_kv, D) and values, of their columns of scores (N, H, S), of the biases.
 
-    All heads of queries that share the keys are summed here. A bias' gradient is of each batch element, (N, H_kv, D), or
-    of each packed sequence and of what is behind them, (N + 1, H_kv, D).
+    All heads of queries that share the keys are summed here. A bias' gradient is of each batch element, (N, H_kv, D),
+    or of each packed sequence and of what is behind them, (N + 1, H_kv, D).
     """
     blocks = tl.cdiv(call.columns, TILE.BLOCK_N)
     key_heads = call.H // call.group

@@ -1,10 +1,11 @@
 """The one kernel that is launched: it makes the `Call` of its arguments and runs the kernel that it is given.
 
-`launch` calls it. Of packed sequences, the call is of the one that the program works on. Triton compiles a kernel anew for a number that is 1 and for one that 16 divides, unless the number
-is an argument of its own that is not to be looked at; so these are, and any lengths and strides run the same code.
+`launch` calls it. Of packed sequences, the call is of the one that the program works on. Triton compiles a kernel anew
+for a number that is 1 and for one that 16 divides, unless the number is an argument of its own that is not to be looked
+at; so these are, and any lengths and strides run the same code.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any

@@ -24,7 +24,7 @@ class Given(NamedTuple):
     grad_lse: Any  # (N, H, L) or None
     output: Any  # (N, L, H, D_v)
     stats: Any  # (2, N, H, L)
-    terms: Any  # (N, H, 3, L'), of packed sequences (1, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
+    terms: Any  # (N, H, 3, L'): the shift, the factor and the delta of each query, which `grad_query` stores
     cleaned: Any  # grad_output with zeros for queries that see nothing, which it stores for the others; None: all see
     named: Any  # the heads that have a gradient of weights, as `preparation.named_heads` writes them; None: all
 

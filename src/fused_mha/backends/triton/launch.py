@@ -23,7 +23,7 @@ from fused_mha.backends.triton.gradient_tile import TERMS_UNIT, Given
 from fused_mha.backends.triton.launcher import Launcher
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch
-from fused_mha.backends.triton.tiles import MOST_ROWS, Searched
+from fused_mha.backends.triton.tiles import MOST_ROWS, Call, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.core.modes import memory_of
@@ -245,10 +245,12 @@ class Plan:
         N, L, H, _ = query.shape
         S, H_kv = key.shape[1:3]
 
-        def launcher(kernel: Any, programs: int, tiling: Launch, by_keys: bool = False, **changed: int) -> Launcher:
+        def launcher(
+            kernel: Any, programs: int, tiling: Launch, call: Call = self._call, by_keys: bool = False
+        ) -> Launcher:
             tile = tile_of(a, tiling)._replace(BY_KEYS=by_keys)
             tile = with_weights(tile, a) if of_weights else tile
-            return Launcher(kernel, programs, tiling, self._call._replace(**changed), tile)
+            return Launcher(kernel, programs, tiling, call, tile)
 
         tiling = self._tiling.grad_query
         all_blocks = preparation.blocks_of_queries(a, tiling.BLOCK_M)
@@ -257,8 +259,8 @@ class Plan:
         if mask_grad and self._mask_sizes is not None:
             batches, heads = self._mask_sizes
             programs = batches * heads * blocks(L, tiling.BLOCK_M) * blocks(S, tiling.BLOCK_N)
-            sizes = {"mask_batches": batches, "mask_heads": heads}
-            grad_mask = launcher(kernels_of_backward.grad_mask, programs, tiling, **sizes)
+            call = self._call._replace(mask_batches=batches, mask_heads=heads)
+            grad_mask = launcher(kernels_of_backward.grad_mask, programs, tiling, call)
             of_mask = self._maker((batches, heads, L, S), torch.float32)
         tiling = self._tiling.grad_key_value
         programs = H_kv * preparation.blocks_of_keys(a, tiling.BLOCK_N)

@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
     """The numbers of the call, its tensors None, and how its kernels are launched."""
     query, key, value, mask, padding = arguments[:5]
-    N, L, H, D = query.shape
+    _, L, H, D = query.shape
     S, H_kv = key.shape[1:3]
     far = L + S + 1  # beyond every key
     first, last, p = arguments.first_visible, arguments.last_visible, drawn_probability(arguments.dropout_p)
