@@ -30,6 +30,14 @@ from fused_mha.backends.triton import launcher, packed
 SEVERAL_TILES = ((70, 0, 1, 34), (35, 2, 0, 90))  # of 64 and 32 queries and 32 keys
 SMALL = ((5, 0, 17), (7, 3, 0))
 SUMMED = {"gradient of sinks", "gradient of alibi_slopes"}  # over the sequences
+WRONG_OFFSETS = {
+    "right": [0, 5, 5, 22],
+    "behind the rows": [0, 5, 5, 99],
+    "descending": [0, 20, 3, 22],
+    "negative": [0, -7, 5, 22],
+    "not from 0": [9, 12, 12, 22],
+    "huge": [2**62, -(2**62), 2**63 - 1, -(2**63)],
+}
 ALL_OPTIONS = {"of_heads": ("sinks", "alibi_slopes"), "softcap": 2.0, "window": (20, 9), "padding_dtype": torch.float32}
 
 
@@ -108,6 +116,28 @@ def test_rows_behind_the_last_sequence_give_zeros_and_get_no_gradient(of_heads):
 
 
 @pytest.mark.usefixtures("attention")
+@pytest.mark.parametrize(
+    ("lengths", "flags", "hidden"),
+    [
+        (((5, 3), (0, 4)), {}, 5),
+        (((5, 3), (3, 4)), {"is_causal": True, "causal_alignment": "bottom_right"}, 2),
+        (((5, 3), (5, 4)), {"key_padding_mask": torch.arange(9) < 3, "is_causal": True}, 3),
+    ],
+    ids=["no keys", "more queries than keys", "padding"],
+)
+def test_nan_that_comes_back_to_a_hidden_row_reaches_no_other(lengths, flags, hidden):
+    arguments = packed_call(lengths, H=1, H_kv=1) | flags
+    leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
+    with fused_mha.backend("cpu"):
+        output, lse = varlen(**arguments)
+    loss = (output / output.norm(dim=-1, keepdim=True)).nan_to_num().sum() + torch.logaddexp(lse, lse).exp().sum()
+    assert torch.autograd.grad(loss, output, retain_graph=True)[0][:hidden].isnan().all()
+    assert torch.autograd.grad(loss, lse, retain_graph=True)[0][:, :hidden].isnan().all()
+    for grad in torch.autograd.grad(loss, leaves):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("attention")
 def test_a_sequence_drops_what_its_element_of_a_padded_batch_drops(attention):
     lengths = (5, 12, 1)
     rows = [torch.randn(sum(lengths), 2, 8, requires_grad=True) for _ in range(3)]
@@ -155,11 +185,10 @@ def places(offsets, L, S, virtual=0, by_keys=False, heads=1):
 
 @pytest.mark.parametrize("virtual", [0, 2])
 @pytest.mark.parametrize("by_keys", [False, True], ids=["queries", "keys"])
-@pytest.mark.parametrize("sequences", [0, 1, 7, 200])
-def test_every_row_of_every_head_is_of_one_program(sequences, by_keys, virtual):
-    draw = torch.Generator().manual_seed(sequences)
-    lengths = [torch.randint(0, 40 if sequences < 100 else 3, (sequences,), generator=draw).tolist() for _ in range(2)]
-    offsets, rest = [cu_seqlens(of) for of in lengths], 5
+@pytest.mark.parametrize("of_queries", [[], [15], [0, 20, 20, 16, 0, 1, 47], [*range(4)] * 40], ids=len)
+def test_every_row_of_every_head_is_of_one_program(of_queries, by_keys, virtual):
+    lengths, rest = (of_queries, of_queries[::-1]), 5
+    offsets, sequences = [cu_seqlens(of) for of in lengths], len(of_queries)
     L, S = (sum(of) + rest for of in lengths)
     found = []
     for n, h, block, first_query, queries, first_key, keys, columns in places(offsets, L, S, virtual, by_keys, heads=2):
@@ -175,6 +204,18 @@ def test_every_row_of_every_head_is_of_one_program(sequences, by_keys, virtual):
     rows = [x + virtual for x in lengths[1]] + [rest] if by_keys else [*lengths[0], rest]
     expected = [(h, n, block) for h in range(2) for n, size in enumerate(rows) for block in range(-(-size // 16))]
     assert sorted(found) == expected
+
+
+@pytest.mark.parametrize("by_keys", [False, True], ids=["queries", "keys"])
+def test_places_of_wrong_offsets_are_within_the_rows(by_keys):
+    for of_queries, of_keys in itertools.product(WRONG_OFFSETS.values(), repeat=2):
+        offsets = (torch.tensor(of_queries), torch.tensor(of_keys))
+        for n, _, block, first_query, queries, first_key, keys, columns in places(offsets, 22, 22, 2, by_keys):
+            assert 0 <= n <= 3
+            assert block >= 0
+            assert 0 <= first_query <= first_query + queries <= 22
+            assert 0 <= first_key <= first_key + keys <= 22
+            assert keys <= columns <= keys + 2
 
 
 @triton.jit
@@ -233,16 +274,6 @@ def _extent(x):
     return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
 
 
-WRONG_OFFSETS = {
-    "right": [0, 5, 5, 22],
-    "behind the rows": [0, 5, 5, 99],
-    "descending": [0, 20, 3, 22],
-    "negative": [0, -7, 5, 22],
-    "not from 0": [9, 12, 12, 22],
-    "huge": [2**62, -(2**62), 2**63 - 1, -(2**63)],
-}
-
-
 @pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("of_keys", WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
 @pytest.mark.parametrize("of_queries", WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
@@ -277,6 +308,14 @@ class TestEagerCalls:
             assert torch.equal(varlen(**arguments)[0][:last], expected)
         kinds = [kind for kind in plans._kept if any(type(x) is tuple and x[0] == (3,) for x in kind)]
         assert len(kinds) == 1
+
+    def test_what_other_back_ends_serve_is_kept_with_its_offsets(self):
+        arguments = packed_call(SMALL, H=2, H_kv=1, **ALL_OPTIONS)
+        with fused_mha.backend("reference"):
+            first, again = (varlen(**arguments)[0] for _ in range(2))
+        assert len(plans._kept) == 1
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first, one_by_one(**arguments)[0])
 
     def test_other_numbers_of_sequences_and_flags_take_others(self, launches):
         query = torch.randn(12, 2, 8)
@@ -316,7 +355,7 @@ class TestEagerCalls:
     def test_nested_input_of_a_module_with_virtual_keys(self, monkeypatch, layout):
         monkeypatch.setattr(one_call, "forward", lambda *_: None)  # of the CPU
         module = fused_mha.MultiHeadAttention(16, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
-        rows = [torch.randn(length, 16) for length in (7, 33, 1)]
+        rows = [torch.randn(length, 16) for length in (18, 18, 33)]
         x = torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
         output, _ = module(x, x, x, need_weights=False, is_causal=True)
         found = torch.cat(output.unbind())

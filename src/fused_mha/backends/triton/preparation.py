@@ -180,11 +180,11 @@ def named_heads(a: Arguments) -> Tensor | None:
 
 
 def may_hide_queries(a: Arguments) -> bool:
-    """Whether there may be a query that sees no key; of packed sequences, one may have none."""
-    if is_packed(a):
-        return True
+    """Whether there may be a query that sees no key, beside one that does."""
     has_mask = a.attn_mask is not None or a.key_padding_mask is not None
     in_band = a.first_visible is None and (a.last_visible or 0) >= 0
+    if is_packed(a) and a.bottom_right and a.last_visible is not None:  # of more queries than keys
+        in_band = False
     return a.columns == a.key.shape[1] and (has_mask or not in_band)
 
 
