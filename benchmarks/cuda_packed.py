@@ -91,8 +91,10 @@ def _varlen_attn(offsets: Tensor, longest: int, is_causal: bool) -> Attention:
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415 - an older torch has none
 
         has_windows = "window_size" in inspect.signature(varlen_attn).parameters  # torch 2.10 has is_causal
-        flags: dict[str, Any] = {"window_size": (-1, 0 if is_causal else -1)} if has_windows else {"is_causal": is_causal}
+        window = (-1, 0 if is_causal else -1)
+        flags: dict[str, Any] = {"window_size": window} if has_windows else {"is_causal": is_causal}
         ends = offsets.to(torch.int32)
-        return varlen_attn(query, key, value, ends, ends, longest, longest, **flags)
+        output: Any = varlen_attn(query, key, value, ends, ends, longest, longest, **flags)
+        return output
 
     return attention
