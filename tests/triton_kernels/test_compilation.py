@@ -31,7 +31,7 @@ ON_SM_80 = {
 ON_SM_86 = {
     "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
     "large heads": {"D": 256, "padding": True},
-    "packed": {"D": 64, "packed": True, "padding": True},
+    "packed": {"D": 64, "packed": True},
 }
 ON_SM_90 = {
     "plain, 64": {"D": 64},
@@ -54,7 +54,7 @@ ON_SM_90 = {
     "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
     "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},
     "packed, 128": {"D": 128, "packed": True, "H_kv": 2},
-    "packed, options": {"D": 64, "packed": True, "padding": True, "dropout": True, "virtual": True, "softcap": 2.0}
+    "packed, options": {"D": 64, "packed": True, "padding": True, "virtual": True}
     | {"of_heads": ["sinks", "alibi_slopes"]},
 }
 SIZES = [(40, 24), (8, 40), (20, 12)]  # D and D_v, whose tiles have different widths
