@@ -20,7 +20,7 @@ from fused_mha.benchmark.attention_cells import Cell
 from fused_mha.benchmark.harness import BenchCase, Contender, GroupBar
 
 GROUPS = {"packed, forward": GroupBar(1.0, 1.5), "packed, forward and backward": GroupBar(1.0, 1.5)}
-CELLS = tuple(Cell(N, H, L, L, D) for D in (64, 128) for N, H, L in ((8, 16, 2048), (64, 12, 256)))
+CELLS = tuple(Cell(N, H, L, L, D) for N, H, L, D in ((8, 16, 2048, 64), (64, 12, 256, 64), (8, 16, 2048, 128)))
 QUICK = (Cell(3, 2, 40, 40, 64),)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

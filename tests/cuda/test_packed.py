@@ -21,8 +21,11 @@ def on_gpu(**arguments):
     return result.output.cpu(), result.lse.cpu()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [*((options, torch.bfloat16) for options in CASES.values()), (CASES["options together"], torch.float32)],
+    ids=[*CASES, "fp32, options together"],
+)
 def test_each_sequence_is_attended_to_as_if_it_were_alone(options, dtype):
     arguments = packed_call(LENGTHS, D=64, D_v=64, dtype=dtype, rest=3, **options)
     within = {name: x[:-3] for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.shape[0] > 300}

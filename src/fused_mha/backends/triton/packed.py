@@ -20,8 +20,8 @@ SEARCHED = tl.constexpr(128)  # parts of the offsets that a step of the search l
 class Place(NamedTuple):
     """A program's sequence, and its own rows of it. The last sequence, of number N, has what is behind the offsets.
 
-    The blocks of a sequence have slots in a row, one or more of which hold none: in a program for such a slot, the
-    sequence is empty.
+    The blocks of a sequence have slots in a row, the last of which may be left over: to its program, the sequence is
+    empty.
     """
 
     sequence: Any
