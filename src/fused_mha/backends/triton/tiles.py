@@ -276,7 +276,7 @@ def first_of_rows(call, head):
     """Where the rows of a head begin in a contiguous tensor (N, H, L)."""
     if call.place is not None:
         return head.h * call.place.all_queries + call.place.first_query
-    return (head.n * call.H + head.h) * call.L
+    return head.n * call.H * call.L + head.h * call.L
 
 
 @triton.jit
