@@ -69,7 +69,7 @@ def test_one_variant_serves_packed_sequences_of_all_lengths_and_numbers(counts, 
     calls = [
         {"sequences": sequences, "tokens": tokens, "H": H, **flags}
         for sequences, tokens, H in ((1, 16, 4), (3, 1, 1), (16, 77, 12), (0, 5, 2))
-        for flags in ({}, {"is_causal": True, "causal_alignment": "bottom_right"})
+        for flags in ({}, {"is_causal": True})
     ]
     assert counts({"packed": calls[:1]}, {"packed": calls}, cache=tmp_path) == [[KERNELS, 0, KERNELS], [0, 0, KERNELS]]
 
