@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cuda_beside
+import cuda_packed
 import fused_mha
 from fused_mha.benchmark.attention_cells import Cell
 from fused_mha.benchmark.cuda_cases import MODULES, module_cases_on
@@ -39,6 +40,7 @@ GROUPS = {
     "dropout, forward and backward": GroupBar(1.0, 1.2),
     "own kernels, forward": GroupBar(0.7, 0.9),
     "own kernels, forward and backward": GroupBar(0.5, 0.65),
+    **cuda_packed.GROUPS,
     "module, inference": GroupBar(1.0, 1.2),
     "module, training step": GroupBar(1.0, 1.2),
     "small module, inference": GroupBar(1.0, 1.5),
@@ -66,6 +68,7 @@ def cases(options: argparse.Namespace) -> Iterator[BenchCase]:
     for cell in cells:
         for name, arguments in _masked(cell).items():
             yield _case(f"{name}, forward and backward", str(cell), cell, True, **arguments)
+    yield from cuda_packed.cases(DEVICE, DTYPE, quick=options.quick)
     yield from module_cases_on(DEVICE, DTYPE, quick=options.quick)
 
 
@@ -92,12 +95,17 @@ def _kinds() -> list[tuple[Cell, torch.dtype, dict[str, Any]]]:
     return kinds + [(small, DTYPE, arguments) for arguments in (_masked(small)["padding"], weights)]
 
 
-PARTS = 2 * 7 + 6  # which `warm` divides the kernels into
+PARTS = 2 * 7 + 6 + len(COMPILED)  # which `warm` divides the kernels into
 
 
 def warm(part: int) -> None:
     """Compile the kernels of a part of the cases into Triton's cache of files, for the processes that come."""
-    cell, dtype, arguments = _kinds()[part]
+    kinds = _kinds()
+    if part >= len(kinds):
+        size = COMPILED[part - len(kinds)].D
+        fused_mha.warm_up([size], calls=[{"packed": True}], dtype=DTYPE, device=DEVICE, backward=True)
+        return
+    cell, dtype, arguments = kinds[part]
     shape = (cell.N, cell.L, cell.H, cell.D)
     inputs = [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
     with fused_mha.backend("triton"):

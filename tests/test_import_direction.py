@@ -78,7 +78,10 @@ ALLOWED = {
     "testing.strategies": {"testing.cases"},
     "testing.tolerances": set(),
     "convert": {"module.multi_head_attention"},
-    "warm_up": {"backends.triton", "core.attention", "module.multi_head_attention", "core.plans"},
+    "warm_up": {
+        *("backends.triton", "module.multi_head_attention"),
+        *("core.attention", "core.plans", "core.varlen"),
+    },
     "integrations": set(),
     "integrations.sdpa": {
         "backends.sdpa",
@@ -153,10 +156,13 @@ ALLOWED = {
     },
     "core": set(),
     "core.attention": {"core.dispatch", "core.inputs", "core.modes", "core.plans"},
-    "core.varlen": {"core.dispatch", "core.inputs", "core.modes"},
+    "core.varlen": {"core.inputs", "core.modes", "core.plans"},
     "core.packing": set(),
     "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.modes"},
-    "module.nested": {"core.modes", "core.varlen", "module.arguments"},
+    "module.nested": {
+        *("backends.capability", "backends.cpu", "backends.triton"),
+        *("core.modes", "core.varlen", "module.arguments"),
+    },
     "module.arguments": {"core.inputs", "core.modes"},
     "module.quantization": set(),
     "module.projections": {"module.arguments", "module.linear", "core.masks", "core.modes"},
@@ -228,12 +234,13 @@ ALLOWED = {
     "backends.triton.launcher": {f"backends.triton.{name}" for name in ("entry", "tile_config", "tiles")},
     "backends.triton.preparation": {
         "core.inputs",
-        *(f"backends.triton.{name}" for name in ("assembler", "readable", "tile_config", "tiles", "visibility")),
+        *(f"backends.triton.{name}" for name in ("assembler", "packed", "readable", "tile_config")),
+        *(f"backends.triton.{name}" for name in ("tiles", "visibility")),
         "ops.schema",
     },
     "backends.triton.readable": {"backends.triton.tiles", "ops.schema"},
     "backends.triton.assembler": set(),
-    "backends.triton.entry": {"backends.triton.assembler", "backends.triton.tiles"},
+    "backends.triton.entry": {f"backends.triton.{name}" for name in ("assembler", "packed", "tiles")},
     "backends.triton.backward": {
         f"backends.triton.{name}" for name in ("gradient_tile", "scores", "tiles", "visibility")
     },
@@ -243,6 +250,7 @@ ALLOWED = {
     "backends.triton.scores": {"backends.triton.tiles"},
     "backends.triton.visibility": {"backends.triton.tiles"},
     "backends.triton.tiles": set(),
+    "backends.triton.packed": set(),
     "backends.triton.tile_config": set(),
     "backends.arguments": {"core.inputs", "ops.schema"},
     "backends.sdpa": {
@@ -283,6 +291,7 @@ THIRD_PARTY = {  # of every other file torch alone
     "benchmark.plot": {"matplotlib"},
     "integrations.transformers_cache": {"torch", "transformers"},
     **{f"backends.triton.{name}": {"torch", "triton"} for name in ("assembler", "finite", "launcher")},
+    "backends.triton.packed": {"triton"},
     **{
         f"backends.triton.{name}": {"triton"}
         for name in ("backward", "entry", "forward", "gradient_tile", "scores", "tiles", "visibility", "weights")

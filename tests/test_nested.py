@@ -182,11 +182,11 @@ def test_input_of_inference_mode_is_recorded(layout):
     assert module.in_proj_weight.grad is not None
 
 
-def test_kernels_without_packed_rows_are_given_padding(monkeypatch):
+def test_without_kernels_of_ours_torchs_are_given_padding(monkeypatch):
     module, x = MultiHeadAttention(E, H, batch_first=True), nested(sequences())
     with torch.no_grad():
         expected, _ = module(x, x, x, need_weights=False)
-        monkeypatch.setattr(nested_input, "_PACKS", ())
+        monkeypatch.setattr(nested_input, "_CORES", ())
         monkeypatch.setattr(nested_input, "packed", None)
         output, _ = module(x, x, x, need_weights=False)
     torch.testing.assert_close([*output.unbind()], [*expected.unbind()])

@@ -67,6 +67,26 @@ def test_sinks_and_slopes_are_given_for_each_query_head(calls):
     assert found["softcap"] == 2.0
 
 
+def test_packed_sequences_are_as_many_as_the_batch_has(calls, monkeypatch):
+    packed = []
+
+    def varlen_attention(*inputs, **given):
+        packed.append((inputs, given))
+        return fused_mha.varlen_attention(*inputs, **given)
+
+    monkeypatch.setattr(warm_up_module, "varlen_attention", varlen_attention)
+    given = [PADDING | {"packed": True, "is_causal": True, "grouped": True}]
+    settings = {"lengths": [5], "batch_size": 3, "dtype": torch.float32, "device": "cpu", "backward": True}
+    assert fused_mha.warm_up([4], calls=given, **settings) == 1
+    assert not calls
+    (inputs, found), *others = packed
+    assert not others
+    assert sizes(inputs) == [(15, 16, 4), (15, 8, 4), (15, 8, 4), (4,), (4,)]
+    assert inputs[3].tolist() == [0, 5, 10, 15]
+    assert found["key_padding_mask"].shape == (15,)
+    assert found["is_causal"]
+
+
 def test_a_module_with_options_says_what_its_calls_are(calls):
     module = fused_mha.MultiHeadAttention(
         *(16, 4), num_kv_heads=2, head_dim=6, value_head_dim=5, window=(3, 0), softcap=2.0, sinks=True, alibi=True
@@ -150,8 +170,13 @@ def test_without_a_core_for_cuda_it_says_so_and_does_nothing(capsys, monkeypatch
             [64],
             {"calls": [{"padding": torch.bool}]},
             "calls must name attn_mask, key_padding_mask, sinks, alibi_slopes, is_causal, dropout_p, softcap, "
-            "need_weights, average_attn_weights, weights_of_heads, return_lse, add_zero_attn, bias_kv, grouped; got "
-            "'padding'",
+            "need_weights, average_attn_weights, weights_of_heads, return_lse, add_zero_attn, bias_kv, grouped, "
+            "packed; got 'padding'",
+        ),
+        (
+            fused_mha.MultiHeadAttention(8, 2, add_zero_attn=True),
+            {"calls": [{"packed": True, "need_weights": True}]},
+            "calls must not give packed beside need_weights, add_zero_attn",
         ),
         (
             [64],

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from fused_mha.backends import triton
 from fused_mha.core import plans
 from fused_mha.core.attention import attention
+from fused_mha.core.varlen import varlen_attention
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 
 HeadSize = int | tuple[int, int]
 _BY_DTYPE = ("attn_mask", "key_padding_mask", "sinks", "alibi_slopes")
 _FLAGS = ("is_causal", "dropout_p", "softcap", "need_weights", "average_attn_weights", "weights_of_heads", "return_lse")
 _FLAGS += ("add_zero_attn",)
-_OPTIONS = (*_BY_DTYPE, *_FLAGS, "bias_kv", "grouped")
+_OPTIONS = (*_BY_DTYPE, *_FLAGS, "bias_kv", "grouped", "packed")
+_NOT_OF_PACKED = ("attn_mask", "need_weights", "average_attn_weights", "weights_of_heads", "add_zero_attn", "bias_kv")
 _HEADS = 8  # of head sizes that are given without a number
 CALLS: tuple[Mapping[str, object], ...] = (
     {"key_padding_mask": torch.bool},
@@ -64,7 +66,8 @@ def warm_up(
             ``key_padding_mask``, ``sinks`` and ``alibi_slopes`` (slopes that learn take one kernel more), and of
             `attention`'s flags ``is_causal``, ``dropout_p``, ``softcap`` (one serves all), ``need_weights``,
             ``average_attn_weights``, ``weights_of_heads`` (one choice serves all), ``return_lse``, ``add_zero_attn``;
-            ``bias_kv=True`` gives both biases, and ``grouped=True`` two query heads to each key head.
+            ``bias_kv=True`` gives both biases, ``grouped=True`` two query heads to each key head, and ``packed=True``
+            makes a call of `varlen_attention`, as nested input of a module does.
         lengths: L = S of calls that are made of each.
         batch_size: N of these.
         backward: compile the gradients of a loss of the output too; if None, those of a model in training mode.
@@ -76,7 +79,7 @@ def warm_up(
 
     Raises:
         ValueError: a model without `MultiHeadAttention` or on another device than a GPU, head sizes without a dtype, an
-            argument of ``calls`` that is not known.
+            argument of ``calls`` that is not known, or that packed sequences have not.
 
     Examples:
         >>> model = nn.TransformerEncoderLayer(512, 8, batch_first=True)
@@ -108,6 +111,10 @@ def warm_up(
         (of, tuple({**call, **dict(of.flags)}.items()), length) for of in heads for call in calls for length in lengths
     ]
     jobs = list(dict.fromkeys(every))  # a model has many layers of one kind
+    for _, call, _ in jobs:
+        given = dict(call)
+        if given.get("packed") and (others := [name for name in given if name in _NOT_OF_PACKED]):
+            raise ValueError(f"calls must not give packed beside {', '.join(others)}")
     for i, (of, call, length) in enumerate(jobs, 1):
         start = time.perf_counter()
         generators = [of.device] if of.device.type == "cuda" else []  # beside the CPU's
@@ -165,15 +172,28 @@ def _call(of: _Heads, call: dict[str, Any], N: int, length: int, backward: bool)
         given |= {"bias_k": zeros(of.H, of.D), "bias_v": zeros(of.H, of.D_v)}
     sizes = ((query_heads, of.D), (of.H, of.D), (of.H, of.D_v))
     inputs = [zeros(N, length, *size).requires_grad_(backward) for size in sizes]
+    is_packed = given.pop("packed", False)
     with torch.set_grad_enabled(backward):
-        output = attention(*inputs, **given).output
+        output = _packed(inputs, given) if is_packed else attention(*inputs, **given).output
         if backward:
             torch.autograd.grad(output, inputs, torch.zeros_like(output))
+    if is_packed:
+        return
     if "key_padding_mask" in given and of.D_v == of.D:  # what a module launches beside these
         E = of.H * of.D
         module = MultiHeadAttention(E, of.H, batch_first=True, device=of.device, dtype=of.dtype)
         with torch.no_grad():
             module(*(zeros(N, length, E),) * 3, key_padding_mask=given["key_padding_mask"], need_weights=False)
+
+
+def _packed(inputs: list[Tensor], given: dict[str, Any]) -> Tensor:
+    """The same batch without padding between its elements."""
+    N, length = inputs[0].shape[:2]
+    offsets = torch.arange(0, N * length + 1, length, device=inputs[0].device)
+    if "key_padding_mask" in given:
+        given["key_padding_mask"] = given["key_padding_mask"].flatten()
+    query, key, value = (x.flatten(0, 1) for x in inputs)
+    return varlen_attention(query, key, value, offsets, offsets, **given).output
 
 
 def _say(text: str) -> None:

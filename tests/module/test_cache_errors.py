@@ -162,7 +162,7 @@ def test_a_mistake_in_reordering_is_named(indices, text):
 
 
 def test_reordering_by_a_list_is_refused():
-    with pytest.raises(TypeError, match="indices must be a Tensor, not list: torch.tensor makes one"):
+    with pytest.raises(TypeError, match=r"indices must be a Tensor, not list: torch\.tensor makes one"):
         KeyValueCache(module_with(), N).reorder([1, 0])
 
 

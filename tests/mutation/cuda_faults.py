@@ -5,6 +5,7 @@ from fault import PACKAGE, Fault
 CUDA = PACKAGE + "backends/triton/"
 CUDA_MODULE = "tests/triton_kernels/test_module.py"
 INTERPRETED = "tests/triton_kernels/test_interpreted.py"
+PACKED = "tests/triton_kernels/test_packed.py"
 
 FAULTS = [
     # Modules and kinds of calls on CUDA, and their kernels under Triton's interpreter.
@@ -154,6 +155,76 @@ FAULTS = [
         "slopes_grad=any(of_heads[1:]))",
         "slopes_grad=True)",
         "tests/triton_kernels/test_eager.py -k slopes",
+    ),
+    Fault(
+        "cuda, packed: offsets are taken as they are",
+        CUDA + "packed.py",
+        "tl.minimum(tl.maximum(offset, 0), rows)",
+        "tl.minimum(offset, rows)",
+        PACKED + " -k wrong_offsets",
+    ),
+    Fault(
+        "cuda, packed: a sequence may have less than no rows",
+        CUDA + "packed.py",
+        "return first, tl.maximum(end - first, 0)",
+        "return first, end - first",
+        PACKED + " -k within_the_rows",
+    ),
+    Fault(
+        "cuda, packed: a program without a block has the first one",
+        CUDA + "packed.py",
+        "block=tl.where(is_there, block, 1),",
+        "block=tl.where(is_there, block, 0),",
+        PACKED + " -k virtual_keys",
+    ),
+    Fault(
+        "cuda, packed: the search takes the first part alone",
+        CUDA + "packed.py",
+        "count = tl.minimum(step, count - part)",
+        "count = tl.minimum(step, count - part) * 0",
+        PACKED + " -k among_many",
+    ),
+    Fault(
+        "cuda, packed: virtual keys have no slots",
+        CUDA + "packed.py",
+        "return (first_row + sequence * added) // BLOCK + sequence",
+        "return first_row // BLOCK + sequence",
+        PACKED + " -k of_one_program",
+    ),
+    Fault(
+        "cuda, packed: rows behind the last sequence see the keys there",
+        CUDA + "entry.py",
+        "tl.where(place.sequence < N, last_visible + diagonal, -(L + S + 1))",
+        "last_visible + diagonal",
+        PACKED + " -k behind_the_last",
+    ),
+    Fault(
+        "cuda, packed: bottom right of all rows together",
+        CUDA + "entry.py",
+        "diagonal = (place.keys - place.queries) * diagonal",
+        "diagonal = (S - L) * diagonal",
+        PACKED + " -k each_option",
+    ),
+    Fault(
+        "cuda, packed: no room behind the terms",
+        CUDA + "launch.py",
+        "terms = blocks(L + batch * TERMS_UNIT.value, MOST_ROWS.value) + 1",
+        "terms = blocks(L + batch * TERMS_UNIT.value, MOST_ROWS.value)",
+        PACKED + " -k wrong_offsets",
+    ),
+    Fault(
+        "cuda, packed: queries that see nothing are not cleaned",
+        CUDA + "preparation.py",
+        "if is_packed(a) and a.bottom_right and a.last_visible is not None:",
+        "if False:",
+        PACKED + " -k nan_that",
+    ),
+    Fault(
+        "cuda, packed: what another back end serves has no offsets",
+        PACKAGE + "core/plans.py",
+        "*others, *(offsets or (None, None)))",
+        "*others, None, None)",
+        PACKED + " -k other_back_ends",
     ),
     Fault(
         "fp32 on cuda: rows that see nothing",

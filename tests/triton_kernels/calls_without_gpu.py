@@ -1,8 +1,8 @@
 """Calls by Triton's own compiler and launcher, with a driver that does nothing; `test_without_gpu` runs it by itself.
 
-It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}), of a module ({"modules": [...]}) or of
-`warm_up` ({"warm_up": [...]}), and prints how many kernels each step compiled, how many it took from disk, and how many
-variants the process has.
+It is given a JSON list of steps, each calls of `attention` ({"calls": [...]}), of `varlen_attention` ({"packed":
+[...]}), of a module ({"modules": [...]}) or of `warm_up` ({"warm_up": [...]}), and prints how many kernels each step
+compiled, how many it took from disk, and how many variants the process has.
 """
 
 from __future__ import annotations
@@ -77,6 +77,14 @@ def attend(N=2, L=32, S=32, H=4, D=16, layout="contiguous", backward=True, **fla
         torch.autograd.grad(output, leaves, torch.zeros_like(output))
 
 
+def attend_packed(sequences, tokens=32, H=4, D=16, **flags):
+    """One call of packed sequences and its backward."""
+    leaves = [torch.zeros(tokens, H, D, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    offsets = torch.zeros(sequences + 1, dtype=torch.int64)
+    output = fused_mha.varlen_attention(*leaves, offsets, offsets, **flags).output
+    torch.autograd.grad(output, leaves, torch.zeros_like(output))
+
+
 def call_module(N, L, E, num_heads, batch_first, backward):
     """One call of a module, with padding."""
     module = fused_mha.MultiHeadAttention(E, num_heads, batch_first=batch_first, dtype=torch.float16)
@@ -101,6 +109,8 @@ def main(steps):
         found.update({True: 0, False: 0})
         for call in step.get("calls", ()):
             attend(**call)
+        for call in step.get("packed", ()):
+            attend_packed(**call)
         for call in step.get("modules", ()):
             call_module(**call)
         for sizes, calls, backward in step.get("warm_up", ()):

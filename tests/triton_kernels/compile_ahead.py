@@ -115,11 +115,15 @@ def kernels(
     weights_of_heads=(),
     softcap=None,
     of_heads=(),
+    packed=False,
     newer_assembler=True,
     compile_one=compiled,
 ):
-    """All kernels of one call and its backward."""
+    """All kernels of one call and its backward; if packed, of N sequences of about these lengths."""
     D_v, H_kv = D_v or D, H_kv or H
+    sequences = N
+    if packed:
+        N, L, S = 1, N * L, N * S
     found = []
     made_by = assembler.choice(architecture // 10)
     if not newer_assembler:
@@ -143,10 +147,10 @@ def kernels(
         empty(H_kv, D_v) if virtual else None,
         empty(2, dtype=torch.int64) if dropout else None,
         *(empty(H, dtype=torch.float32) if name in of_heads else None for name in ("sinks", "alibi_slopes")),
-        *(None, None),  # no packed sequences
+        *((empty(sequences + 1, dtype=torch.int64) if packed else None,) * 2),
         None,
         0 if padding else None,
-        False,
+        packed,
         virtual,
         0.1 if dropout else 0.0,
         D**-0.5,
@@ -156,9 +160,9 @@ def kernels(
         weights_of_heads,
     )
     output, returned, lse, stats = launch.attention(*arguments)
-    through = (output, returned if weights else None, lse if weights else None)
+    through = (output, returned if weights else None, lse if weights or packed else None)
     mask_grad = masks is not None and masks != "bool"
-    launch.attention_gradients(*through, output, stats, mask_grad, weights, *arguments)
+    launch.attention_gradients(*through, output, stats, mask_grad, weights or packed, *arguments)
     return found
 
 

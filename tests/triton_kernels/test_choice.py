@@ -5,9 +5,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_mha
-from attention_oracle import checked, explain_attention, make_arguments
+from attention_oracle import checked, make_arguments
 from fused_mha.backends import sdpa, triton
 from fused_mha.backends.capability import Capability, not_supported_reasons
+from fused_mha.core import dispatch
+from fused_mha.core.varlen import of_sequences
 from fused_mha.ops import fallback
 from fused_mha.ops.module import Call
 from native.test_operators import operands
@@ -15,8 +17,8 @@ from native.test_operators import operands
 pytest.importorskip("triton")
 
 
-def explain(learns=False, **options):
-    """The choice for a call on a GPU, with a mask that learns or not."""
+def explain(learns=False, packed=False, **options):
+    """The choice for a call on a GPU, with a mask that learns or not, of packed sequences or not."""
     arguments = make_arguments(**{"D": 64, "D_v": 64, "dtype": torch.float16} | options)
     with FakeTensorMode(allow_non_fake_inputs=True):
         arguments = {
@@ -25,7 +27,11 @@ def explain(learns=False, **options):
         }
         if learns:
             arguments["attn_mask"].requires_grad_()
-        return explain_attention(**arguments)
+        inputs = checked(**arguments)
+        if packed:
+            offsets = torch.empty(3, dtype=torch.int64, device="cuda")
+            inputs = of_sequences(inputs, offsets, offsets)
+        return dispatch.explain_inputs(inputs)
 
 
 @pytest.mark.parametrize("plain", [{}, {"is_causal": True, "S": 3}, {"dtype": torch.float32}], ids=", ".join)

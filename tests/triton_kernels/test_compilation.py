@@ -26,10 +26,12 @@ ON_SM_80 = {
     "softcap": {"D": 64, "softcap": 30.0},
     "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
     "fp32, softcap, sinks": {"dtype": "float32", "D": 64, "softcap": 30.0, "of_heads": ["sinks"]},
+    "fp32, packed": {"dtype": "float32", "D": 64, "packed": True},
 }
 ON_SM_86 = {
     "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
     "large heads": {"D": 256, "padding": True},
+    "packed": {"D": 64, "packed": True},
 }
 ON_SM_90 = {
     "plain, 64": {"D": 64},
@@ -51,6 +53,9 @@ ON_SM_90 = {
     "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
     "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
     "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},
+    "packed, 128": {"D": 128, "packed": True, "H_kv": 2},
+    "packed, options": {"D": 64, "packed": True, "padding": True, "virtual": True}
+    | {"of_heads": ["sinks", "alibi_slopes"]},
 }
 SIZES = [(40, 24), (8, 40), (20, 12)]  # D and D_v, whose tiles have different widths
 UNEVEN = {
@@ -100,6 +105,7 @@ def test_without_the_newer_assembler_the_code_is_whole_too():
         {"dropout": True, "weights": True, "virtual": True},
         {"softcap": 30.0, "of_heads": ["sinks", "alibi_slopes"]},
         {"weights": True, "weights_of_heads": [0]},
+        {"packed": True, "padding": True},
     ],
     ids=str,
 )

@@ -24,6 +24,7 @@ def masked(dtype):
 
 # A call that no rule before this one holds for, and who serves it.
 CALLS = {
+    "packed sequences": (SINGLE | {"packed": True}, "triton"),
     "score options": (SINGLE | {"softcap": 1.0}, "triton"),
     "log-sum-exp": ({"return_lse": True}, "triton"),
     "single query": ({"L": 1}, "triton"),

@@ -65,6 +65,15 @@ def test_one_variant_serves_all_lengths_batches_and_strides_and_a_second_process
     assert counts({"calls": calls}) == [[0, KERNELS, KERNELS]]
 
 
+def test_one_variant_serves_packed_sequences_of_all_lengths_and_numbers(counts, tmp_path):
+    calls = [
+        {"sequences": sequences, "tokens": tokens, "H": H, **flags}
+        for sequences, tokens, H in ((1, 16, 4), (3, 1, 1), (16, 77, 12), (0, 5, 2))
+        for flags in ({}, {"is_causal": True})
+    ]
+    assert counts({"packed": calls[:1]}, {"packed": calls}, cache=tmp_path) == [[KERNELS, 0, KERNELS], [0, 0, KERNELS]]
+
+
 def test_after_warm_up_nothing_is_compiled(counts, tmp_path):
     flags = {"key_padding_mask": "bool", "need_weights": True}
     call = {"padding": True, "need_weights": True, "backward": False}

@@ -35,10 +35,10 @@ class Capability(NamedTuple):
 
 
 _Some = Tensor | None
-# Query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k and bias_v.
-ServedTensors = tuple[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some]
-# Serves the calls of which these differ from another's by values alone.
-Served = Callable[[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some], AttentionResult]
+# Query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k, bias_v, cu_seqlens_q and cu_seqlens_k.
+ServedTensors = tuple[Tensor, Tensor, Tensor, _Some, _Some, _Some, _Some, _Some, _Some, _Some, _Some]
+# Serves the calls of which these differ from another's by values alone; the last two may be left out.
+Served = Callable[..., AttentionResult]
 # The tensors of `ops.module.Call`; output and weights.
 ServedModule = Callable[[Sequence[Tensor | None]], tuple[Tensor, Tensor | None]]
 
@@ -56,19 +56,25 @@ class Backend(NamedTuple):
     serves_module: Callable[[Call], ServedModule | None] = lambda _: None  # what does so with the projections
 
 
-def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
-    """Why a back end cannot serve these inputs; an empty list if it can."""
-    reasons = []
-    device = inputs.query.device.type
-    if capability.devices is not None and device not in capability.devices:
-        reasons.append(f"it runs on {', '.join(capability.devices)} alone (query is on {device})")
-    elif capability.cuda_capability is not None and torch.cuda.is_available():
-        chip = torch.cuda.get_device_capability(inputs.query.device)
+def device_reason(capability: Capability, device: torch.device) -> str | None:
+    """Why a back end serves no call on a device; None if it serves some."""
+    if capability.devices is not None and device.type not in capability.devices:
+        return f"it runs on {', '.join(capability.devices)} alone (query is on {device.type})"
+    if capability.cuda_capability is not None and torch.cuda.is_available():
+        chip = torch.cuda.get_device_capability(device)
         if chip < capability.cuda_capability:
             needed = ".".join(map(str, capability.cuda_capability))
-            reasons.append(f"it needs a GPU of compute capability {needed} (it is {chip[0]}.{chip[1]})")
+            return f"it needs a GPU of compute capability {needed} (it is {chip[0]}.{chip[1]})"
+    return None if capability.is_installed else "it is not in this installation"
+
+
+def not_supported_reasons(capability: Capability, inputs: AttentionInputs) -> list[str]:
+    """Why a back end cannot serve these inputs; an empty list if it can."""
+    of_device = device_reason(capability, inputs.query.device)
+    reasons = [] if of_device is None else [of_device]
     if not capability.is_installed:
-        return reasons or ["it is not in this installation"]
+        return reasons
+    device = inputs.query.device.type
     if inputs.need_weights and not capability.weights:
         heads = inputs.weights_of_heads
         asked = "need_weights=True" if heads is None else f"weights_of_heads={heads}"

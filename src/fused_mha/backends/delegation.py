@@ -86,6 +86,12 @@ def _has_float_mask(inputs: AttentionInputs) -> bool:
 # In the order in which they are asked, of calls that `triton` could serve; the last is for all others.
 RULES = (
     Rule(
+        "packed sequences",
+        "triton",
+        lambda inputs: inputs.cu_seqlens_q is not None,
+        "torch's kernel for these takes no float32, dropout or mask, and the host has to know the longest of them",
+    ),
+    Rule(
         "score options",
         "triton",
         lambda inputs: bool(inputs.score_options()),

@@ -1,10 +1,10 @@
 """What serves an eager call on CUDA of a kind that has come before: looked up, not checked and chosen anew.
 
-`functional.attention` and `one_call` ask. Here the short way and the general one meet: the general one serves the first
-call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`, `dispatch` and the kernels
-look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the flags, and which back end is
-forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other tensors than plain ones, and
-those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
+`attention`, `varlen_attention`, `one_call` and the steps ask. Here the short way and the general one meet: the general
+one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
+`dispatch` and the kernels look at: of every tensor the sizes, strides, dtype, device and its address modulo 16, the
+flags, and which back end is forced. Calls under a compiler, a tracer, a transform or a dispatch mode, those of other
+tensors than plain ones, and those with a mask (of `attention`, a bias too) that needs a gradient, have no kind.
 """
 
 from __future__ import annotations
@@ -118,11 +118,12 @@ def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Serve
 
 
 def _by(back_end: Backend, inputs: AttentionInputs) -> Served:
-    masking, others = inputs[5:8], inputs[12:]  # no tensors, which would be kept alive
+    masking, others = inputs[5:8], inputs[12:-2]  # no tensors, which would be kept alive
 
     def served(*tensors: Any) -> AttentionResult:
-        query, key, value, sinks, slopes, attn_mask, padding, *biases = tensors
-        found = (query, key, value, attn_mask, padding, *masking, *biases, sinks, slopes, *others)
+        query, key, value, sinks, slopes, attn_mask, padding, bias_k, bias_v, *offsets = tensors
+        of_heads = (bias_k, bias_v, sinks, slopes)
+        found = (query, key, value, attn_mask, padding, *masking, *of_heads, *others, *(offsets or (None, None)))
         return dispatch.run(back_end, AttentionInputs._make(found))
 
     return served
@@ -145,8 +146,7 @@ def forget() -> None:
 def run(inputs: AttentionInputs) -> AttentionResult:
     """Compute attention of inputs that were checked."""
     kind = None
-    is_served = inputs.query.device.type == DEVICE and inputs.cu_seqlens_q is None
-    if is_served and not torch.compiler.is_compiling():
+    if inputs.query.device.type == DEVICE and not torch.compiler.is_compiling():
         tensors = tensors_of(inputs)
         kind, served = find(tensors, _flags_of(inputs))
         if served is not None:
@@ -159,12 +159,12 @@ def run(inputs: AttentionInputs) -> AttentionResult:
 def tensors_of(inputs: AttentionInputs) -> ServedTensors:
     """The tensors of a call."""
     query, key, value, attn_mask, key_padding_mask = inputs[:5]
-    of_heads = (inputs.sinks, inputs.alibi_slopes)
-    return query, key, value, *of_heads, attn_mask, key_padding_mask, inputs.bias_k, inputs.bias_v
+    of_heads, biases = (inputs.sinks, inputs.alibi_slopes), (inputs.bias_k, inputs.bias_v)
+    return query, key, value, *of_heads, attn_mask, key_padding_mask, *biases, *inputs[-2:]
 
 
 def _flags_of(inputs: AttentionInputs) -> tuple[Any, ...]:
-    return inputs[5:8] + inputs[12:]
+    return inputs[5:8] + inputs[12:-2]
 
 
 def is_constant(flag: object) -> bool:

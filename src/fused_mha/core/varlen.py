@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_mha.core import dispatch
+from fused_mha.core import plans
 from fused_mha.core.inputs import AttentionInputs, AttentionResult, CausalAlignment, Window, check_attention
 from fused_mha.core.modes import as_autocast_casts, autocast_is_on, recordable
 
@@ -44,7 +44,8 @@ def varlen_attention(
         key: (T_k, H_kv, D); H is a multiple of H_kv.
         value: (T_k, H_kv, D_v).
         cu_seqlens_q: (sequences + 1), int32 or int64, on query's device: where each sequence begins; 0 first, never
-            less than the one before, at most T_q.
+            less than the one before, at most T_q. On CUDA nobody looks at these values, for which the host would have
+            to wait: the rows of wrong offsets have any results, but no memory of others is read or written.
         cu_seqlens_k: (sequences + 1), likewise for the keys.
         key_padding_mask: (T_k), bool (True = ignore) or floating (added to the scores).
         is_causal: as in `attention`, within each sequence.
@@ -63,8 +64,8 @@ def varlen_attention(
         fp64), or None.
 
     Raises:
-        RuntimeError: ranks, shapes, dtypes or devices that disagree, or offsets that do not begin with 0, descend or
-            reach beyond the tokens.
+        RuntimeError: ranks, shapes, dtypes or devices that disagree, or, of a core that reads them on the host, offsets
+            that do not begin with 0, descend or reach beyond the tokens.
         ValueError: as `attention`.
         TypeError: an argument that has to be a tensor is none.
 
@@ -97,7 +98,7 @@ def varlen_attention(
         return_lse=return_lse,
     )
     inputs = of_sequences(inputs, cu_seqlens_q, cu_seqlens_k)
-    output, _, lse = dispatch.run(dispatch.choose(inputs), inputs)
+    output, _, lse = plans.run(inputs)
     return AttentionResult(output.squeeze(0), None, None if lse is None else lse.squeeze(0))
 
 

@@ -83,7 +83,7 @@ def _projections(module: MultiHeadAttention, arguments: ModuleArguments, cache: 
     weight, bias, out_weight, out_bias = found[0], found[4], found[5], found[6]
     D = E // module.num_heads if options is None else options.head_dim
     D_v = D if options is None else options.value_head_dim
-    rows = (E, E, E) if options is None else options.rows
+    rows = (E, E, E) if options is None else options.rows()
     if weight.shape != (sum(rows), E) or out_weight.shape != (E, module.num_heads * D_v):
         return None
     for p in (weight, out_weight, bias, out_bias):

@@ -164,7 +164,7 @@ class MultiHeadAttention(TorchAttention):
         self.dropout = dropout
         self.batch_first = batch_first
         self.head_dim = embed_dim // num_heads if options is None else options.head_dim
-        of_query, of_key, of_value = rows = (embed_dim,) * 3 if options is None else options.rows
+        of_query, of_key, of_value = rows = (embed_dim,) * 3 if options is None else options.rows()
         merged = embed_dim if options is None else num_heads * options.value_head_dim
 
         def parameter(*shape: int) -> Parameter:

@@ -1,7 +1,7 @@
 """Nested tensors: ragged batches, whose sequences the module projects and attends to as packed rows.
 
 The module's forward, and `explain`, call `packed`. `padded` is for the attention weights, which torch's module gives in
-inference though they have no ragged form, and for the kernels of CUDA, which take no packed rows yet.
+inference though they have no ragged form, and for devices without kernels of ours, since torch's take no packed rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_mha.backends import cpu, triton
+from fused_mha.backends.capability import device_reason
 from fused_mha.core.modes import is_recorded, recordable
 from fused_mha.core.varlen import offsets_of
 from fused_mha.module.arguments import ModuleArguments
@@ -102,12 +104,16 @@ def padded(module: nn.MultiheadAttention, arguments: ModuleArguments) -> tuple[M
 _TAKES = "MultiHeadAttention takes nested tensors as query, key and value"
 
 
-_PACKS = ("cpu",)  # devices whose kernels take packed rows
+_CORES = (cpu.BACKEND, triton.BACKEND)  # which take packed rows
 
 
 def is_padded(module: nn.MultiheadAttention, arguments: ModuleArguments, wants_weights: bool) -> bool:
-    """Whether a call is served by `padded`: one for weights, or on a device whose kernels need that."""
-    return wants_weights or (arguments.query.device.type not in _PACKS and _can_be_padded(module, arguments))
+    """Whether a call is served by `padded`: one for weights, or on a device without kernels of ours."""
+    return wants_weights or (_can_be_padded(module, arguments) and not _has_kernels(arguments.query.device))
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return any(device_reason(core.capability, device) is None for core in _CORES)
 
 
 def _can_be_padded(module: nn.MultiheadAttention, arguments: ModuleArguments) -> bool:

@@ -41,7 +41,6 @@ class ModuleOptions(NamedTuple):
     alibi_slopes: tuple[float, ...] | None
     gate: bool
 
-    @property
     def rows(self) -> tuple[int, int, int]:
         """Of the weights that project query, key and value."""
         H_kv = self.num_kv_heads

@@ -53,7 +53,7 @@ def project(module: MultiHeadAttention, arguments: ModuleArguments, is_batched: 
     # Not the attribute: torch too follows a num_heads that is changed later.
     head_dim = module.embed_dim // module.num_heads if options is None else options.head_dim
     value_head_dim = head_dim if options is None else options.value_head_dim
-    rows = None if options is None else options.rows
+    rows = None if options is None else options.rows()
     if key_padding_mask is not None:
         hidden = masks.hidden_keys(key_padding_mask).unsqueeze(-1)
         if not is_batched:

@@ -88,7 +88,7 @@ class HeadwiseParallel(ParallelStyle):
             whole, own[packed] = own[packed], None
             for i, name in enumerate(f"{letter}_proj_{part}" for letter in _PROJECTIONS):
                 if whole is not None:
-                    own[name] = Parameter(whole.detach().split(options.rows)[i], requires_grad=whole.requires_grad)
+                    own[name] = Parameter(whole.detach().split(options.rows())[i], requires_grad=whole.requires_grad)
                 own.setdefault(name, None)
         for name in OWN_NAMES:  # which a module without options lacks
             own.setdefault(name, None)
@@ -284,7 +284,7 @@ class _HeadShards(MultiHeadAttention):
             whole = entries.get(f"{prefix}in_proj_{part}")
             if whole is None or self._parameters[f"q_proj_{part}"] is None:
                 continue
-            rows = self.shards.options.rows
+            rows = self.shards.options.rows()
             if whole.shape[0] != sum(rows):
                 shape = (sum(rows), *whole.shape[1:])
                 error_msgs.append(f"{prefix}in_proj_{part} must have shape {shape}; got {tuple(whole.shape)}")

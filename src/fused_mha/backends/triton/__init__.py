@@ -39,7 +39,7 @@ def assemblers() -> list[str]:
 
 def _attention(*inputs: Any) -> tuple[Tensor, ...]:
     query, key, value = inputs[:3]
-    is_served = query.numel() > 0 and key.numel() > 0 and inputs[10] is None  # no packed sequences
+    is_served = query.numel() > 0 and key.numel() > 0
     if is_served and query.dtype in _DTYPES and max(query.shape[3], value.shape[3]) <= MOST_HEAD_SIZE:
         return _kernels().attention(*inputs)
     return fallback.attention(*inputs)  # a graph that was exported with the operator, on another device
@@ -97,7 +97,6 @@ BACKEND = Backend(
         onnx_export=False,
         reads_hidden_keys=False,
         empty_tensors=False,
-        packed_sequences=False,
         most_head_size=MOST_HEAD_SIZE,
         cuda_capability=(8, 0),
     ),

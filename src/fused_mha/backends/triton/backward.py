@@ -108,9 +108,12 @@ def _grad_sink(call, given, head, rows, shift, factor, delta, TILE: tl.constexpr
 
 @triton.jit
 def _store_of_block(result, call, head, first_row, rows, values, TILE: tl.constexpr):
-    """The sum of a block's rows, in (N, H, blocks)."""
-    blocks = tl.cdiv(call.L, TILE.BLOCK_M)
-    at = result + (head.n * call.H + head.h) * blocks + first_row // TILE.BLOCK_M
+    """The sum of a block's rows, in (N, H, blocks), or in (1, H, slots) of packed sequences."""
+    if call.place is not None:
+        at = result + head.h * call.place.slots + call.place.slot
+    else:
+        blocks = tl.cdiv(call.L, TILE.BLOCK_M)
+        at = result + (head.n * call.H + head.h) * blocks + first_row // TILE.BLOCK_M
     tl.store(at, tl.sum(tl.where(rows < call.L, values, 0.0), 0))
 
 
@@ -118,7 +121,8 @@ def _store_of_block(result, call, head, first_row, rows, values, TILE: tl.conste
 def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr):
     """The gradients of a block of queries, (N, L, H, D), and of `Given` what the kernels below read.
 
-    What the block adds to the gradient of the head's sink, and takes off that of its slope, is in (N, H, blocks).
+    What the block adds to the gradient of the head's sink, and takes off that of its slope, is in (N, H, blocks), or in
+    (1, H, slots) of packed sequences.
 
     A delta is what is subtracted from dW, the gradients of the weights W: rowsum(W * dW) less the gradient of the
     log-sum-exp. dW is dO V^T and what comes through the weights. Of half types, the first part is taken as
@@ -190,7 +194,8 @@ def grad_query(call, given, result, grad_sinks, grad_slopes, TILE: tl.constexpr)
     if SLOPES:
         _store_of_block(grad_slopes, call, head, first_row, rows, of_slope, TILE)
     at = result + head.n * call.grad_query_n + head.h * TILE.D
-    store_rows(at, call.grad_query_l, rows, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
+    places = rows if call.place is None else rows + call.place.first_query  # among those of all sequences
+    store_rows(at, call.grad_query_l, places, rows < call.L, total * call.scale, TILE.D, TILE.BLOCK_D)
 
 
 class Sums(NamedTuple):
@@ -242,13 +247,15 @@ def grad_key_value(
 ):
     """The gradients of a block of keys (N, S, H_kv, D) and values, of their columns of scores (N, H, S), of the biases.
 
-    All heads of queries that share the keys are summed here. A bias' gradient is of each batch element, (N, H_kv, D).
+    All heads of queries that share the keys are summed here. A bias' gradient is of each batch element, (N, H_kv, D),
+    or of each packed sequence and of what is behind them, (N + 1, H_kv, D).
     """
     blocks = tl.cdiv(call.columns, TILE.BLOCK_N)
     key_heads = call.H // call.group
     n, kv, block = program_of(call, blocks, key_heads)
     first_column = block * TILE.BLOCK_N
     columns = first_column + tl.arange(0, TILE.BLOCK_N)
+    places = columns if call.place is None else columns + call.place.first_key  # among those of all sequences
     head = head_of(call, n, kv * call.group)
     key = load_keys(call, head, columns, TILE, EDGE)
     value = load_values(call, head, columns, TILE, EDGE)
@@ -275,16 +282,19 @@ def grad_key_value(
         grad_k = sums.key
         grad_v = sums.value
         if grad_columns is not None:
-            at = (head.n * call.H + head.h) * call.S + columns
+            if call.place is not None:
+                at = head.h * call.place.all_keys + places
+            else:
+                at = (head.n * call.H + head.h) * call.S + places
             tl.store(grad_columns + at, sums.columns, mask=columns < call.S)
     grad_k *= call.scale
     if call.seed is not None:
         grad_v *= call.kept_factor
     is_key = columns < call.S
     at = grad_key + n.to(tl.int64) * call.grad_key_n + kv * TILE.D
-    store_rows(at, call.grad_key_l, columns, is_key, grad_k, TILE.D, TILE.BLOCK_D)
+    store_rows(at, call.grad_key_l, places, is_key, grad_k, TILE.D, TILE.BLOCK_D)
     at = grad_value + n.to(tl.int64) * call.grad_value_n + kv * TILE.D_V
-    store_rows(at, call.grad_value_l, columns, is_key, grad_v, TILE.D_V, TILE.BLOCK_DV)
+    store_rows(at, call.grad_value_l, places, is_key, grad_v, TILE.D_V, TILE.BLOCK_DV)
     if call.bias_k is not None:
         of_bias = n.to(tl.int64) * key_heads + kv
         is_bias = columns == call.S

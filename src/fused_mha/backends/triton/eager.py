@@ -44,18 +44,20 @@ class Kept:
         key_padding_mask: Tensor | None,
         bias_k: Tensor | None,
         bias_v: Tensor | None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
     ) -> AttentionResult:
         """Attention; `plans` sees to it that no mask and no bias needs a gradient."""
         seed = draw_seed(self._dropout_p, self._device) if self._dropout_p else None
-        others = (attn_mask, key_padding_mask, bias_k, bias_v, seed)
+        others, offsets = (attn_mask, key_padding_mask, bias_k, bias_v, seed), (cu_seqlens_q, cu_seqlens_k)
         of_heads = () if sinks is None and alibi_slopes is None else (sinks, alibi_slopes)
         learns = query.requires_grad or key.requires_grad or value.requires_grad or _any_learns(of_heads)
         if not torch.is_grad_enabled() or not learns:
-            output, weights, lse, _ = self.plan.forward((query, key, value, *others, sinks, alibi_slopes, *_NO_OFFSETS))
+            output, weights, lse, _ = self.plan.forward((query, key, value, *others, sinks, alibi_slopes, *offsets))
         elif self.returns_output_alone:
-            return AttentionResult(_record(self, others, query, key, value, *of_heads), None, None)
+            return AttentionResult(_record(self, (*others, *offsets), query, key, value, *of_heads), None, None)
         else:
-            output, weights, lse = _record(self, others, query, key, value, *of_heads)
+            output, weights, lse = _record(self, (*others, *offsets), query, key, value, *of_heads)
         return AttentionResult(output, weights, lse if self._return_lse else None)
 
     def plan_of_saved(self, tensors: Sequence[Tensor | None], output: Tensor, stats: Tensor) -> Plan | None:
@@ -103,14 +105,13 @@ class _Attention(torch.autograd.Function):
         value: Tensor,
         *of_heads: Tensor | None,
     ) -> Any:
-        sinks, slopes = of_heads or (None, None)
-        output, weights, lse, stats = kept.plan.forward((query, key, value, *others, sinks, slopes, *_NO_OFFSETS))
-        attn_mask, key_padding_mask, bias_k, bias_v, seed = others
+        attn_mask, key_padding_mask, *biases_and_seed = others[:_OFFSETS]
+        rest = (*biases_and_seed, *(of_heads or (None, None)), *others[_OFFSETS:])
+        output, weights, lse, stats = kept.plan.forward((query, key, value, attn_mask, key_padding_mask, *rest))
         if attn_mask is not None:
             attn_mask = schema.own_mask(attn_mask, query)
         if key_padding_mask is not None:
             key_padding_mask = schema.own_mask(key_padding_mask, query)
-        rest = (bias_k, bias_v, seed, sinks, slopes, *_NO_OFFSETS)
         ctx.save_for_backward(query, key, value, attn_mask, key_padding_mask, *rest, output, stats)
         ctx.kept = kept
         ctx.set_materialize_grads(False)
@@ -152,7 +153,7 @@ class _Attention(torch.autograd.Function):
 
 
 _MASKS, _SINKS = (3, 4), 8  # of the tensors of a call; slopes follow
-_NO_OFFSETS = (None, None)  # of packed sequences
+_OFFSETS = 5  # where those of packed sequences are in what `others` holds of them
 _RESULTS = 3  # output, weights and log-sum-exp, or the output alone
 # Without what `Function.apply` does for transforms: of those, there is none here.
 _base: Any = super(torch.autograd.Function, _Attention)

@@ -1,10 +1,11 @@
 """The one kernel that is launched: it makes the `Call` of its arguments and runs the kernel that it is given.
 
-`launch` calls it. Triton compiles a kernel anew for a number that is 1 and for one that 16 divides, unless the number
-is an argument of its own that is not to be looked at; so these are, and any lengths and strides run the same code.
+`launch` calls it. Of packed sequences, the call is of the one that the program works on. Triton compiles a kernel anew
+for a number that is 1 and for one that 16 divides, unless the number is an argument of its own that is not to be looked
+at; so these are, and any lengths and strides run the same code.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 from __future__ import annotations
 
 from typing import Any
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from fused_mha.backends.triton.assembler import assembled
+from fused_mha.backends.triton.packed import place_of_program
 from fused_mha.backends.triton.tiles import PADDING_UNIT, TENSORS, Call, multiple
 
 
@@ -65,13 +67,39 @@ def entry(
     kept_factor,
     diagonal,
     softcap,
+    place,
     operands,
     TILE: tl.constexpr,
 ):
     """Runs `KERNEL(call, *operands, TILE)`."""
     UNIT: tl.constexpr = 128 // tensors[0].dtype.element_ty.primitive_bitwidth  # elements of 16 bytes
+    query, key, value, attn_mask, padding, squares, bias_k, bias_v, seed, sinks, slopes, of_queries, of_keys = tensors
+    if of_queries is not None:
+        BLOCK: tl.constexpr = TILE.BLOCK_N if TILE.BY_KEYS else TILE.BLOCK_M
+        place = place_of_program(of_queries, of_keys, N, L, S, columns - S, TILE.BY_KEYS, BLOCK)
+        query += place.first_query.to(tl.int64) * multiple(query_l, UNIT)
+        key += place.first_key.to(tl.int64) * multiple(key_l, UNIT)
+        value += place.first_key.to(tl.int64) * multiple(value_l, UNIT)
+        if padding is not None:
+            padding += place.first_key
+        diagonal = (place.keys - place.queries) * diagonal
+        first_visible += diagonal
+        last_visible = tl.where(place.sequence < N, last_visible + diagonal, -(L + S + 1))
+        L, S, columns = place.queries, place.keys, place.columns
     call = Call(
-        *tensors,
+        query,
+        key,
+        value,
+        attn_mask,
+        padding,
+        squares,
+        bias_k,
+        bias_v,
+        seed,
+        sinks,
+        slopes,
+        of_queries,
+        of_keys,
         multiple(query_n, UNIT),
         multiple(query_l, UNIT),
         multiple(query_h, UNIT),
@@ -111,5 +139,6 @@ def entry(
         kept_factor,
         diagonal,
         softcap,
+        place,
     )
     KERNEL(call, *operands, TILE)

@@ -55,7 +55,7 @@ class Finite:
     def __init__(self, sizes: tuple[int, int, int], length_first: bool) -> None:
         N, S, E = sizes
         numbers = dict.fromkeys(Call._fields[TENSORS:], 0) | {"scale": 0.0, "kept_factor": 0.0, "columns": E}
-        numbers |= {"diagonal": None, "softcap": None}
+        numbers |= {"diagonal": None, "softcap": None, "place": None}
         numbers |= {"L": N, "S": 1, "N": S} if length_first else {"L": S, "S": S, "N": 1}
         call = Call(**dict.fromkeys(Call._fields[:TENSORS]), **numbers)
         self._launch = Launcher(finite_where_hidden, N * S, _LAUNCH, call, Rows(_LAUNCH.BLOCK_N))

@@ -23,6 +23,7 @@ from fused_mha.backends.triton.tiles import (
     NEGATIVE_INFINITY,
     all_rows,
     block_of_queries,
+    first_of_rows,
     full,
     is_kept,
     load_keys,
@@ -103,7 +104,7 @@ def forward(call, output, lse, stats, TILE: tl.constexpr):
     summed = tl.where(is_hidden[:, None], 0.0, summed * factor[:, None])
     at_output = rows_of_output(output, call, head, TILE)
     store_rows(at_output, call.output_l, rows, rows < call.L, summed, TILE.D_V, TILE.BLOCK_DV)
-    at = head.n * call.H * call.L + head.h * call.L + rows
+    at = first_of_rows(call, head) + rows
     tl.store(stats + at, row_max, mask=rows < call.L)
     tl.store(stats + all_rows(call) + at, row_sum, mask=rows < call.L)
     natural_max = row_max if TILE.NATURAL else row_max * call.scale

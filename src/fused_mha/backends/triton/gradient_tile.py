@@ -11,6 +11,8 @@ import triton.language as tl
 from fused_mha.backends.triton.scores import scores_of, softmax_tile
 from fused_mha.backends.triton.tiles import MOST_ROWS, is_kept, load_rows, multiple, rows_of_output
 
+TERMS_UNIT = tl.constexpr(4)  # elements of 16 bytes, where the terms of each packed sequence begin
+
 
 class Given(NamedTuple):
     """What the gradients are computed from, beside the call; the first, `output` and `cleaned` lie as the output, all
@@ -59,7 +61,11 @@ def _load(at, is_read):
 
 @triton.jit
 def terms_of(call, given, head, rows):
-    """Where the shifts of rows are, and how far from them the factors: L', a multiple of every BLOCK_M."""
+    """Where the shifts of rows are, and how far from them the factors: L', so that there are whole blocks."""
+    if call.place is not None:
+        length = (tl.cdiv(call.place.all_queries + (call.N + 1) * TERMS_UNIT, MOST_ROWS) + 1) * MOST_ROWS
+        first = (call.place.first_query // TERMS_UNIT + call.place.sequence) * TERMS_UNIT  # with room for the others
+        return given.terms + head.h * 3 * length + first + rows, length
     length = tl.cdiv(call.L, MOST_ROWS) * MOST_ROWS
     return given.terms + (head.n * call.H + head.h) * 3 * length + rows, length
 

@@ -19,11 +19,11 @@ from fused_mha.backends.delegation import MOST_HEADS_OF_TORCH
 from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
 from fused_mha.backends.triton.forward import forward
-from fused_mha.backends.triton.gradient_tile import Given
+from fused_mha.backends.triton.gradient_tile import TERMS_UNIT, Given
 from fused_mha.backends.triton.launcher import Launcher
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch
-from fused_mha.backends.triton.tiles import MOST_ROWS, Searched
+from fused_mha.backends.triton.tiles import MOST_ROWS, Call, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
 from fused_mha.core.modes import memory_of
@@ -146,7 +146,7 @@ class Plan:
         self._call, self._tiling = prepare(a, layout)
         N, L, H, _ = a.query.shape
         tiling = self._tiling.forward
-        programs = N * H * blocks(L, tiling.BLOCK_M)
+        programs = H * preparation.blocks_of_queries(a, tiling.BLOCK_M)
         self._forward = Launcher(forward, programs, tiling, self._call, tile_of(a, tiling))
         D_v = a.value.shape[3]
         self._output = self._maker((N, L, H, D_v), a.query.dtype, (*layout.output, D_v, 1))
@@ -245,38 +245,44 @@ class Plan:
         N, L, H, _ = query.shape
         S, H_kv = key.shape[1:3]
 
-        def launcher(kernel: Any, programs: int, tiling: Launch, **changed: int) -> Launcher:
-            tile = tile_of(a, tiling)
+        def launcher(
+            kernel: Any, programs: int, tiling: Launch, call: Call = self._call, by_keys: bool = False
+        ) -> Launcher:
+            tile = tile_of(a, tiling)._replace(BY_KEYS=by_keys)
             tile = with_weights(tile, a) if of_weights else tile
-            return Launcher(kernel, programs, tiling, self._call._replace(**changed), tile)
+            return Launcher(kernel, programs, tiling, call, tile)
 
         tiling = self._tiling.grad_query
-        row_blocks = blocks(L, tiling.BLOCK_M)
-        grad_query = launcher(kernels_of_backward.grad_query, N * H * row_blocks, tiling)
+        all_blocks = preparation.blocks_of_queries(a, tiling.BLOCK_M)
+        grad_query = launcher(kernels_of_backward.grad_query, H * all_blocks, tiling)
         grad_mask = of_mask = None
         if mask_grad and self._mask_sizes is not None:
             batches, heads = self._mask_sizes
-            programs = batches * heads * row_blocks * blocks(S, tiling.BLOCK_N)
-            sizes = {"mask_batches": batches, "mask_heads": heads}
-            grad_mask = launcher(kernels_of_backward.grad_mask, programs, tiling, **sizes)
+            programs = batches * heads * blocks(L, tiling.BLOCK_M) * blocks(S, tiling.BLOCK_N)
+            call = self._call._replace(mask_batches=batches, mask_heads=heads)
+            grad_mask = launcher(kernels_of_backward.grad_mask, programs, tiling, call)
             of_mask = self._maker((batches, heads, L, S), torch.float32)
         tiling = self._tiling.grad_key_value
-        programs = N * H_kv * blocks(a.columns, tiling.BLOCK_N)
+        programs = H_kv * preparation.blocks_of_keys(a, tiling.BLOCK_N)
         biases = () if a.bias_k is None else (key, value)
-        of_blocks = self._maker((N, H, row_blocks), torch.float32)
+        of_blocks = self._maker((N, H, all_blocks // N), torch.float32)
+        batch, terms = N, blocks(L, MOST_ROWS.value)
+        if preparation.is_packed(a):  # of each sequence and what is behind them
+            batch = preparation.sequences_of(a) + 1
+            terms = blocks(L + batch * TERMS_UNIT.value, MOST_ROWS.value) + 1
         return _Backward(
             grad_query,
             grad_mask,
-            launcher(kernels_of_backward.grad_key_value, programs, tiling),
+            launcher(kernels_of_backward.grad_key_value, programs, tiling, by_keys=True),
             tuple(self._maker(tuple(x.shape), x.dtype) for x in (query, key, value)),
             of_mask,
             self._maker((N, H, S), torch.float32) if columns_grad else None,
-            tuple(self._maker((N, H_kv, x.shape[3]), torch.float32) for x in biases),
+            tuple(self._maker((batch, H_kv, x.shape[3]), torch.float32) for x in biases),
             (
                 None if a.sinks is None else of_blocks,
                 of_blocks if a.alibi_slopes is not None and slopes_grad else None,
             ),
-            self._maker((N, H, 3, blocks(L, MOST_ROWS.value) * MOST_ROWS.value), torch.float32),
+            self._maker((N, H, 3, terms * MOST_ROWS.value), torch.float32),
             None if not preparation.may_hide_queries(a) else self._output,
         )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_mha.backends.triton import assembler, readable
+from fused_mha.backends.triton import assembler, packed, readable
 from fused_mha.backends.triton.tile_config import Config, Kind, Launch, config
 from fused_mha.backends.triton.tiles import TENSORS, Call, Tile
 from fused_mha.backends.triton.visibility import SQUARE
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
 def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
     """The numbers of the call, its tensors None, and how its kernels are launched."""
     query, key, value, mask, padding = arguments[:5]
-    N, L, H, D = query.shape
+    _, L, H, D = query.shape
     S, H_kv = key.shape[1:3]
     far = L + S + 1  # beyond every key
     first, last, p = arguments.first_visible, arguments.last_visible, drawn_probability(arguments.dropout_p)
@@ -51,7 +51,7 @@ def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
         *readable.strides(query),
         *readable.strides(key),
         *readable.strides(value),
-        *(stride for of in layout for stride in of),
+        *(stride for n, rows in layout for stride in (0 if is_packed(arguments) else n, rows)),
         *((0, 0, 0) if mask is None else readable.strides(mask)),
         _together(arguments),
         0 if mask is None else mask.shape[0],
@@ -59,7 +59,7 @@ def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
         0 if squares is None or squares[0] == 1 else math.prod(squares[1:]),
         0 if squares is None or squares[1] == 1 else math.prod(squares[2:]),
         0 if padding is None or padding.shape[0] == 1 else padding.stride(0),
-        N,
+        sequences_of(arguments),
         L,
         S,
         arguments.columns,
@@ -70,11 +70,41 @@ def prepare(arguments: Arguments, layout: Layout) -> tuple[Call, Config]:
         arguments.scale,
         min(int(p * 65536), 65535),
         1 / (1 - p) if p < 1.0 else 0.0,
-        None if arguments.alibi_slopes is None else S - L if arguments.bottom_right else 0,
+        _diagonal(arguments),
         arguments.softcap,
+        None,
     ]
     call = Call._make([None] * TENSORS + numbers)
     return call, config(_shared_memory(query.device), query.dtype, max(D, value.shape[3]), _kind(arguments))
+
+
+def _diagonal(a: Arguments) -> int | None:
+    if is_packed(a):
+        return int(a.bottom_right)
+    L, S = a.query.shape[1], a.key.shape[1]
+    return None if a.alibi_slopes is None else S - L if a.bottom_right else 0
+
+
+def is_packed(a: Arguments) -> bool:
+    """Whether the rows are those of packed sequences."""
+    return a.cu_seqlens_q is not None
+
+
+def sequences_of(a: Arguments) -> int:
+    """How many packed sequences there are; batch elements without."""
+    return a.query.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1
+
+
+def blocks_of_queries(a: Arguments, block: int) -> int:
+    """How many programs each head of queries has, in blocks of so many."""
+    L = a.query.shape[1]
+    return packed.slots(L, sequences_of(a), block) if is_packed(a) else sequences_of(a) * blocks(L, block)
+
+
+def blocks_of_keys(a: Arguments, block: int) -> int:
+    """The same of keys and virtual keys."""
+    N, S, virtual = sequences_of(a), a.key.shape[1], a.columns - a.key.shape[1]
+    return packed.slots(S + (N + 1) * virtual, N, block) if is_packed(a) else N * blocks(a.columns, block)
 
 
 def squares_shape(a: Arguments) -> tuple[int, int, int, int] | None:
@@ -126,6 +156,7 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
         WEIGHTS_UNIT=1,
         PRECISION="tf32" if arguments.query.dtype == torch.float32 and allows_tf32() else "ieee",
         PLACED=arguments.seed is not None and arguments.seed.shape[0] > 2,
+        BY_KEYS=False,
     )
 
 
@@ -149,9 +180,11 @@ def named_heads(a: Arguments) -> Tensor | None:
 
 
 def may_hide_queries(a: Arguments) -> bool:
-    """Whether there may be a query that sees no key."""
+    """Whether there may be a query that sees no key, beside one that does."""
     has_mask = a.attn_mask is not None or a.key_padding_mask is not None
     in_band = a.first_visible is None and (a.last_visible or 0) >= 0
+    if is_packed(a) and a.bottom_right and a.last_visible is not None:  # of more queries than keys
+        in_band = False
     return a.columns == a.key.shape[1] and (has_mask or not in_band)
 
 

@@ -20,8 +20,9 @@ def arguments(a: Arguments) -> Arguments:
     padding = None if padding is None else rows(padding, PADDING_UNIT.value)
     biases = (None if x is None else rows(x.contiguous(), unit) for x in a[5:7])
     seed = None if a.seed is None else rows(a.seed.contiguous(), 1)
-    of_heads = (None if x is None else rows(x if x.element_size() in (2, 4) else x.float(), 1) for x in a[8:TENSORS])
-    return Arguments.of((query, key, value, mask, padding, *biases, seed, *of_heads), a[TENSORS:])
+    of_heads = (None if x is None else rows(x if x.element_size() in (2, 4) else x.float(), 1) for x in a[8:10])
+    offsets = (None if x is None else rows(x, 1) for x in a[10:TENSORS])
+    return Arguments.of((query, key, value, mask, padding, *biases, seed, *of_heads, *offsets), a[TENSORS:])
 
 
 def rows(x: Tensor, unit: int) -> Tensor:

@@ -37,6 +37,7 @@ class Tile(NamedTuple):
     WEIGHTS_UNIT: int  # which divides the rows of the weights, likewise
     PRECISION: str  # of fp32 products, as `tl.dot` names it
     PLACED: bool  # the seed says where the call stands in a longer one
+    BY_KEYS: bool  # a program has a block of keys, not of queries
 
 
 class Searched(NamedTuple):
@@ -50,7 +51,8 @@ class Searched(NamedTuple):
 class Call(NamedTuple):
     """What every kernel is given of a call: tensors, then numbers. Strides are in elements, 0 where a mask broadcasts.
 
-    Addresses, strides and head sizes of all but the masks are multiples of 16 bytes.
+    Addresses, strides and head sizes of all but the masks are multiples of 16 bytes. Of packed sequences, those of
+    batch elements are 0, and `launch` gives the numbers of all; `entry` makes those of one sequence of them.
     """
 
     query: Any  # (N, L, H, D), as all of them with contiguous last dimensions
@@ -64,8 +66,8 @@ class Call(NamedTuple):
     seed: Any  # (2) or, PLACED, (6), int64, or None
     sinks: Any  # (H) or None
     alibi_slopes: Any  # (H) or None
-    cu_seqlens_q: Any  # None: packed sequences are not served
-    cu_seqlens_k: Any
+    cu_seqlens_q: Any  # (N + 1), int64, of packed sequences, or None
+    cu_seqlens_k: Any  # likewise
     query_n: Any
     query_l: Any
     query_h: Any
@@ -103,8 +105,9 @@ class Call(NamedTuple):
     scale: Any
     threshold: Any  # of 16 random bits, from which on dropout keeps
     kept_factor: Any  # 1 / (1 - dropout_p), 0 where it keeps nothing
-    diagonal: Any  # the position of query i less i, or None without slopes
+    diagonal: Any  # the position of query i less i, or None without slopes; for packed sequences `launch` gives 1 or 0
     softcap: Any  # or None
+    place: Any  # of packed sequences, which `entry` finds, or None
 
 
 TENSORS = Call._fields.index("query_n")  # how many of the fields
@@ -179,7 +182,8 @@ def load_rows(tensor, row_stride, rows, is_read, D: tl.constexpr, BLOCK_D: tl.co
 @triton.jit
 def rows_of_output(tensor, call, head, TILE: tl.constexpr):
     """Where a head of the output begins, or of what lies as the output does."""
-    return tensor + head.n * call.output_n + head.h * TILE.D_V
+    at = tensor + head.n * call.output_n + head.h * TILE.D_V
+    return at if call.place is None else at + call.place.first_query.to(tl.int64) * call.output_l
 
 
 @triton.jit
@@ -231,7 +235,9 @@ def load_values(call, head, columns, TILE: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit
 def program_of(call, blocks, heads):
-    """This program's batch element, its head and its block."""
+    """This program's batch element or packed sequence, its head and its block."""
+    if call.place is not None:
+        return call.place.sequence, call.place.head, call.place.block
     element = tl.program_id(0) % call.together
     rest = tl.program_id(0) // call.together
     sequence = rest // blocks
@@ -243,7 +249,8 @@ def block_of_queries(call, TILE: tl.constexpr):
     """This program's head and its first query. The last queries come first: causality gives them the most work."""
     blocks = tl.cdiv(call.L, TILE.BLOCK_M)
     n, h, block = program_of(call, blocks, call.H)
-    return head_of(call, n, h), (blocks - 1 - block) * TILE.BLOCK_M
+    head = head_of(call, n, h)
+    return head, (blocks - 1 - block if call.place is None else block) * TILE.BLOCK_M
 
 
 @triton.jit
@@ -259,13 +266,23 @@ def tile_of_matrices(call, columns, TILE: tl.constexpr):
 @triton.jit
 def all_rows(call):
     """How many there are, of all heads."""
+    if call.place is not None:
+        return tl.cast(call.H, tl.int64) * call.place.all_queries
     return tl.cast(call.N, tl.int64) * call.H * call.L
+
+
+@triton.jit
+def first_of_rows(call, head):
+    """Where the rows of a head begin in a contiguous tensor (N, H, L)."""
+    if call.place is not None:
+        return head.h * call.place.all_queries + call.place.first_query
+    return head.n * call.H * call.L + head.h * call.L
 
 
 @triton.jit
 def load_of_rows(tensor, call, head, rows):
     """Numbers of a contiguous tensor (N, H, L)."""
-    return tl.load(tensor + (head.n * call.H + head.h) * call.L + rows, mask=rows < call.L, other=0.0)
+    return tl.load(tensor + first_of_rows(call, head) + rows, mask=rows < call.L, other=0.0)
 
 
 @triton.jit
