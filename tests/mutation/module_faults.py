@@ -209,7 +209,7 @@ FAULTS = [
     Fault(
         "a cache keeps what an export traces",
         PACKAGE + "module/cache.py",
-        "if torch.compiler.is_exporting() or torch.jit.is_tracing():",
+        "if is_exported() or torch.jit.is_tracing():",
         "if False:",
         EXPORT,
     ),

@@ -66,6 +66,12 @@ def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+@constant_for_dynamo  # which takes torch's question for True, up to torch 2.10
+def is_exported() -> bool:
+    """Whether `torch.export` is tracing."""
+    return torch.compiler.is_exporting()
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether nothing records or transforms ``x``, so that its values may be read and a result may take its place."""
     return type(x) is Tensor and not x.requires_grad and is_eager()

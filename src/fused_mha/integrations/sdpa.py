@@ -25,6 +25,7 @@ from fused_mha.core.modes import (
     as_autocast_casts,
     autocast_is_on,
     constant_for_dynamo,
+    is_exported,
     is_recorded,
     onnx_export_is_active,
 )
@@ -118,7 +119,7 @@ def inputs_of(
     in_onnx = onnx_export_is_active()  # in old opsets, what torch's operator is there is wrong on rows that see nothing
     if has_torch_function((query, key, value, attn_mask)) and not in_onnx:
         return "a subclass of torch.Tensor or a mode has its own way"
-    if torch.compiler.is_exporting() and not in_onnx:
+    if is_exported() and not in_onnx:
         return "an exported program has torch's operator"
     dims = query.dim()
     if dims not in (3, 4) or key.dim() != dims or value.dim() != dims:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.activation import MultiheadAttention as TorchAttention
 
-from fused_mha.core.modes import is_eager
+from fused_mha.core.modes import is_eager, is_exported
 
 if TYPE_CHECKING:
     from fused_mha.module.multi_head_attention import MultiHeadAttention
@@ -223,7 +223,7 @@ class KeyValueCache:
         self, module: MultiHeadAttention, key: Tensor, value: Tensor, padding: Tensor | None, need_weights: bool
     ) -> None:
         """Raise unless a call's new keys and values, (N, L, H_kv, D) and (N, L, H_kv, D_v), belong here."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if is_exported() or torch.jit.is_tracing():
             raise ValueError(
                 "cache must be None in a model that is exported or traced, which keeps nothing between calls; got a "
                 "KeyValueCache. Let past keys and values be inputs of the model, for fused_mha.attention with "
