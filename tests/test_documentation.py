@@ -99,6 +99,7 @@ CUDA_GROUPS = (
     [
         ("AMD EPYC: the module", "amd_epyc_avx512_bf16/module.json", None),
         ("AMD EPYC: the attention core", "amd_epyc_avx512_bf16/attention.json", None),
+        ("Intel Xeon, 2 cores: the module", "intel_xeon_avx512_amx/module.json", None),
         ("Intel Xeon, 2 cores: scaled_dot_product_attention", "intel_xeon_avx512_amx/sdpa.json", None),
         ("Intel Xeon, 2 cores: softcap, sinks and ALiBi", "intel_xeon_avx512_amx/options.json", None),
         (
@@ -131,6 +132,7 @@ def test_a_table_of_figures_has_those_that_were_recorded(heading, results, names
             ("intel_xeon_avx512_amx/options.json", f"{option}, fp32 forward, against torch")
             for option in ("softcap", "sinks", "ALiBi")
         ),
+        *(("intel_xeon_avx512_amx/module.json", name) for name in ("fp32 inference", "bf16 training step")),
         ("nvidia_h100/cuda.json", "module, training step"),
         ("nvidia_h100/cuda.json", "dropout, forward and backward"),
     ],
