@@ -110,7 +110,7 @@ FAULTS = [
     Fault(
         "cuda: ALiBi from the first key",
         CUDA + "preparation.py",
-        "S - L if arguments.bottom_right else 0",
+        "S - L if a.bottom_right else 0",
         "0",
         INTERPRETED + " -k ALiBi",
     ),

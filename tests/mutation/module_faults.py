@@ -180,8 +180,8 @@ FAULTS = [
     Fault(
         "a cache keeps the slots that no element needs",
         PACKAGE + "module/cache.py",
-        "fewest = _number(behind.min().clamp(max=stored))",
-        "fewest = 0 * _number(behind.min().clamp(max=stored))",
+        "fewest = _number(torch.maximum(last.min(), behind.min() - self._dropped).clamp(max=stored))",
+        "fewest = 0",
         "tests/module/test_cache_changes.py",
     ),
     Fault(
