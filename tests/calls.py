@@ -40,6 +40,17 @@ def composed():
     return mock.patch.object(one_call, "forward", return_value=None)
 
 
+class Function(nn.Module):
+    """A model that is a function of its inputs."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
 class Doubled(nn.Module):
     """A parametrization."""
 

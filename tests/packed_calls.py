@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from hypothesis import strategies as st
 
 import fused_mha
 
@@ -46,6 +47,28 @@ def packed_call(lengths=LENGTHS, H=4, H_kv=2, D=16, D_v=24, dtype=torch.float32,
             hidden if padding_dtype == torch.bool else torch.randn(tokens_k).masked_fill(hidden, float("-inf"))
         )
     return arguments
+
+
+@st.composite
+def random_calls(draw, most=7, dtypes=(torch.float32,)):
+    """The arguments of up to so many sequences, with every option."""
+    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=most))
+    H_kv = draw(st.sampled_from([1, 2]))
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    return packed_call(
+        ([q for q, _ in lengths], [k for _, k in lengths]),
+        H=H_kv * draw(st.sampled_from([1, 3])),
+        H_kv=H_kv,
+        D=draw(st.sampled_from([1, 8, 17])),
+        D_v=draw(st.sampled_from([1, 16])),
+        dtype=draw(st.sampled_from(dtypes)),
+        of_heads=draw(st.sampled_from([(), ("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")])),
+        is_causal=draw(st.booleans()),
+        causal_alignment=draw(st.sampled_from(["top_left", "bottom_right"])),
+        window=draw(st.sampled_from([None, (2, None), (None, 3), (5, 1)])),
+        softcap=draw(st.sampled_from([None, 1.5])),
+        padding_dtype=draw(st.sampled_from([None, torch.bool, torch.float32])),
+    )
 
 
 def one_by_one(

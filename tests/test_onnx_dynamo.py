@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fused_mha
+from calls import Function
 from fused_mha import KeyValueCache, MultiHeadAttention, RotaryEmbedding, attention, scaled_dot_product_attention
 
 E, H, D = 8, 4, 4
@@ -152,15 +153,6 @@ CORE_BY_STEPS = {
     "packed and unpacked": lambda t: (fused_mha.unpack(fused_mha.pack(t["x"], t["padding"])[0] * 2, t["padding"]),),
 }
 ALL = (MODULES, MODULES_BY_STEPS, CORE, CORE_BY_STEPS)
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 class Calls(nn.Module):

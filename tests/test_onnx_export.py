@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from calls import Function
 from fused_mha import KeyValueCache, MultiHeadAttention, RotaryEmbedding, scaled_dot_product_attention, varlen_attention
 
 pytestmark = [
@@ -144,15 +145,6 @@ def test_results_with_options_are_the_modules(case, need_weights, opset):
     masks, options = case
     model = SelfAttention(need_weights, batch_first=True, **options)
     assert_runs_as(model, export(model, masks, 2, 5, opset), masks)
-
-
-class Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs):
-        return self.function(*inputs)
 
 
 def test_sdpa_gives_zeros_to_a_query_that_sees_no_key():

@@ -5,14 +5,13 @@ from unittest import mock
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_mha
 from attention_oracle import SERVE_EVERYTHING
 from closeness import assert_close_to_oracle, in_fp64
-from packed_calls import LENGTHS, OPTIONS, cu_seqlens, one_by_one, packed_call, varlen, with_gradients
+from packed_calls import LENGTHS, OPTIONS, cu_seqlens, one_by_one, packed_call, random_calls, varlen, with_gradients
 
 serving = pytest.mark.parametrize("back_end", SERVE_EVERYTHING)
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -39,26 +38,6 @@ def assert_is_attention_of_each(arguments, back_end, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_each_sequence_is_attended_to_as_if_it_were_alone(back_end, options, dtype):
     assert_is_attention_of_each(packed_call(dtype=dtype, **options), back_end, dtype)
-
-
-@st.composite
-def random_calls(draw):
-    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=7))
-    H_kv = draw(st.sampled_from([1, 2]))
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    return packed_call(
-        ([q for q, _ in lengths], [k for _, k in lengths]),
-        H=H_kv * draw(st.sampled_from([1, 3])),
-        H_kv=H_kv,
-        D=draw(st.sampled_from([1, 8, 17])),
-        D_v=draw(st.sampled_from([1, 16])),
-        of_heads=draw(st.sampled_from([(), ("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")])),
-        is_causal=draw(st.booleans()),
-        causal_alignment=draw(st.sampled_from(["top_left", "bottom_right"])),
-        window=draw(st.sampled_from([None, (2, None), (None, 3), (5, 1)])),
-        softcap=draw(st.sampled_from([None, 1.5])),
-        padding_dtype=draw(st.sampled_from([None, torch.bool, torch.float32])),
-    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,7 +14,7 @@ from fused_mha.core import plans
 from fused_mha.module import one_call
 from fused_mha.ops import fallback
 from native.dense_oracle import drawn_seed
-from packed_calls import OPTIONS, cu_seqlens, one_by_one, packed_call, varlen, with_gradients
+from packed_calls import OPTIONS, cu_seqlens, one_by_one, packed_call, random_calls, varlen, with_gradients
 from test_varlen import assert_is_attention_of_each
 
 from search import examples
@@ -69,24 +69,8 @@ def test_each_option_matches_the_oracle(options):
 
 
 @st.composite
-def random_calls(draw):
-    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4))
-    H_kv = draw(st.sampled_from([1, 2]))
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    arguments = packed_call(
-        ([q for q, _ in lengths], [k for _, k in lengths]),
-        H=H_kv * draw(st.sampled_from([1, 2])),
-        H_kv=H_kv,
-        D=draw(st.sampled_from([1, 8, 17])),
-        D_v=draw(st.sampled_from([4, 16])),
-        dtype=draw(st.sampled_from([torch.float32, torch.float16])),
-        of_heads=draw(st.sampled_from([(), ("sinks",), ("alibi_slopes",), ("sinks", "alibi_slopes")])),
-        is_causal=draw(st.booleans()),
-        causal_alignment=draw(st.sampled_from(["top_left", "bottom_right"])),
-        window=draw(st.sampled_from([None, (2, None), (None, 3), (5, 1)])),
-        softcap=draw(st.sampled_from([None, 1.5])),
-        padding_dtype=draw(st.sampled_from([None, torch.bool, torch.float32])),
-    )
+def random_calls_of_any_layout(draw):
+    arguments = draw(random_calls(most=4, dtypes=(torch.float32, torch.float16)))
     if draw(st.booleans()):  # heads before rows
         for name in ("query", "key", "value"):
             arguments[name] = arguments[name].transpose(0, 1).contiguous().transpose(0, 1)
@@ -98,7 +82,7 @@ def random_calls(draw):
     phases=[Phase.explicit, Phase.generate],  # shrinking takes minutes here
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(arguments=random_calls())
+@given(arguments=random_calls_of_any_layout())
 def test_any_call_is_that_of_each_sequence(attention, arguments):
     assert_is_attention_of_each(arguments, "cpu", arguments["query"].dtype)
 
