@@ -116,10 +116,10 @@ def inputs_of(
         return "query, key and value are not all tensors"
     if type(is_causal) is not bool or type(enable_gqa) is not bool or not isinstance(dropout_p, (int, float)):
         return "a flag is no bool, or dropout_p no number"
-    in_onnx = onnx_export_is_active()  # in old opsets, what torch's operator is there is wrong on rows that see nothing
-    if has_torch_function((query, key, value, attn_mask)) and not in_onnx:
+    # Not in ONNX: in old opsets, what torch's operator is there is wrong on rows that see nothing.
+    if has_torch_function((query, key, value, attn_mask)) and not onnx_export_is_active():
         return "a subclass of torch.Tensor or a mode has its own way"
-    if is_exported() and not in_onnx:
+    if is_exported() and not onnx_export_is_active():
         return "an exported program has torch's operator"
     dims = query.dim()
     if dims not in (3, 4) or key.dim() != dims or value.dim() != dims:

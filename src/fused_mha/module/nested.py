@@ -109,7 +109,7 @@ _CORES = (cpu.BACKEND, triton.BACKEND)  # which take packed rows
 
 def is_padded(module: nn.MultiheadAttention, arguments: ModuleArguments, wants_weights: bool) -> bool:
     """Whether a call is served by `padded`: one for weights, or on a device without kernels of ours."""
-    return wants_weights or (_can_be_padded(module, arguments) and not _has_kernels(arguments.query.device))
+    return wants_weights or (not _has_kernels(arguments.query.device) and _can_be_padded(module, arguments))
 
 
 def _has_kernels(device: torch.device) -> bool:
