@@ -44,8 +44,8 @@ def varlen_attention(
         key: (T_k, H_kv, D); H is a multiple of H_kv.
         value: (T_k, H_kv, D_v).
         cu_seqlens_q: (sequences + 1), int32 or int64, on query's device: where each sequence begins; 0 first, never
-            less than the one before, at most T_q. On CUDA nobody looks at these values, for which the host would have
-            to wait: the rows of wrong offsets have any results, but no memory of others is read or written.
+            less than the one before, at most T_q. On CUDA these values are not checked, since the host would have to
+            wait for them: wrong offsets give any results there, and no memory outside the tensors is read or written.
         cu_seqlens_k: (sequences + 1), likewise for the keys.
         key_padding_mask: (T_k), bool (True = ignore) or floating (added to the scores).
         is_causal: as in `attention`, within each sequence.
