@@ -122,12 +122,12 @@ ALLOWED = {
         "module.steps",
     },
     "module.multi_head_attention": {
-        *("core.heads", "core.inputs", "core.modes"),
+        *("core.heads", "core.inputs", "core.memory"),
         *(f"module.{name}" for name in ("arguments", "cache", "decoding", "loading", "nested", "one_call")),
         *(f"module.{name}" for name in ("options", "projections", "quantization", "rotary", "steps")),
     },
     "module.decoding": {
-        *("backends.cpu", "core.dispatch", "core.modes"),
+        *("backends.cpu", "core.dispatch", "core.memory", "core.modes"),
         *(f"module.{name}" for name in ("arguments", "cache", "linear", "one_call", "steps")),
     },
     "module.steps": {
@@ -139,7 +139,7 @@ ALLOWED = {
     "module.loading": {"module.options"},
     "module.options": {"core.heads", "core.inputs", "core.modes", "module.rotary"},
     "module.rotary": {"core.heads", "core.modes", "module.heads"},
-    "module.heads": {"backends.cpu", "core.dispatch", "core.heads", "core.modes", "ops.heads"},
+    "module.heads": {"backends.cpu", "core.dispatch", "core.heads", "core.memory", "core.modes", "ops.heads"},
     "module.one_call": {
         "core.packing",
         *("backends.arguments", "backends.capability", "backends.cpu", "ops.module"),
@@ -149,6 +149,7 @@ ALLOWED = {
             "module.arguments",
             "module.linear",
             "core.masks",
+            "core.memory",
             "core.modes",
             "core.plans",
             "module.projections",
@@ -158,7 +159,7 @@ ALLOWED = {
     "core.attention": {"core.dispatch", "core.inputs", "core.modes", "core.plans"},
     "core.varlen": {"core.inputs", "core.modes", "core.plans"},
     "core.packing": set(),
-    "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.modes"},
+    "core.plans": {"backends.capability", "core.dispatch", "core.inputs", "core.memory", "core.modes"},
     "module.nested": {
         *("backends.capability", "backends.cpu", "backends.triton"),
         *("core.modes", "core.varlen", "module.arguments"),
@@ -166,7 +167,7 @@ ALLOWED = {
     "module.arguments": {"core.inputs", "core.modes"},
     "module.quantization": set(),
     "module.projections": {"module.arguments", "module.linear", "core.masks", "core.modes"},
-    "module.linear": {"backends.cpu", "core.dispatch", "core.modes"},
+    "module.linear": {"backends.cpu", "core.dispatch", "core.memory", "core.modes"},
     "core.dispatch": {
         "backends.capability",
         "backends.cpu",
@@ -184,6 +185,7 @@ ALLOWED = {
         "backends.native",
         "backends.sdpa",
         "core.inputs",
+        "core.memory",
         "core.modes",
         "ops.autograd",
         "ops.gradients",
@@ -211,13 +213,14 @@ ALLOWED = {
     },
     "backends.triton.module": {
         *(f"backends.triton.{name}" for name in ("finite", "launch", "preparation")),
-        *("core.modes", "ops.module", "ops.module_autograd", "ops.schema"),
+        *("core.memory", "core.modes", "ops.module", "ops.module_autograd", "ops.schema"),
     },
     "backends.triton.finite": {f"backends.triton.{name}" for name in ("launcher", "readable", "tile_config", "tiles")},
     "backends.triton.eager": {
         "backends.arguments",
         "backends.triton.launch",
         "core.inputs",
+        "core.memory",
         "core.modes",
         "ops.gradients",
         "ops.schema",
@@ -227,7 +230,7 @@ ALLOWED = {
         *(f"backends.triton.{name}" for name in ("launcher", "preparation", "readable")),
         *(f"backends.triton.{name}" for name in ("tile_config", "tiles", "visibility")),
         "backends.delegation",
-        "core.modes",
+        "core.memory",
         "ops.gradients",
         "ops.schema",
     },
@@ -282,7 +285,8 @@ ALLOWED = {
     "core.inputs": set(),
     "core.masks": set(),
     "core.heads": set(),
-    "core.modes": set(),
+    "core.modes": {"core.memory"},
+    "core.memory": set(),
 }
 THIRD_PARTY = {  # of every other file torch alone
     "parity.command": {"torch", "tqdm"},

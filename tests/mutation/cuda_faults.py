@@ -39,10 +39,17 @@ FAULTS = [
     ),
     Fault(
         "cuda: a recent kind at another address",
-        PACKAGE + "core/plans.py",
-        "and [x.data_ptr() & 15 for x in given] == self._addresses",
-        "and self._addresses is not None",
+        PACKAGE + "core/memory.py",
+        "and [x.data_ptr() & 15 for x in tensors] == addresses:",
+        "and addresses is not None:",
         "tests/triton_kernels/test_plans.py",
+    ),
+    Fault(
+        "cuda: backwards that are given other gradients are of one kind",
+        CUDA + "eager.py",
+        "recent = self._recent[tuple(x is None for x in grads)]",
+        "recent = self._recent[()]",
+        "tests/triton_kernels/test_eager.py -k gradients",
     ),
     Fault(
         "cuda: which tensors of a recent kind are one",

@@ -299,6 +299,7 @@ def negated(x):
 )
 def test_hooks_see_what_is_saved(in_general, pack, unpack):
     arguments, packed, unpacked = packed_views(), [], []
+    step(kept_attention, arguments)  # the next backward is looked up beside this one
 
     def packs(x):
         packed.append(x.shape)
@@ -318,6 +319,7 @@ def test_hooks_see_what_is_saved(in_general, pack, unpack):
 @pytest.mark.parametrize("which", [0, 1, 2, 3, 4, 5], ids=["query", "key", "value", "padding", "output", "stats"])
 def test_tensors_of_another_dtype_are_launched_by_no_plan(which):
     arguments, saved = packed_views(), []
+    step(kept_attention, arguments)
 
     def unpack(x):
         saved.append(x)
@@ -329,8 +331,35 @@ def test_tensors_of_another_dtype_are_launched_by_no_plan(which):
         step(kept_attention, arguments)
 
 
+def test_a_backward_of_a_kind_that_came_before_is_looked_up(monkeypatch):
+    arguments = packed_views()
+    expected = step(kept_attention, arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(eager.Kept, "_plan_of_saved", None)
+        found = step(kept_attention, arguments)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("is_given", [(True, False), (False, True), (True, True)], ids=str)
+def test_which_results_have_gradients_makes_backwards_of_other_kinds(in_general, is_given):
+    """Both gradients have one shape, so that nothing else tells them apart."""
+    arguments = make_arguments(N=1, L=8, S=8, H=8, H_kv=8, D=8, D_v=8)
+    leaves = [arguments[name].requires_grad_() for name in LEAVES[:3]]
+
+    def gradients(attention, given):
+        results = attention(**arguments, need_weights=True, average_attn_weights=False)[:2]
+        used = [x for x, wanted in zip(results, given, strict=True) if wanted]
+        return torch.autograd.grad([x.square().sum() for x in used], leaves, allow_unused=True)
+
+    for given in ((True, False), (False, True), (True, True)) * 2:  # every kind of them has been seen
+        gradients(kept_attention, given)
+    for found, expected in zip(gradients(kept_attention, is_given), gradients(in_general, is_given), strict=True):
+        assert found is expected is None or torch.equal(found, expected)
+
+
 def test_a_leaf_may_be_laid_out_anew_before_the_backward(in_general):
     arguments = packed_views()
+    step(kept_attention, arguments)
 
     def gradient(attention):
         leaf = arguments["query"].detach().requires_grad_()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fused_mha
 from attention_oracle import make_arguments
-from fused_mha.core import modes, plans
+from fused_mha.core import memory, plans
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
@@ -110,7 +110,7 @@ def test_what_other_back_ends_serve_is_checked_once_too(back_end, mask_shape, mo
 
 
 def test_calls_after_a_first_one_in_inference_mode_have_one():
-    modes.plain_keys.cache_clear()
+    memory.plain_keys.cache_clear()
     arguments = make_arguments(padding_dtype=torch.bool)
     with torch.inference_mode():
         assert kind_of(**arguments) is not None
@@ -215,7 +215,7 @@ def test_they_hold_no_tensor():
 @pytest.mark.parametrize("has_guards", [True, False])
 def test_a_kind_is_found_again_by_the_guards_or_made_up_anew(has_guards, monkeypatch):
     if not has_guards:
-        monkeypatch.setattr(plans, "_TensorGuards", None)
+        monkeypatch.setattr(memory, "_TensorGuards", None)
     arguments = make_arguments(padding_dtype=torch.bool, D=8, D_v=8)
     made_up, kind_of_tensors = [], plans.kind_of
     monkeypatch.setattr(plans, "kind_of", lambda *given: (made_up.append(given), kind_of_tensors(*given))[1])
@@ -257,3 +257,30 @@ def test_inference_mode_and_grad_mode_have_recent_kinds_of_their_own(monkeypatch
                 fused_mha.attention(**arguments)
     output = fused_mha.attention(**arguments).output
     assert torch.autograd.grad(output.sum(), arguments["key_padding_mask"])[0].any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+        lambda x: x.transpose(1, 2),
+        lambda x: x[:2],
+        torch.Tensor.half,
+        torch.Tensor.requires_grad_,
+        torch._neg_view,
+        torch.nn.Parameter,
+    ],
+    ids=["address", "strides", "sizes", "dtype", "need of a gradient", "negated", "type"],
+)
+def test_only_what_kernels_cannot_tell_apart_is_found(change):
+    x, recent = torch.zeros(4, 4, 4), memory.Recent()
+    recent.note([x, x.clone()], "found")
+    assert recent.find([x.clone(), x.clone()]) == "found"
+    assert recent.find([x.clone(), change(x.clone())]) is None
+
+
+def test_the_last_four_kinds_are_known():
+    kinds, recent = [torch.zeros(size) for size in range(1, 7)], memory.Recent()
+    for i, x in enumerate(kinds):
+        recent.note([x], i)
+    assert [recent.find([x]) for x in kinds] == [None, None, 2, 3, 4, 5]

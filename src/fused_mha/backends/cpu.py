@@ -15,7 +15,8 @@ from fused_mha.backends import native, sdpa
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability, not_supported_reasons
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
-from fused_mha.core.modes import PLAIN_TYPES, is_eager, is_recorded, may_skip_dispatcher
+from fused_mha.core.memory import PLAIN_TYPES
+from fused_mha.core.modes import is_eager, is_recorded, may_skip_dispatcher
 from fused_mha.ops import autograd, gradients, module_autograd, schema
 from fused_mha.ops import heads as heads_operator
 from fused_mha.ops import module as module_operator

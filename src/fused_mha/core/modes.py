@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
+
+from fused_mha.core.memory import has_plain_memory
 
 Question = TypeVar("Question", bound=Callable[..., bool])
 
@@ -18,10 +18,6 @@ Question = TypeVar("Question", bound=Callable[..., bool])
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 _is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # without a check for torch.jit.script
 _count_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)  # make_fx, FakeTensorMode, ...
-
-# Types whose operators no class of their own sees.
-PLAIN_TYPES = (Tensor, Parameter)
-PLAIN_OR_NONE = frozenset((*PLAIN_TYPES, type(None)))
 
 
 def transform_is_active() -> bool:
@@ -108,43 +104,3 @@ def may_skip_dispatcher(grads: Iterable[Tensor | None]) -> bool:
         and not torch.is_grad_enabled()
         and all(grad is None or (type(grad) is Tensor and has_plain_memory(grad)) for grad in grads)
     )
-
-
-def has_plain_memory(x: Tensor) -> bool:
-    """Whether ``x`` is on the CPU or a GPU, and its memory holds its values: it is no sparse, fake, batched or negated
-    tensor, nor one that a class of its own dispatches.
-    """
-    device = x.device.type
-    return device in ("cpu", "cuda") and torch._C._dispatch_keys(x).raw_repr() in plain_keys(device)
-
-
-def memory_of(x: Tensor) -> tuple[object, ...]:
-    """All of a plain tensor but its values: sizes, strides, dtype, device, and how its address is aligned."""
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
-
-
-def memory_of_each(tensors: Iterable[Tensor | None], device_type: str) -> list[tuple[object, ...] | None] | None:
-    """`memory_of` all of them; None if one is no plain tensor or parameter of such a device."""
-    keys = plain_keys(device_type)
-    found: list[tuple[object, ...] | None] = []
-    for x in tensors:
-        if x is None:
-            found.append(None)
-        elif type(x) not in PLAIN_TYPES or _keys_of(x).raw_repr() not in keys:
-            return None
-        else:
-            found.append(memory_of(x))
-    return found
-
-
-_keys_of = torch._C._dispatch_keys
-
-
-@functools.cache
-def plain_keys(device_type: str) -> frozenset[int]:
-    """The dispatch keys of tensors of a device that are nothing but memory."""
-    with torch.inference_mode(False):  # the first call may be inside that mode
-        plain = torch.empty(0, device=device_type)
-    with torch.inference_mode():
-        of_inference = torch.empty(0, device=device_type)
-    return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))

@@ -18,20 +18,17 @@ from torch import Tensor
 from fused_mha.backends.capability import Backend, Served, ServedTensors
 from fused_mha.core import dispatch
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
-from fused_mha.core.modes import PLAIN_OR_NONE, is_eager, is_recorded, memory_of_each
+from fused_mha.core.memory import PLAIN_OR_NONE, Recent, memory_of_each
+from fused_mha.core.modes import is_eager, is_recorded
 
 DEVICE = "cuda"  # elsewhere a call's kernel takes longer than its checks, or has a way of its own
 MOST_KINDS = 1024  # a few kilobytes each
-MOST_RECENT = 4  # kinds of the same flags and sizes that are compared before a kind is made up
 _LEARN = 5  # the first tensors of a call, which may need a gradient: query, key, value, sinks and slopes
 _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay what they are
 Kind = tuple[Any, ...]
 Serves = TypeVar("Serves")
 _kept: dict[Kind, Any] = {}
-# All that a kind says of tensors but their addresses, compared in one call: a tenth of the time. Not public.
-_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-_TensorGuards: Any = getattr(_guards, "TensorGuards", None)
-_recent: dict[Kind, list[_Recent]] = {}
+_recent: dict[Kind, Recent[tuple[Kind, Any]]] = {}  # by flags and sizes
 
 
 def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _LEARN) -> Kind | None:
@@ -69,43 +66,20 @@ def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: in
     place_of: dict[Tensor | None, int] = {}  # tensors hash by identity; the guards want none of them twice
     roles = [place_of.setdefault(x, i) for i, x in enumerate(tensors)]
     given = [x for x in place_of if x is not None]
-    place = (*flags, dispatch.forced(), learns, may_learn, *roles, *[x.shape for x in given])
+    place = (*flags, dispatch.forced(), _precision(tensors[0]), learns, may_learn, *roles, *[x.shape for x in given])
     try:
         recent = _recent.get(place)
     except TypeError:  # a flag that cannot be hashed
         return None, None
-    if recent is not None:
-        for kind in recent:
-            if kind.is_of(given):
-                return kind.kind, kind.served
+    if recent is not None and (found := recent.find(given)) is not None:
+        return found
     kind = kind_of(tensors, flags, may_learn)
     served = None if kind is None else _kept.get(kind)
-    if kind is not None and served is not None and _TensorGuards is not None:
+    if kind is not None and served is not None:
         if len(_recent) >= MOST_KINDS:
             _recent.clear()
-        known = _recent.setdefault(place, [])
-        known.insert(0, _Recent(kind, served, given))
-        del known[MOST_RECENT:]
+        _recent.setdefault(place, Recent()).note(given, (kind, served))
     return kind, served
-
-
-class _Recent:
-    """A kind that was found, without what `find` has asked before."""
-
-    def __init__(self, kind: Kind, served: Any, given: list[Tensor]) -> None:
-        self.kind, self.served = kind, served
-        sizes, strides = [[*x.shape] for x in given], [[*x.stride()] for x in given]
-        self._guards = _TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._addresses = [x.data_ptr() & 15 for x in given]
-        self._precision = _precision(given[0])
-
-    def is_of(self, given: list[Tensor]) -> bool:
-        """Whether a call with these tensors is of the kind."""
-        return (
-            self._guards.check(*given)
-            and [x.data_ptr() & 15 for x in given] == self._addresses
-            and (self._precision is None or self._precision == _precision(given[0]))
-        )
 
 
 def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:

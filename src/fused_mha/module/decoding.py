@@ -14,7 +14,8 @@ from torch.nn.parameter import Parameter
 
 from fused_mha.backends import cpu
 from fused_mha.core import dispatch
-from fused_mha.core.modes import PLAIN_TYPES, autocast_is_on, is_eager
+from fused_mha.core.memory import PLAIN_TYPES
+from fused_mha.core.modes import autocast_is_on, is_eager
 from fused_mha.module import linear, one_call, steps
 from fused_mha.module.arguments import ModuleArguments
 from fused_mha.module.cache import KeyValueCache

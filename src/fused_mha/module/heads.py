@@ -12,7 +12,8 @@ from fused_mha.backends import cpu
 from fused_mha.core import dispatch
 from fused_mha.core import heads as by_torch
 from fused_mha.core.heads import EPS, HeadNorm, Rotation
-from fused_mha.core.modes import PLAIN_TYPES, is_eager, onnx_export_is_active, transform_is_active
+from fused_mha.core.memory import PLAIN_TYPES
+from fused_mha.core.modes import is_eager, onnx_export_is_active, transform_is_active
 from fused_mha.ops.heads import MOST_HEAD_SIZE, NORMS
 
 

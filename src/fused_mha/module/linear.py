@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fused_mha.backends import cpu
 from fused_mha.core import dispatch
-from fused_mha.core.modes import PLAIN_TYPES, autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
+from fused_mha.core.memory import PLAIN_TYPES
+from fused_mha.core.modes import autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
 
 RULE = "torch's own product is the faster one for this dtype, processor and number of rows"
 _FP16 = (torch.float16,)

@@ -18,7 +18,7 @@ from torch.nn.parameter import Parameter
 
 from fused_mha.core.heads import QKNorm
 from fused_mha.core.inputs import Window, check_dropout
-from fused_mha.core.modes import PLAIN_OR_NONE
+from fused_mha.core.memory import PLAIN_OR_NONE
 from fused_mha.module import decoding, loading, nested, one_call, projections, steps
 from fused_mha.module import options as module_options
 from fused_mha.module.arguments import ModuleArguments, check_are_tensors, check_module_inputs

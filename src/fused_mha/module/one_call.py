@@ -20,7 +20,8 @@ from fused_mha.backends.arguments import draw_seed
 from fused_mha.backends.capability import ServedModule
 from fused_mha.core import dispatch, masks, plans
 from fused_mha.core.inputs import AttentionInputs, default_scale
-from fused_mha.core.modes import PLAIN_TYPES, autocast_is_on, is_eager, is_recorded, is_traced_by_dynamo
+from fused_mha.core.memory import PLAIN_TYPES
+from fused_mha.core.modes import autocast_is_on, is_eager, is_recorded, is_traced_by_dynamo
 from fused_mha.core.packing import pack
 from fused_mha.module import linear, projections
 from fused_mha.module.arguments import ModuleArguments

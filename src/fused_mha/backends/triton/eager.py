@@ -6,6 +6,7 @@ sees. What its backward is given has not: hooks and assignments to `data` change
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from fused_mha.backends.arguments import arguments_of, draw_seed
 from fused_mha.backends.triton.launch import Plan, plan_of, results_of
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
-from fused_mha.core.modes import may_skip_dispatcher, memory_of, memory_of_each
+from fused_mha.core.memory import Recent, memory_of, memory_of_each
+from fused_mha.core.modes import is_eager, may_skip_dispatcher
 from fused_mha.ops import gradients, schema
 from fused_mha.ops.schema import TENSORS, Arguments
 
@@ -32,6 +34,8 @@ class Kept:
         self._output, _, _, self._stats = results_of(arguments)
         self.returns_output_alone = not inputs.need_weights and not inputs.return_lse
         self._return_lse = inputs.return_lse
+        # Of backwards, by the gradients that they are given.
+        self._recent: defaultdict[tuple[bool, ...], Recent[Plan]] = defaultdict(Recent)
 
     def __call__(
         self,
@@ -60,11 +64,20 @@ class Kept:
             output, weights, lse = _record(self, (*others, *offsets), query, key, value, *of_heads)
         return AttentionResult(output, weights, lse if self._return_lse else None)
 
-    def plan_of_saved(self, tensors: Sequence[Tensor | None], output: Tensor, stats: Tensor) -> Plan | None:
-        """That of a backward, of what was saved for it; None where the general way has to serve it.
+    def plan_of_backward(self, saved: Sequence[Tensor | None], grads: tuple[Tensor | None, ...]) -> Plan | None:
+        """That of a backward, by what was saved for it and is given to it; None where the general way serves it."""
+        if not is_eager() or torch.is_grad_enabled():
+            return None
+        recent = self._recent[tuple(x is None for x in grads)]
+        given = [x for x in (*saved, *grads) if x is not None]
+        plan = recent.find(given)
+        if plan is None and may_skip_dispatcher(grads) and (plan := self._plan_of_saved(*saved)) is not None:
+            recent.note(given, plan)
+        return plan
 
-        It is the forward's, if the memory is the same. The copy of a mask may have other strides than the caller's.
-        """
+    def _plan_of_saved(self, *saved: Any) -> Plan | None:
+        """The forward's, if the memory is the same. The copy of a mask may have other strides than the caller's."""
+        *tensors, output, stats = saved
         memory = memory_of_each((*tensors, output, stats), self._device.type)
         pairs = ((output, self._output), (stats, self._stats))
         if memory is None or any((x.shape, x.dtype, x.device) != wanted for x, wanted in pairs):
@@ -128,10 +141,11 @@ class _Attention(torch.autograd.Function):
         grads = of_results if len(of_results) == _RESULTS else (*of_results, None, None)
         if grads[0] is grads[1] is grads[2] is None:
             return (None,) * len(ctx.needs_input_grad)
-        *tensors, output, stats = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        *tensors, output, stats = saved
         has_output = grads[0] is not None
         _, _, of_query, of_key, of_value, *of_heads = ctx.needs_input_grad
-        plan = ctx.kept.plan_of_saved(tensors, output, stats) if may_skip_dispatcher(grads) else None
+        plan = ctx.kept.plan_of_backward(saved, grads)
         if plan is not None:
             grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
             found = plan.gradients(tensors, grads, output, stats, False, False, slopes_grad=any(of_heads[1:]))

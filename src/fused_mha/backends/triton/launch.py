@@ -26,7 +26,7 @@ from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Call, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
-from fused_mha.core.modes import memory_of
+from fused_mha.core.memory import memory_of
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import TENSORS, Arguments
 
@@ -207,7 +207,8 @@ class Plan:
             rows = readable.rows
             grad_output, grad_weights, grad_lse = grads
             if not self._has_layout:
-                grad_output, output = (rows(x.contiguous(), self._unit) for x in (grad_output, output))
+                grad_output = rows(grad_output.contiguous(), self._unit)
+                output = rows(output.contiguous(), self._unit)
             given = Given(
                 grad_output,
                 None if grad_weights is None else rows(grad_weights.contiguous(), 1),
@@ -222,7 +223,7 @@ class Plan:
             grad_sinks, grad_slopes = (None if maker is None else maker() for maker in plan.of_heads)
             plan.grad_query(call, given, grad_query, grad_sinks, grad_slopes)
             if given.cleaned is not None:
-                given = given._replace(grad_output=given.cleaned, cleaned=None)
+                given = Given(given.cleaned, *given[1:-2], cleaned=None, named=given.named)
             grad_mask = None
             if plan.grad_mask is not None and plan.of_mask is not None:
                 grad_mask = plan.of_mask()

@@ -15,7 +15,8 @@ from torch import Tensor
 from fused_mha.backends.triton.finite import Finite
 from fused_mha.backends.triton.launch import Plan
 from fused_mha.backends.triton.preparation import Layout
-from fused_mha.core.modes import is_recorded, may_skip_dispatcher, memory_of, memory_of_each
+from fused_mha.core.memory import memory_of, memory_of_each
+from fused_mha.core.modes import is_recorded, may_skip_dispatcher
 from fused_mha.ops import module_autograd
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call
 from fused_mha.ops.schema import Arguments
