@@ -2,6 +2,8 @@
 
 import gc
 import os
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,8 +32,25 @@ LONGEST = ("test_compilation", "test_interpreted", "test_skipping", "test_symbol
 LONGEST_ON_A_GPU = ("test_any_call", "test_twenty_runs_give_the_same_bits")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the tests that take longest, so that none of them runs alone at the end, beside an idle worker."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="run every case of tests that are marked so")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "thorough(one_in): without --thorough, one in so many of the test's cases is run, or none"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not asked for; start with the tests that take longest, so that none of them runs alone at the
+    end, beside an idle worker.
+    """
+    if not config.getoption("thorough"):
+        named = [argument[argument.index("::") :] for argument in config.args if "::" in argument]
+        left_out = {x for x in _for_thorough_runs(items) if not any(name in x.nodeid for name in named)}
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
     def is_short(item: pytest.Item) -> bool:
         if item.path.parent.name == "cuda":
@@ -39,6 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.path.stem not in LONGEST
 
     items.sort(key=is_short)
+
+
+def _for_thorough_runs(items: list[pytest.Item]) -> Iterator[pytest.Item]:
+    cases: Counter[str] = Counter()  # of each test, so far
+    for item in items:
+        mark = item.get_closest_marker("thorough")
+        if mark is not None:
+            test, one_in = item.nodeid.partition("[")[0], mark.kwargs.get("one_in")
+            if one_in is None or cases[test] % one_in:
+                yield item
+            cases[test] += 1
 
 
 def pytest_collection_finish() -> None:

@@ -53,6 +53,7 @@ class Attention(nn.Module):
         return [x for x in fused_mha.attention(**tensors, **self.flags) if x is not None]
 
 
+@pytest.mark.thorough(one_in=2)
 @CALLS
 def test_compiled_attention_takes_other_lengths_forward_and_backward(backend, call):
     compiled = torch.compile(fused_mha.attention, backend="aot_eager", fullgraph=True)
@@ -63,6 +64,7 @@ def test_compiled_attention_takes_other_lengths_forward_and_backward(backend, ca
             torch.testing.assert_close(runs[1], runs[0])
 
 
+@pytest.mark.thorough(one_in=2)
 @pytest.mark.parametrize("heads", [{"H": 4, "H_kv": 2}, {"H": 2, "H_kv": 2}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_attention_takes_symbols_for_all_sizes(backend, heads):

@@ -114,6 +114,7 @@ def test_script_where_torchs_name_stands_for_our_class(monkeypatch):
     torch.testing.assert_close(scripted(x, x, x), module(x, x, x))
 
 
+@pytest.mark.thorough(one_in=2)
 @pytest.mark.parametrize(
     ("back_end", "arguments"),
     [(name, a) for name, weights in CALLS for a in ARGUMENTS if a.get("need_weights", True) == weights],

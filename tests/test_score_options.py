@@ -118,6 +118,7 @@ class TestByHand:
             torch.testing.assert_close(weights[0], expected)
 
 
+@pytest.mark.thorough(one_in=3)
 @each_back_end
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)

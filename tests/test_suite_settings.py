@@ -64,7 +64,7 @@ def run(directory, *arguments, plugin="", tests=TESTS, names=("test_it",)):
     environment = os.environ | {"PYTHONPATH": str(directory)}
     environment = {name: x for name, x in environment.items() if not name.startswith(("PYTEST", "COV"))}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *settings, *arguments, directory / "tests"],
+        [sys.executable, "-m", "pytest", *settings, *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -74,13 +74,42 @@ def run(directory, *arguments, plugin="", tests=TESTS, names=("test_it",)):
 
 
 def test_warnings_of_ours_and_of_torch_fail_a_test_and_those_of_a_plugin_do_not(tmp_path):
-    result = run(tmp_path, "-p", "foreign_plugin", plugin=PLUGIN)
+    result = run(tmp_path, "-p", "foreign_plugin", "tests", plugin=PLUGIN)
     outcomes = {line.split("::")[1].split()[0]: line.split()[0] for line in result.stdout.splitlines() if "::" in line}
     passed = {name for name, outcome in outcomes.items() if outcome == "PASSED"}
     assert len(outcomes) == TESTS.count("def test_"), result.stdout + result.stderr
     assert passed == {"test_passes"}
     for text in ("at configuration", "at configuration, by itself", "beside a test", "behind a test"):
         assert text in result.stdout + result.stderr
+
+
+CASES = """
+import pytest
+
+@pytest.mark.thorough(one_in=3)
+@pytest.mark.parametrize("i", range(7))
+def test_some(i):
+    print(f"\\nran {i}")
+
+@pytest.mark.parametrize("name", ["always", pytest.param("seldom", marks=pytest.mark.thorough)])
+def test_one(name):
+    print(f"\\nran {name}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("tests",), ["0", "3", "6", "always"]),
+        (("tests", "--thorough"), [*map(str, range(7)), "always", "seldom"]),
+        (("tests/test_it.py::test_one", "tests/test_it.py::test_some[4]"), ["always", "seldom", "4"]),
+    ],
+    ids=["usual", "thorough", "named"],
+)
+def test_some_cases_are_run_where_they_are_asked_for(tmp_path, arguments, expected):
+    (tmp_path / "conftest.py").write_text((PROJECT / "tests" / "conftest.py").read_text())
+    result = run(tmp_path, *arguments, tests=CASES)
+    assert [line.split()[1] for line in result.stdout.splitlines() if line.startswith("ran ")] == expected
 
 
 DRAWS = """
@@ -95,7 +124,7 @@ def test_draws(x):
 @pytest.mark.parametrize(("profile", "differs"), [((), False), (("--hypothesis-profile=random",), True)])
 def test_two_searches_are_the_same_unless_a_random_one_is_asked_for(tmp_path, profile, differs):
     (tmp_path / "conftest.py").write_text((PROJECT / "tests" / "conftest.py").read_text())
-    result = run(tmp_path, *profile, tests=DRAWS, names=("test_first", "test_second"))
+    result = run(tmp_path, *profile, "tests", tests=DRAWS, names=("test_first", "test_second"))
     assert result.returncode == 0, result.stdout + result.stderr
     first, second = (
         [line for line in captured.splitlines() if line.startswith("drew")]

@@ -186,6 +186,7 @@ def test_a_compiled_module_is_not_compiled_at_each_length(config, arguments, pad
     assert counter.frame_count <= most
 
 
+@pytest.mark.thorough(one_in=3)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("arguments", [{"max_length": 12}, {"ring": True}], ids=str)
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -28,6 +28,7 @@ def loss_and_gradients(function, module, x):
     return output.detach(), weights.detach(), leaf.grad, *(p.grad for p in module.parameters() if p.grad is not None)
 
 
+@pytest.mark.thorough(one_in=3)
 @every_config
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_module_gives_the_same_at_any_length(config):

@@ -51,7 +51,7 @@ def run_tests(tests: str) -> subprocess.CompletedProcess[str]:
     # -S: without the hook of an editable installation, which would import the package from the working tree.
     path = os.pathsep.join([str(TREE / "src"), *sys.path])
     return subprocess.run(
-        [sys.executable, "-S", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split(" ")],
+        [sys.executable, "-S", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--thorough", *tests.split(" ")],
         cwd=TREE,
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,

@@ -18,50 +18,77 @@ SHARED_MEMORY = {
 }  # bytes, CUDA C++ Programming Guide, table "Technical Specifications"
 MOST_STACK = {80: 256, 86: 256, 90: 1024}  # bytes of each thread that do not fit its registers; the fastest tiles spill
 SCRIPT = Path(__file__).with_name("compile_ahead.py")
-ON_SM_80 = {
-    "causal and padding, 64": {"D": 64, "padding": True},
-    "bool mask, weights, one head": {"D": 128, "N": 1, "H": 1, "masks": "bool", "weights": True},
-    "fp32, virtual keys": {"dtype": "float32", "D": 64, "virtual": True},
-    "fp32, large heads": {"dtype": "float32", "D": 256, "padding": True},
-    "softcap": {"D": 64, "softcap": 30.0},
-    "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
-    "fp32, softcap, sinks": {"dtype": "float32", "D": 64, "softcap": 30.0, "of_heads": ["sinks"]},
-    "fp32, packed": {"dtype": "float32", "D": 64, "packed": True},
+CASES = {
+    80: {
+        "bool mask, weights, one head": {"D": 128, "N": 1, "H": 1, "masks": "bool", "weights": True},
+        "fp32, large heads": {"dtype": "float32", "D": 256, "padding": True},
+        "fp32, packed, virtual keys": {"dtype": "float32", "D": 64, "packed": True, "virtual": True},
+        "softcap, sinks, ALiBi": {"D": 64, "softcap": 30.0, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
+    },
+    86: {
+        "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
+        "large heads": {"D": 256, "padding": True},
+    },
+    90: {
+        "causal and padding, 64": {"D": 64, "padding": True},
+        "causal and padding, 128": {"D": 128, "padding": True},
+        "float mask": {"dtype": "float16", "D": 64, "masks": "float32"},
+        "float mask and dropout, 128": {"D": 128, "masks": "float32", "dropout": True},
+        "bool mask, 128": {"D": 128, "masks": "bool"},
+        "dropout": {"D": 64, "dropout": True},
+        "large heads": {"D": 256},
+        "fp32": {"dtype": "float32", "D": 40, "D_v": 24, "H": 2, "H_kv": 1},
+        "weights of some heads": {"D": 64, "weights": True, "weights_of_heads": [3, 0], "padding": True},
+        "softcap, sinks, ALiBi, dropout": {"D": 128, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "H_kv": 2}
+        | {"dropout": True},
+        "packed, options": {"D": 128, "packed": True, "padding": True, "virtual": True, "H_kv": 2}
+        | {"of_heads": ["sinks", "alibi_slopes"]},
+    },
 }
-ON_SM_86 = {
-    "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
-    "large heads": {"D": 256, "padding": True},
-    "packed": {"D": 64, "packed": True},
+MORE = {
+    80: {
+        "causal and padding, 64": {"D": 64, "padding": True},
+        "fp32, virtual keys": {"dtype": "float32", "D": 64, "virtual": True},
+        "softcap": {"D": 64, "softcap": 30.0},
+        "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
+        "fp32, softcap, sinks": {"dtype": "float32", "D": 64, "softcap": 30.0, "of_heads": ["sinks"]},
+        "fp32, packed": {"dtype": "float32", "D": 64, "packed": True},
+    },
+    86: {"packed": {"D": 64, "packed": True}},
+    90: {
+        "plain, 64": {"D": 64},
+        "plain, 128": {"D": 128},
+        "float mask and dropout": {"D": 64, "masks": "float32", "dropout": True},
+        "float mask, 128": {"D": 128, "masks": "float32", "weights": True},
+        "bool mask": {"D": 64, "masks": "bool"},
+        "dropout, bool mask, 128": {"D": 128, "dropout": True, "masks": "bool"},
+        "softcap, 128": {"D": 128, "softcap": 30.0, "padding": True, "weights": True},
+        "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
+        "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
+        "softcap, sinks, ALiBi, dropout, 64": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"]}
+        | {"dropout": True},
+        "packed, 128": {"D": 128, "packed": True, "H_kv": 2},
+        "packed, options, 64": {"D": 64, "packed": True, "padding": True, "virtual": True}
+        | {"of_heads": ["sinks", "alibi_slopes"]},
+    },
 }
-ON_SM_90 = {
-    "plain, 64": {"D": 64},
-    "plain, 128": {"D": 128},
-    "causal and padding, 64": {"D": 64, "padding": True},
-    "causal and padding, 128": {"D": 128, "padding": True},
-    "float mask": {"dtype": "float16", "D": 64, "masks": "float32"},
-    "float mask and dropout": {"D": 64, "masks": "float32", "dropout": True},
-    "float mask, 128": {"D": 128, "masks": "float32", "weights": True},
-    "float mask and dropout, 128": {"D": 128, "masks": "float32", "dropout": True},
-    "bool mask": {"D": 64, "masks": "bool"},
-    "bool mask, 128": {"D": 128, "masks": "bool"},
-    "dropout": {"D": 64, "dropout": True},
-    "dropout, bool mask, 128": {"D": 128, "dropout": True, "masks": "bool"},
-    "large heads": {"D": 256},
-    "fp32": {"dtype": "float32", "D": 40, "D_v": 24, "H": 2, "H_kv": 1},
-    "softcap, 128": {"D": 128, "softcap": 30.0, "padding": True, "weights": True},
-    "weights of some heads": {"D": 64, "weights": True, "weights_of_heads": [3, 0], "padding": True},
-    "sinks": {"D": 64, "of_heads": ["sinks"], "H_kv": 2},
-    "ALiBi, virtual keys": {"D": 64, "of_heads": ["alibi_slopes"], "virtual": True},
-    "softcap, sinks, ALiBi, dropout": {"D": 64, "softcap": 2.0, "of_heads": ["sinks", "alibi_slopes"], "dropout": True},
-    "packed, 128": {"D": 128, "packed": True, "H_kv": 2},
-    "packed, options": {"D": 64, "packed": True, "padding": True, "virtual": True}
-    | {"of_heads": ["sinks", "alibi_slopes"]},
-}
-SIZES = [(40, 24), (8, 40), (20, 12)]  # D and D_v, whose tiles have different widths
+
+
+def uneven(D, D_v, **call):
+    """Of a D and a D_v whose tiles have different widths."""
+    return {"D": D, "D_v": D_v, "H": 2, "H_kv": 1, "N": 3, "L": 77, "S": 131, **call}
+
+
+VIRTUAL = {"padding": True, "virtual": True}
 UNEVEN = {
-    f"{D}, {D_v}, {name}": {"D": D, "D_v": D_v, "H": 2, "H_kv": 1, "N": 3, "L": 77, "S": 131, **call}
-    for D, D_v in SIZES
-    for name, call in {"plain": {}, "padding, virtual keys": {"padding": True, "virtual": True}}.items()
+    "40, 24": uneven(40, 24),
+    "8, 40, padding, virtual keys": uneven(8, 40, **VIRTUAL),
+    "20, 12": uneven(20, 12),
+}
+MORE_UNEVEN = {
+    "40, 24, padding, virtual keys": uneven(40, 24, **VIRTUAL),
+    "8, 40": uneven(8, 40),
+    "20, 12, padding, virtual keys": uneven(20, 12, **VIRTUAL),
 }
 
 
@@ -80,7 +107,11 @@ def compiled(architecture, cases):
     return dict(zip(cases, printed(json.dumps(calls)), strict=True))
 
 
-@pytest.mark.parametrize(("architecture", "cases"), [(80, ON_SM_80), (86, ON_SM_86), (90, ON_SM_90), (90, UNEVEN)])
+@pytest.mark.parametrize(
+    ("architecture", "cases"),
+    [*CASES.items(), (90, UNEVEN)]
+    + [pytest.param(*more, marks=pytest.mark.thorough) for more in (*MORE.items(), (90, MORE_UNEVEN))],
+)
 def test_fits_the_chip_and_reads_no_register_that_nothing_has_set(architecture, cases):
     for name, kernels in compiled(architecture, cases).items():
         assert {"forward", "grad_query", "grad_key_value"} <= {kernel["name"] for kernel in kernels}
@@ -90,8 +121,9 @@ def test_fits_the_chip_and_reads_no_register_that_nothing_has_set(architecture, 
             assert not kernel["reads of nothing"], (name, kernel)
 
 
-def test_without_the_newer_assembler_the_code_is_whole_too():
-    cases = {name: case | {"newer_assembler": False} for name, case in UNEVEN.items()}
+@pytest.mark.parametrize("cases", [UNEVEN, pytest.param(MORE_UNEVEN, marks=pytest.mark.thorough)])
+def test_without_the_newer_assembler_the_code_is_whole_too(cases):
+    cases = {name: case | {"newer_assembler": False} for name, case in cases.items()}
     for name, kernels in compiled(90, cases).items():
         for kernel in kernels:
             assert not kernel["reads of nothing"], (name, kernel)

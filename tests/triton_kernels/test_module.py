@@ -33,6 +33,7 @@ def served(as_on_a_gpu, monkeypatch):
     return found
 
 
+@pytest.mark.thorough(one_in=3)
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_agrees_with_torch(case, served):
     matches_torch(case)
