@@ -8,7 +8,7 @@ import fused_mha
 from attention_oracle import make_arguments
 from fused_mha import parity
 from native.call_space import calls
-from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
+from triton_kernels.kinds import CASES, EVERYTHING, FILLS, assert_added_numbers_hide, matches_oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEVERAL_TILES = {"N": 2, "L": 300, "S": 420, "H": 4, "H_kv": 2, "D": 64, "D_v": 64}
@@ -36,6 +36,15 @@ def test_each_kind_of_call(attention, case, sizes):
 @pytest.mark.parametrize("case", WHOLE)
 def test_most_kinds_of_calls(attention, case, sizes):
     matches_oracle(attention, make_arguments(**sizes | CASES[case]))
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("hidden", [66, 70])
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_numbers_that_are_added_hide(attention, dtype, name, hidden, fill):
+    """A first tile of keys may be hidden by them alone."""
+    assert_added_numbers_hide(attention, dtype, fill, hidden, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

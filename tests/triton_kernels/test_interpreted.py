@@ -13,7 +13,7 @@ from fused_mha.backends.arguments import arguments_of
 from fused_mha.core import reference
 from native.call_space import calls
 from native.dense_oracle import drawn_seed
-from triton_kernels.kinds import CASES, EVERYTHING, SINKS, SLOPES, matches_oracle
+from triton_kernels.kinds import CASES, EVERYTHING, FILLS, SINKS, SLOPES, assert_added_numbers_hide, matches_oracle
 
 from search import examples
 
@@ -32,6 +32,15 @@ SEVERAL_TILES = [(name, dtype) for i, name in enumerate(CASES) for dtype in DTYP
 @pytest.mark.parametrize(("name", "dtype"), SEVERAL_TILES, ids=str)
 def test_several_tiles(attention, name, dtype):
     matches_oracle(attention, make_arguments(N=2, L=70, S=90, H=2, H_kv=1, D=24, D_v=16, dtype=dtype, **CASES[name]))
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("hidden", [66, 70])
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_numbers_that_are_added_hide(attention, dtype, name, hidden, fill):
+    """A first tile of keys may be hidden by them alone."""
+    assert_added_numbers_hide(attention, dtype, fill, hidden, name)
 
 
 @pytest.mark.parametrize("D", [1, 8, 40, 64, 80, 128, 200, 256])

@@ -150,6 +150,7 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
         block_dv,
         VIRTUAL=arguments.columns > arguments.key.shape[1],
         NATURAL=is_natural,
+        EXACT=is_natural or arguments.query.dtype == torch.float32,
         GROUPED=arguments.query.shape[2] > arguments.key.shape[2],
         AVERAGED=False,
         MASK_UNIT=1 if mask is None else readable.unit_of_mask(mask),

@@ -96,12 +96,11 @@ def shift_of(row_max):
 def exponentials(scores, shift, call, TILE: tl.constexpr):
     """exp(score - the row's shift), 0 where hidden; the shifts broadcast.
 
-    In fp32 the largest is exactly 1, however large the scores are. For half types one multiply-add has to do, of which
-    the relative error is |score| * 2^-24.
+    If EXACT, the largest is exactly 1, however large the scores are: masks often hide by the lowest finite number.
+    Else one multiply-add has to do, of which the relative error is |score| * 2^-24.
     """
     factor = _factor(call, TILE)
-    exact: tl.constexpr = call.query.dtype.element_ty == tl.float32
-    return tl.exp2((scores - shift) * factor if exact else scores * factor - shift * factor)
+    return tl.exp2((scores - shift) * factor if TILE.EXACT else scores * factor - shift * factor)
 
 
 @triton.jit
@@ -119,7 +118,7 @@ def softmax_tile(call, head, shift, row_factor, scores, rows, columns, TILE: tl.
 @triton.jit
 def softmax(scores, shift, row_factor, call, TILE: tl.constexpr):
     """That of masked scores, or of a sink."""
-    if call.query.dtype.element_ty == tl.float32:
+    if TILE.EXACT:
         return exponentials(scores, shift, call, TILE) * row_factor
     return tl.exp2(scores * _factor(call, TILE) - shift)
 
@@ -128,12 +127,12 @@ def softmax(scores, shift, row_factor, call, TILE: tl.constexpr):
 def load_stats(stats, call, head, rows, TILE: tl.constexpr):
     """The shifts of rows and 1 / their sums, 0 where all is hidden, from what the forward stored, (2, N, H, L).
 
-    For half types the sum is in the shift, a binary logarithm: one operation less for each score. Rows are
+    If not EXACT, the sum is in the shift, a binary logarithm: one operation less for each score. Rows are
     one-dimensional here: loads that broadcast cost a register for each element of a tile.
     """
     shift = shift_of(load_of_rows(stats, call, head, rows))
     row_sum = load_of_rows(stats + all_rows(call), call, head, rows)
-    if call.query.dtype.element_ty != tl.float32:
+    if not TILE.EXACT:
         shift = tl.where(row_sum == 0.0, float("inf"), shift * _factor(call, TILE) + tl.log2(row_sum))
     return shift, tl.where(row_sum == 0.0, 0.0, 1.0 / row_sum)
 

@@ -31,6 +31,7 @@ class Tile(NamedTuple):
     BLOCK_DV: int
     VIRTUAL: bool  # there are virtual keys
     NATURAL: bool  # scores are scaled before the softmax, since something is added, they are capped, or by no scale > 0
+    EXACT: bool  # the softmax is right however large the scores are: in fp32, and for the scores that are NATURAL
     GROUPED: bool  # query heads share the heads of keys
     AVERAGED: bool  # the weights are means over the heads
     MASK_UNIT: int  # which divides the strides of attn_mask: the elements of 16 bytes, or 1
