@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ from fused_mha.benchmark.module_cells import Mode, inference, modules
 from fused_mha.testing import tolerance
 
 HAS_GPU = torch.cuda.is_available()
+WORKERS = min(os.cpu_count() or 1, 16)  # processes that share the GPU: each holds half a gigabyte of it
 DEVICE = "cuda" if HAS_GPU else "cpu"
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16  # which the interpreter computes right
 GROUPS = {

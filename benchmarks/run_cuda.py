@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/cuda"), help="folder of what it writes")
     parser.add_argument("--seconds", type=float, default=0.2, help="per case of the benchmark (default: 0.2)")
     parser.add_argument("--test-seconds", type=float, default=200, help="after which tests are stopped (default: 200)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that test (default: one for each core)")
+    parser.add_argument("--workers", type=int, default=bench_cuda.WORKERS, help="that test (default: up to 16)")
     parser.add_argument("--sanitize", action="store_true", help="run some tests by compute-sanitizer too")
     parser.add_argument(
         "--cpu",

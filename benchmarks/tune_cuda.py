@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import fused_mha
+from bench_cuda import WORKERS
 from fused_mha.backends.triton import launcher, preparation
 from fused_mha.backends.triton.tile_config import Config, Kind, Launch
 from fused_mha.core import plans
@@ -86,7 +86,7 @@ def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/cuda"), help="folder of what it writes")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="that compile (default: one for each core)")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="that compile (default: up to 16)")
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)  # the share of a worker
     options = parser.parse_args()
     if not torch.cuda.is_available():
