@@ -64,6 +64,35 @@ def test_masks_of_half_types_are_left_to_others_away_from_the_cpu():
     assert reasons(torch.float32) == ("sdpa", [])
 
 
+@pytest.mark.parametrize("masks", [{}, {"padding_dtype": torch.bool}], ids=["plain", "padding"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+        lambda x: torch.cat([x, x[..., :1]], -1)[..., :-1],
+        lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    ],
+    ids=["address", "rows", "elements"],
+)
+def test_kernels_that_read_16_bytes_are_given_whole_ones(view, masks, monkeypatch):
+    monkeypatch.setattr(sdpa, "_READ_16_BYTES", ("cpu",))
+    heads, attend = [], sdpa.torch_sdpa
+    monkeypatch.setattr(sdpa, "torch_sdpa", lambda *given, **rest: (heads.append(given), attend(*given, **rest))[1])
+    arguments = make_arguments(L=3, S=5, D=16, D_v=16, **masks)
+    leaves = [arguments[name].requires_grad_() for name in ("query", "key", "value")]
+    with fused_mha.backend("sdpa"):
+        expected = fused_mha.attention(**arguments).output
+        found = fused_mha.attention(**arguments | {name: view(arguments[name]) for name in ("query", "key", "value")})
+    assert torch.equal(found.output, expected)
+    assert len(heads) == 2
+    for x in heads[1]:
+        assert x.data_ptr() % 16 == 0
+        assert x.stride(-1) == 1
+        assert not any(stride * x.element_size() % 16 for stride in x.stride()[:-1])
+    gradients = (torch.autograd.grad(output.sum(), leaves) for output in (found.output, expected))
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
 def test_a_causal_mask_beside_is_causal_is_not_merged(dtype):
     module, x = MultiHeadAttention(8, 2, batch_first=True), torch.randn(2, 4, 8)

@@ -17,6 +17,9 @@ from native.test_operators import operands
 pytest.importorskip("triton")
 
 
+MANY = {"N": 64, "H": 16, "H_kv": 16, "L": 512, "S": 513}  # more than 2^28 scores
+
+
 def explain(learns=False, packed=False, **options):
     """The choice for a call on a GPU, with a mask that learns or not, of packed sequences or not."""
     arguments = make_arguments(**{"D": 64, "D_v": 64, "dtype": torch.float16} | options)
@@ -57,6 +60,8 @@ def test_plain_calls_are_left_to_torch_and_explain_says_why(plain):
         {"dropout_p": 0.1},
         {"L": 1},
         {"N": 32768},
+        {"scale": 0.0, "is_causal": True},
+        {"scale": -0.1},
     ],
     ids=", ".join,
 )
@@ -73,7 +78,12 @@ def test_what_torch_does_not_fuse_is_ours(call):
         ({"dropout_p": 0.1}, "sdpa"),
         ({"bias_kv": True}, "sdpa"),
         ({"need_weights": True}, "reference"),
-        ({"need_weights": True, "N": 64, "H": 16, "L": 512, "S": 513}, "triton"),  # more than 2^28 weights
+        (MANY | {"dropout_p": 0.1}, "sdpa"),
+        (MANY | {"need_weights": True}, "triton"),
+        (MANY | {"H_kv": 8}, "triton"),
+        (MANY | {"padding_dtype": torch.bool}, "sdpa"),  # of which a mask has 2^24 numbers
+        (MANY | {"mask_dtype": torch.bool, "mask_shape": "HLS"}, "triton"),
+        ({"H_kv": 1, "padding_dtype": torch.bool}, "sdpa"),
         ({"return_lse": True}, "triton"),
         ({"window": (3, 3)}, "triton"),
         ({"L": 1, "padding_dtype": torch.bool}, "triton"),

@@ -9,7 +9,7 @@ import torch
 import fused_mha
 from fused_mha.backends.delegation import MODULE_RULE, RECORDED, RULES
 from fused_mha.module import one_call
-from triton_kernels.test_choice import explain
+from triton_kernels.test_choice import MANY, explain
 
 pytest.importorskip("triton")
 
@@ -29,10 +29,13 @@ CALLS = {
     "log-sum-exp": ({"return_lse": True}, "triton"),
     "single query": ({"L": 1}, "triton"),
     "many heads": ({"N": 32768}, "triton"),
+    "scale": ({"scale": -1.0}, "triton"),
+    "everything dropped": (SINGLE | {"dropout_p": 1.0}, "triton"),
+    "grouped heads, other values": ({"H": 4, "H_kv": 2, "D_v": 32}, "triton"),
+    "fp32, many scores": (SINGLE | WEIGHTS | MANY, "triton"),
     "no mask": ({}, "sdpa"),
     "window": (SINGLE | {"window": (1, 1)}, "triton"),
     "fp32, a mask that learns": (SINGLE | masked(torch.float32) | {"learns": True}, "triton"),
-    "fp32, many weights": (SINGLE | WEIGHTS | {"N": 64, "H": 16, "L": 512, "S": 513}, "triton"),
     "fp32, weights": (SINGLE | WEIGHTS, "reference"),
     "fp32": (SINGLE | HIDES | {"dropout_p": 0.1}, "sdpa"),
     "dropout": ({"dropout_p": 0.1} | WEIGHTS | HIDES, "triton"),

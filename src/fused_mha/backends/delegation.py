@@ -15,7 +15,7 @@ from fused_mha.core.modes import is_recorded
 from fused_mha.ops.module import GRADIENTS, Call
 
 MOST_HEADS_OF_TORCH = 65535  # in a batch, that all of torch's own kernels take
-MOST_SCORES_OF_REFERENCE = 1 << 28  # of a call with weights in fp32: 1 GiB for each tensor of them
+MOST_SCORES = 1 << 28  # that torch's operators may hold of a call in fp32: 1 GiB for each tensor of them
 
 RECORDED = "benchmarks/results/nvidia_h100/cuda.json"
 FIRST_RUN = "the first run on an H100, 2026-11-27"  # by other tiles; its figures are in no file of this repository
@@ -74,9 +74,23 @@ def _has_float32_weights(inputs: AttentionInputs) -> bool:
     return _is_float32(inputs) and inputs.need_weights
 
 
-def _has_many_float32_weights(inputs: AttentionInputs) -> bool:
-    N, L, H, _ = inputs.query.shape
-    return _has_float32_weights(inputs) and N * H * L * inputs.key.shape[1] > MOST_SCORES_OF_REFERENCE
+def _is_grouped(inputs: AttentionInputs) -> bool:
+    return inputs.query.shape[2] != inputs.key.shape[2]
+
+
+def _is_grouped_with_other_values(inputs: AttentionInputs) -> bool:
+    return _is_grouped(inputs) and inputs.query.shape[3] != inputs.value.shape[3]
+
+
+def _has_many_float32_scores(inputs: AttentionInputs) -> bool:
+    """Of which torch's operators hold those of every head, or a mask."""
+    if not _is_float32(inputs):
+        return False
+    (N, L, H, _), S = inputs.query.shape, inputs.key.shape[1]
+    if inputs.need_weights or _is_grouped(inputs):
+        return N * H * L * S > MOST_SCORES
+    heads = 1 if inputs.attn_mask is None else inputs.attn_mask.shape[1]
+    return inputs.needs_mask_tensor() and N * heads * L * S > MOST_SCORES
 
 
 def _has_float_mask(inputs: AttentionInputs) -> bool:
@@ -106,6 +120,30 @@ RULES = (
         f"not all of torch's kernels take more than {MOST_HEADS_OF_TORCH} heads in a batch",
     ),
     Rule(
+        "scale",
+        "triton",
+        lambda inputs: not inputs.scale > 0,
+        "torch's kernels multiply what hides a score by the scale: NaN where it is not positive",
+    ),
+    Rule(
+        "everything dropped",
+        "triton",
+        lambda inputs: inputs.dropout_p == 1.0,
+        "torch's kernels divide by 1 - p: NaN where p is 1",
+    ),
+    Rule(
+        "grouped heads, other values",
+        "triton",
+        _is_grouped_with_other_values,
+        "torch has no kernel for grouped heads whose values have another size than their keys: it holds all scores",
+    ),
+    Rule(
+        "fp32, many scores",
+        "triton",
+        _has_many_float32_scores,
+        f"torch's operators would hold more than {MOST_SCORES} scores, or numbers of a mask",
+    ),
+    Rule(
         "no mask",
         "sdpa",
         _is_plain,
@@ -129,12 +167,6 @@ RULES = (
         "triton",
         _has_float32_mask_that_learns,
         "a mask needs a gradient, with which torch's products of float32 were not compared",
-    ),
-    Rule(
-        "fp32, many weights",
-        "triton",
-        _has_many_float32_weights,
-        f"torch's products would hold more than {MOST_SCORES_OF_REFERENCE} scores",
     ),
     Rule(
         "fp32, weights",

@@ -13,7 +13,8 @@ from fused_mha.backends import delegation
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.core import masks
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
-from fused_mha.core.modes import is_plain, onnx_export_is_active
+from fused_mha.core.memory import PLAIN_TYPES, aligned, unit_of
+from fused_mha.core.modes import is_eager, is_plain, onnx_export_is_active
 from fused_mha.core.reference import append_virtual_keys
 from fused_mha.ops import schema
 from fused_mha.ops.module import Call
@@ -42,6 +43,8 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
     query, S = inputs.query, inputs.key.shape[1]
     key = append_virtual_keys(inputs.key, inputs.bias_k, inputs.add_zero_attn)
     value = append_virtual_keys(inputs.value, inputs.bias_v, inputs.add_zero_attn)
+    if query.device.type in _READ_16_BYTES and is_eager():
+        query, key, value = map(_aligned, (query, key, value))
     mask = empty = None
     if inputs.needs_mask_tensor():
         # Beside half queries the op takes an fp32 mask (on the CPU, the only place where theirs come here):
@@ -75,6 +78,15 @@ def _run(inputs: AttentionInputs) -> AttentionResult:
 _KNOW_EMPTY_ROWS = ("cpu",)
 
 
+# Devices whose kernels read 16 bytes at once where sizes allow it, without a look at every address and stride: from a
+# wrong address, or a kernel is found missing (pytorch/pytorch#183484). Compilers copy such inputs.
+_READ_16_BYTES = ("cuda",)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return aligned(x, unit_of(x)) if type(x) in PLAIN_TYPES else x
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -103,6 +115,8 @@ def _attend(
 def _served(inputs: AttentionInputs) -> Served | None:
     """The op itself for a call without masks and virtual keys, which needs nothing else."""
     if inputs.needs_mask_tensor() or inputs.bias_k is not None or inputs.add_zero_attn:
+        return None
+    if any(_aligned(x) is not x for x in inputs[:3]):
         return None
     dropout_p, is_causal, scale = inputs.dropout_p, inputs.is_causal, inputs.scale
 

@@ -60,6 +60,23 @@ def plain_keys(device_type: str) -> frozenset[int]:
     return frozenset(torch._C._dispatch_keys(x).raw_repr() for x in (plain, of_inference))
 
 
+def aligned(x: Tensor, unit: int) -> Tensor:
+    """``x``, at a multiple of 16 bytes and with contiguous rows; unless ``unit`` divides all other strides, or it is
+    contiguous, a copy.
+    """
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    strides = (stride % unit for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    if x.stride(-1) == 1 and not any(strides) and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def unit_of(x: Tensor) -> int:
+    """How many elements 16 bytes have, which the memory of a GPU gives at once."""
+    return 16 // x.element_size()
+
+
 class Recent(Generic[Found]):
     """What was found for the last few kinds of plain tensors.
 

@@ -16,6 +16,7 @@ from fused_mha.backends.arguments import arguments_of
 from fused_mha.backends.capability import Backend, Capability, Served, ServedModule
 from fused_mha.backends.triton.tile_config import MOST_HEAD_SIZE
 from fused_mha.core.inputs import AttentionInputs, AttentionResult
+from fused_mha.core.memory import unit_of
 from fused_mha.ops import fallback, schema
 from fused_mha.ops.module import Call
 
@@ -61,10 +62,10 @@ def _served(inputs: AttentionInputs) -> Served:
 
 
 def _serves_module(call: Call) -> ServedModule | None:
-    from fused_mha.backends.triton import module, readable  # noqa: PLC0415 - as above
+    from fused_mha.backends.triton import module  # noqa: PLC0415 - as above
 
     head_size = call.query.shape[-1] // call.num_heads
-    return None if head_size % readable.unit_of(call.query) else module.Kept(call)
+    return None if head_size % unit_of(call.query) else module.Kept(call)
 
 
 def _leaves_to_torch(inputs: AttentionInputs) -> delegation.Rule | None:

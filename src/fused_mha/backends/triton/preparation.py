@@ -16,6 +16,7 @@ from fused_mha.backends.triton.tile_config import Config, Kind, Launch, config
 from fused_mha.backends.triton.tiles import TENSORS, Call, Tile
 from fused_mha.backends.triton.visibility import SQUARE
 from fused_mha.core.inputs import checked_weights_of_heads
+from fused_mha.core.memory import unit_of
 from fused_mha.ops.schema import Arguments, drawn_probability
 
 SMALLEST_BLOCK = 16  # of a side of a product
@@ -163,7 +164,7 @@ def tile_of(arguments: Arguments, launch: Launch) -> Tile:
 
 def with_weights(tile: Tile, arguments: Arguments) -> Tile:
     """The same of one that does."""
-    unit = readable.unit_of(arguments.query)
+    unit = unit_of(arguments.query)
     rows_are_aligned = arguments.columns % unit == 0
     return tile._replace(AVERAGED=arguments.average_attn_weights, WEIGHTS_UNIT=unit if rows_are_aligned else 1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_mha.backends.triton.tiles import PADDING_UNIT
+from fused_mha.core.memory import aligned, unit_of
 from fused_mha.ops.schema import TENSORS, Arguments
 
 
@@ -30,22 +31,12 @@ def rows(x: Tensor, unit: int) -> Tensor:
     size = x.shape[-1]
     if size % unit:
         return torch.constant_pad_nd(x, (0, -size % unit)).contiguous()
-    if x.is_contiguous() and x.data_ptr() % 16 == 0:
-        return x
-    strides = (stride % unit for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if length > 1)
-    if x.stride(-1) == 1 and not any(strides) and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+    return aligned(x, unit)
 
 
 def first(x: Tensor, size: int) -> Tensor:
     """So many elements of each row, without what `rows` filled up."""
     return x if x.shape[-1] == size else x[..., :size].contiguous()
-
-
-def unit_of(x: Tensor) -> int:
-    """How many elements 16 bytes have, which the memory gives at once."""
-    return 16 // x.element_size()
 
 
 def unit_of_mask(mask: Tensor) -> int:
