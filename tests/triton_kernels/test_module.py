@@ -1,5 +1,6 @@
 """Whole modules on CUDA by torch's products and the Triton kernels, which run under Triton's interpreter here."""
 
+import contextlib
 import gc
 import weakref
 
@@ -11,6 +12,7 @@ from module_calls import CASES, IDS, E, N, S, inputs, masks, matches_torch, modu
 
 pytest.importorskip("triton")
 from fused_mha.backends import triton
+from fused_mha.backends.triton import finite, launch, launcher
 from fused_mha.backends.triton import module as kept_modules
 from fused_mha.core import dispatch, plans
 from fused_mha.module import one_call, projections
@@ -96,6 +98,42 @@ def test_a_gradient_of_the_weights_alone(served):
         module(x, x, x)[1].square().sum().backward()
     assert ours.out_proj.weight.grad is None
     torch.testing.assert_close(ours.in_proj_weight.grad, theirs.in_proj_weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_backward_under_autocast_is_that_of_the_forward_outside_it(dtype, served):
+    ours = modules(batch_first=True)[0].to(dtype)
+    x, arguments = inputs("self", True)[0].to(dtype).requires_grad_(), masks("padding", S, "self")
+    leaves, found = [x, *ours.parameters()], []
+    for casts in (False, True):
+        output, _ = ours(x, x, x, need_weights=False, **arguments)
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            found.append(torch.autograd.grad(output, leaves, torch.ones_like(output)))
+    assert all(map(torch.equal, *found))
+    assert served == ["forward", "backward"] * 2
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(served, monkeypatch):
+    inside, launched = [], []
+
+    @contextlib.contextmanager
+    def on_device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    launch_one = launcher.Launcher.__call__
+    monkeypatch.setattr(launch, "on_device", on_device)
+    monkeypatch.setattr(finite, "on_device", on_device)
+    monkeypatch.setattr(
+        launcher.Launcher,
+        "__call__",
+        lambda self, *given: (launched.append((self.kernel.fn.__name__, len(inside))), launch_one(self, *given))[1],
+    )
+    ours, _ = modules(batch_first=True)
+    gradients(ours, inputs("self", True)[0], **masks("padding", S, "self"))
+    kernels = {"finite_where_hidden", "forward", "weights", "grad_query", "grad_key_value"}
+    assert set(launched) == {(name, 1) for name in kernels}
 
 
 def test_a_second_derivative_is_right(served):

@@ -259,6 +259,20 @@ def test_inference_mode_and_grad_mode_have_recent_kinds_of_their_own(monkeypatch
     assert torch.autograd.grad(output.sum(), arguments["key_padding_mask"])[0].any()
 
 
+def test_a_backward_multiplies_as_its_forward_whenever_it_is_planned(launches):
+    arguments = make_arguments(D=16, D_v=16, padding_dtype=torch.bool)
+    arguments["query"].requires_grad_()
+    output = fused_mha.attention(**arguments).output
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        torch.autograd.grad(output.sum(), arguments["query"])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    precisions = {kernel.fn.__name__: operands[-1].PRECISION for kernel, *_, operands in launches.by_triton}
+    assert precisions == dict.fromkeys(("forward", "grad_query", "grad_key_value"), "ieee")
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_mha.backends.triton import readable
-from fused_mha.backends.triton.launcher import Launcher
+from fused_mha.backends.triton.launcher import Launcher, on_device
 from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import TENSORS, Call, hides
 
@@ -64,5 +64,6 @@ class Finite:
         """``x``, with zeros for NaN and infinity in the rows that the padding (N, S) hides."""
         x, padding = (readable.rows(y.contiguous(), 1) for y in (x, padding))
         result = torch.empty_like(x)
-        self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), result)
+        with on_device(x.device.index):
+            self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), result)
         return result

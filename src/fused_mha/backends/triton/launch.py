@@ -6,7 +6,6 @@ dimension: the others of a CUDA grid end at 65,535.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -20,13 +19,13 @@ from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.gradient_tile import TERMS_UNIT, Given
-from fused_mha.backends.triton.launcher import Launcher
+from fused_mha.backends.triton.launcher import Launcher, on_device
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Call, Searched
 from fused_mha.backends.triton.visibility import SQUARE, mask_squares
 from fused_mha.backends.triton.weights import weights as weights_kernel
-from fused_mha.core.memory import memory_of
+from fused_mha.core.memory import memory_of, unit_of
 from fused_mha.ops import gradients
 from fused_mha.ops.schema import TENSORS, Arguments
 
@@ -138,7 +137,7 @@ class Plan:
         self._head_sizes = wanted.query.shape[3], wanted.value.shape[3]
         self._device = wanted.query.device
         self._index = self._device.index if self._device.type == "cuda" else None
-        self._unit = readable.unit_of(wanted.query)
+        self._unit = unit_of(wanted.query)
         self._flash_is_causal = wanted.last_visible == 0 if wanted.need_weights and _flash_serves(wanted) else None
         self._fills_up = any(size % self._unit for size in self._head_sizes)
         self._has_layout = layout is not None
@@ -147,7 +146,9 @@ class Plan:
         N, L, H, _ = a.query.shape
         tiling = self._tiling.forward
         programs = H * preparation.blocks_of_queries(a, tiling.BLOCK_M)
-        self._forward = Launcher(forward, programs, tiling, self._call, tile_of(a, tiling))
+        tile = tile_of(a, tiling)
+        self._precision = tile.PRECISION  # of the backward too, whenever that is planned
+        self._forward = Launcher(forward, programs, tiling, self._call, tile)
         D_v = a.value.shape[3]
         self._output = self._maker((N, L, H, D_v), a.query.dtype, (*layout.output, D_v, 1))
         self._lse, self._stats = (self._maker((*two, N, H, L), torch.float32) for two in ((), (2,)))
@@ -169,7 +170,7 @@ class Plan:
 
     def forward(self, tensors: Tensors) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Output, weights or None, log-sum-exp, and the rows' maxima and sums."""
-        with self.on_device():
+        with on_device(self._index):
             given = self._given(tensors)
             output = self._output()
             if self._flash_is_causal is not None:
@@ -198,7 +199,7 @@ class Plan:
         """Those of query, key, value, mask, columns of scores, of the biases for each batch element, of the sinks,
         (1, H), and of the distances that ALiBi goes by, (1, H, 1); or None.
         """
-        with self.on_device():
+        with on_device(self._index):
             call = self._given(tensors)
             of = (grads[1] is not None, grads[2] is not None, mask_grad, columns_grad, slopes_grad)
             plan = self._backward.get(of)
@@ -249,7 +250,7 @@ class Plan:
         def launcher(
             kernel: Any, programs: int, tiling: Launch, call: Call = self._call, by_keys: bool = False
         ) -> Launcher:
-            tile = tile_of(a, tiling)._replace(BY_KEYS=by_keys)
+            tile = tile_of(a, tiling)._replace(BY_KEYS=by_keys, PRECISION=self._precision)
             tile = with_weights(tile, a) if of_weights else tile
             return Launcher(kernel, programs, tiling, call, tile)
 
@@ -302,12 +303,6 @@ class Plan:
             launcher((query, key, value, mask, padding, squares, *others), squares)
         return query, key, value, mask, padding, squares, *others
 
-    def on_device(self) -> contextlib.AbstractContextManager[Any]:
-        """Kernels are launched and tensors allocated on the current device; the interpreter of the tests has none."""
-        if self._index is None or self._index == torch.cuda.current_device():
-            return _nothing
-        return torch.cuda.device(self._index)
-
     def _maker(self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Maker:
         """What makes an uninitialised tensor, a contiguous one without strides.
 
@@ -320,7 +315,6 @@ class Plan:
         return functools.partial(_empty_strided, shape, strides, dtype)
 
 
-_nothing = contextlib.nullcontext()
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _empty_strided: Any = getattr(_guards, "_empty_strided_cuda", None)  # not public
 

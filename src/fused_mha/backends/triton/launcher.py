@@ -7,6 +7,7 @@ public: where it is missing, Triton's way is taken each time.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,16 @@ class Launcher:
         given, taken = (sum(x is not None for x in _flat(of)) for of in (tensors, operands))
         self._kinds = "O" * given + "".join(map(_kind, self._given)) + "O" * (taken + len(self._scratch))
         self._compiled = compiled
+
+
+def on_device(index: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched and tensors allocated on the current device; the interpreter of the tests has none, None."""
+    if index is None or index == torch.cuda.current_device():
+        return _nothing
+    return torch.cuda.device(index)
+
+
+_nothing = contextlib.nullcontext()
 
 
 def run(kernel: Any, programs: int, how: Launch, call: Call, *operands_and_tile: Any) -> Any:

@@ -16,7 +16,7 @@ from fused_mha.backends.triton.finite import Finite
 from fused_mha.backends.triton.launch import Plan
 from fused_mha.backends.triton.preparation import Layout
 from fused_mha.core.memory import memory_of, memory_of_each
-from fused_mha.core.modes import is_recorded, may_skip_dispatcher
+from fused_mha.core.modes import autocast_is_on, is_recorded, may_skip_dispatcher
 from fused_mha.ops import module_autograd
 from fused_mha.ops.module import GRADIENTS, TENSORS, Call
 from fused_mha.ops.schema import Arguments
@@ -48,7 +48,7 @@ class Kept:
         (N, L, S, E), H = call.sizes(), call.num_heads
         lengths = (L, S, S)
         length_first = not call.batch_first and call.query.dim() == 3
-        self._is_self, self._E = call.key is None, E
+        self._is_self, self._E, self.device_type = call.key is None, E, call.query.device.type
         counts = (3,) if self._is_self else (1, 2) if call.value is None else (1, 1, 1)
         self._products: list[_Product] = []
         self._views, strides = [], []  # of the projections in one tensor
@@ -248,6 +248,10 @@ class _Module(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        device = ctx.kept.device_type
+        if autocast_is_on(device):  # of whoever calls `backward`: the forward's products were not cast
+            with torch.autocast(device, enabled=False):
+                return _Module.backward(ctx, *grads)
         kernel = ctx.kept.backward if may_skip_dispatcher(grads[:2]) else _no_kernel
         return module_autograd.backward(ctx, *grads, kernel=kernel)[: TENSORS + 1]
 
