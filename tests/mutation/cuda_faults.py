@@ -87,6 +87,20 @@ FAULTS = [
         INTERPRETED + " -k large_numbers",
     ),
     Fault(
+        "cuda: a backward multiplies by the setting of its own moment",
+        CUDA + "launch.py",
+        "_replace(BY_KEYS=by_keys, PRECISION=self._precision)",
+        "_replace(BY_KEYS=by_keys)",
+        "tests/triton_kernels/test_plans.py -k planned",
+    ),
+    Fault(
+        "cuda: a backward is cast by autocast",
+        CUDA + "module.py",
+        "if autocast_is_on(device):",
+        "if False:",
+        CUDA_MODULE + " -k autocast",
+    ),
+    Fault(
         "cuda: rows that see nothing",
         CUDA + "scores.py",
         'shift = tl.where(row_sum == 0.0, float("inf"), shift * _factor(call, TILE) + tl.log2(row_sum))',
