@@ -311,3 +311,34 @@ def assert_matches_oracle(arguments, backend):
         longest_sums(arguments, ours),
         dtype,
     )
+
+
+# What users add to a score to hide it. A sum of scores with it is rounded to the mask alone.
+FILLS = (-1e4, -1e9, -1e30, torch.finfo(torch.bfloat16).min)
+
+
+def assert_added_numbers_hide(attention, dtype, fill, hidden, name):
+    """As in torch's operators in fp32: beside other keys those have no weight, and all of a row have the same."""
+    drawn = make_arguments(N=2, L=70, S=70, H=2, H_kv=2, D=16, D_v=16, dtype=dtype)
+    query, key, value = (drawn[x] for x in ("query", "key", "value"))
+    mask = torch.zeros(70, dtype=torch.float32, device=query.device)
+    mask[:hidden] = fill
+    mask = mask.expand(2, -1) if name == "key_padding_mask" else mask.expand(70, -1)
+
+    def results(attend, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        output, weights = attend(*leaves)
+        loss = output.double().square().sum() + weights.double().square().sum()
+        return [output, weights, *torch.autograd.grad(loss, leaves)]
+
+    def expected(query, key, value):
+        added = mask[:, None, None] if name == "key_padding_mask" else mask
+        weights = (torch.einsum("nlhd,nshd->nhls", query, key) / 4 + added).softmax(-1)
+        return torch.einsum("nhls,nshd->nlhd", weights, value), weights.mean(1)
+
+    def attended(query, key, value):
+        return attention(query=query, key=key, value=value, **{name: mask}, need_weights=True)[:2]
+
+    found = results(attended, dtype)
+    for x, wanted in zip(found, results(expected, torch.float32), strict=True):
+        torch.testing.assert_close(x.float(), wanted, rtol=0.02, atol=0.02 * wanted.detach().abs().max().item())

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 import fused_mha
 from attention_oracle import (
     BACKENDS,
+    FILLS,
     SERVE_EVERYTHING,
+    assert_added_numbers_hide,
     assert_matches_oracle,
     can_serve,
     is_visible,
@@ -45,6 +47,16 @@ def assert_equal_up_to_rounding(result, expected):
     expected = torch.tensor(expected, dtype=result.dtype)
     magnitude = expected.masked_fill(expected.isinf(), 0.0).abs().max().item()
     torch.testing.assert_close(result.detach(), expected, rtol=0, atol=tolerance(result.dtype, 0.0, magnitude))
+
+
+@each_that_serves_everything
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("hidden", [66, 70])
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_large_numbers_that_are_added_hide(dtype, name, hidden, fill, backend):
+    with fused_mha.backend(backend):
+        assert_added_numbers_hide(fused_mha.attention, dtype, fill, hidden, name)
 
 
 class TestByHand:

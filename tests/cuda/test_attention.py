@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 
 import fused_mha
-from attention_oracle import make_arguments
+from attention_oracle import FILLS, assert_added_numbers_hide, make_arguments
 from fused_mha import parity
 from native.call_space import calls
-from triton_kernels.kinds import CASES, EVERYTHING, FILLS, assert_added_numbers_hide, matches_oracle
+from triton_kernels.kinds import CASES, EVERYTHING, matches_oracle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEVERAL_TILES = {"N": 2, "L": 300, "S": 420, "H": 4, "H_kv": 2, "D": 64, "D_v": 64}

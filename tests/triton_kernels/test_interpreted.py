@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from attention_oracle import checked, make_arguments
+from attention_oracle import FILLS, assert_added_numbers_hide, checked, make_arguments
 from closeness import assert_close_to_oracle
 from fused_mha.backends.arguments import arguments_of
 from fused_mha.core import reference
 from native.call_space import calls
 from native.dense_oracle import drawn_seed
-from triton_kernels.kinds import CASES, EVERYTHING, FILLS, SINKS, SLOPES, assert_added_numbers_hide, matches_oracle
+from triton_kernels.kinds import CASES, EVERYTHING, SINKS, SLOPES, matches_oracle
 
 from search import examples
 
