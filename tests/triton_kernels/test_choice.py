@@ -17,7 +17,7 @@ from native.test_operators import operands
 pytest.importorskip("triton")
 
 
-MANY = {"N": 64, "H": 16, "H_kv": 16, "L": 512, "S": 513}  # more than 2^28 scores
+MANY = {"N": 1, "H": 2, "H_kv": 2, "L": 11600, "S": 11600}  # more than 2^28 scores
 
 
 def explain(learns=False, packed=False, **options):
@@ -80,9 +80,9 @@ def test_what_torch_does_not_fuse_is_ours(call):
         ({"need_weights": True}, "reference"),
         (MANY | {"dropout_p": 0.1}, "sdpa"),
         (MANY | {"need_weights": True}, "triton"),
-        (MANY | {"H_kv": 8}, "triton"),
-        (MANY | {"padding_dtype": torch.bool}, "sdpa"),  # of which a mask has 2^24 numbers
-        (MANY | {"mask_dtype": torch.bool, "mask_shape": "HLS"}, "triton"),
+        (MANY | {"H_kv": 1}, "triton"),
+        (MANY | {"padding_dtype": torch.bool}, "sdpa"),  # of which a mask has half as many numbers
+        (MANY | {"mask_dtype": torch.bool, "mask_shape": "HS"}, "triton"),
         ({"H_kv": 1, "padding_dtype": torch.bool}, "sdpa"),
         ({"return_lse": True}, "triton"),
         ({"window": (3, 3)}, "triton"),

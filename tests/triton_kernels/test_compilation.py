@@ -23,7 +23,7 @@ CASES = {
         "bool mask, weights, one head": {"D": 128, "N": 1, "H": 1, "masks": "bool", "weights": True},
         "fp32, large heads": {"dtype": "float32", "D": 256, "padding": True},
         "fp32, packed, virtual keys": {"dtype": "float32", "D": 64, "packed": True, "virtual": True},
-        "softcap, sinks, ALiBi": {"D": 64, "softcap": 30.0, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
+        "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
     },
     86: {
         "float mask, weights": {"dtype": "float16", "D": 64, "masks": "float32", "weights": True},
@@ -50,7 +50,6 @@ MORE = {
         "causal and padding, 64": {"D": 64, "padding": True},
         "fp32, virtual keys": {"dtype": "float32", "D": 64, "virtual": True},
         "softcap": {"D": 64, "softcap": 30.0},
-        "sinks, ALiBi, padding": {"D": 64, "of_heads": ["sinks", "alibi_slopes"], "padding": True},
         "fp32, softcap, sinks": {"dtype": "float32", "D": 64, "softcap": 30.0, "of_heads": ["sinks"]},
         "fp32, packed": {"dtype": "float32", "D": 64, "packed": True},
     },
