@@ -58,6 +58,7 @@ def test_any_call_without_gradients_agrees_with_torch(case, seed):
         _assert_parity(case._replace(training=False), seed)
 
 
+@pytest.mark.thorough(one_in=5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", list(grid()), ids=str)
 def test_grid_agrees_with_torch(case, dtype):

@@ -36,6 +36,7 @@ each_back_end = pytest.mark.parametrize("backend", SERVE_EVERYTHING)
 each_choice = pytest.mark.parametrize("heads", HEADS, ids=str)
 
 
+@pytest.mark.thorough(one_in=5)
 @each_back_end
 @each_choice
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -164,6 +164,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.thorough(one_in=2)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("config", "arguments", "pads", "most"), COMPILED.values(), ids=COMPILED)
 def test_a_compiled_module_is_not_compiled_at_each_length(config, arguments, pads, most):

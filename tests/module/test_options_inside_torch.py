@@ -66,6 +66,7 @@ def test_an_exported_module_gives_the_same_at_any_length(config):
         torch.testing.assert_close(program(x, x, x), module(x, x, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough(one_in=3)
 @every_config
 def test_second_derivatives_are_those_of_numbers(config):
     module = module_with(torch.float64, **config)

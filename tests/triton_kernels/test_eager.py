@@ -343,7 +343,7 @@ def test_a_backward_of_a_kind_that_came_before_is_looked_up(monkeypatch):
 @pytest.mark.parametrize("is_given", [(True, False), (False, True), (True, True)], ids=str)
 def test_which_results_have_gradients_makes_backwards_of_other_kinds(in_general, is_given):
     """Both gradients have one shape, so that nothing else tells them apart."""
-    arguments = make_arguments(N=1, L=8, S=8, H=8, H_kv=8, D=8, D_v=8)
+    arguments = make_arguments(N=1, L=2, S=2, H=2, H_kv=2, D=2, D_v=2)
     leaves = [arguments[name].requires_grad_() for name in LEAVES[:3]]
 
     def gradients(attention, given):

@@ -37,10 +37,9 @@ def test_several_tiles(attention, name, dtype):
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("hidden", [66, 70])
 @pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_numbers_that_are_added_hide(attention, dtype, name, hidden, fill):
+def test_large_numbers_that_are_added_hide(attention, name, hidden, fill):
     """A first tile of keys may be hidden by them alone."""
-    assert_added_numbers_hide(attention, dtype, fill, hidden, name)
+    assert_added_numbers_hide(attention, torch.float16, fill, hidden, name)
 
 
 @pytest.mark.parametrize("D", [1, 8, 40, 64, 80, 128, 200, 256])

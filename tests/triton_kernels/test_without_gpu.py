@@ -83,6 +83,7 @@ def test_after_warm_up_nothing_is_compiled(counts, tmp_path):
     assert called == [0, 0, 3]
 
 
+@pytest.mark.thorough
 def test_softcap_sinks_and_slopes_are_warmed_up_too(counts, tmp_path):
     of_heads = {"sinks": "float32", "alibi_slopes": "float32"}
     calls = [
@@ -93,6 +94,7 @@ def test_softcap_sinks_and_slopes_are_warmed_up_too(counts, tmp_path):
     assert counts(*steps, cache=tmp_path) == [[KERNELS, 0, KERNELS], [0, 0, KERNELS]]
 
 
+@pytest.mark.thorough
 def test_modules_of_all_sizes_and_layouts_take_the_kernels_that_warm_up_compiles(counts, tmp_path):
     modules = [
         {"N": N, "L": L, "E": 16 * H, "num_heads": H, "batch_first": batch_first, "backward": True}
