@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -77,8 +78,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """Give every test one seed, so that what it draws does not depend on the tests before it."""
+    """Give every test one seed and no call that came before, so that it does not depend on the tests before it."""
     torch.manual_seed(0)
+    if (plans := sys.modules.get("fused_mha.core.plans")) is not None:
+        plans.forget()
 
 
 @pytest.fixture
@@ -93,15 +96,22 @@ def one_calls(monkeypatch):
     if cpu.LIBRARY is None:
         pytest.skip("this installation has no C++ library")
     served = []
-    forward = one_call.forward
+    forward, serve = one_call.forward, one_call.Small.serve
 
-    def spy(*arguments):
-        result = forward(*arguments)
+    def spy(*arguments, **options):
+        result = forward(*arguments, **options)
         served.append(result is not None)
+        return result
+
+    def spy_on_small(call):
+        result = serve(call)
+        if result is not None:  # else `forward` comes next
+            served.append(True)
         return result
 
     monkeypatch.setattr(linear, "dtypes", lambda: (torch.float32, torch.float64, torch.bfloat16, torch.float16))
     monkeypatch.setattr(one_call, "forward", spy)
+    monkeypatch.setattr(one_call.Small, "serve", spy_on_small)
     return served
 
 

@@ -54,8 +54,8 @@ FAULTS = [
     Fault(
         "cuda: which tensors of a recent kind are one",
         PACKAGE + "core/plans.py",
-        "may_learn, *roles, *[x.shape for x in given])",
-        "may_learn, *[x.shape for x in given])",
+        "torch.is_grad_enabled(), *roles, *[x.shape for x in given])",
+        "torch.is_grad_enabled(), *[x.shape for x in given])",
         "tests/triton_kernels/test_plans.py",
     ),
     Fault(

@@ -10,6 +10,20 @@ CONVERT = "tests/test_convert.py"
 ONE_CALL = "tests/test_one_call.py"
 
 FAULTS = [
+    Fault(
+        "one call: a small call is taken for one with another dropout",
+        PACKAGE + "module/one_call.py",
+        "place = plans.place_of(tensors, (*flags, *sizes, dropout_p, cpu.LIBRARY.isa))",
+        "place = plans.place_of(tensors, (*flags, *sizes, cpu.LIBRARY.isa))",
+        ONE_CALL + " -k small",
+    ),
+    Fault(
+        "one call: a small call does not look at padding",
+        PACKAGE + "module/one_call.py",
+        "or not query.is_cpu or padding is not None or",
+        "or not query.is_cpu or",
+        ONE_CALL + " -k padding",
+    ),
     # Flags and hooks through convert and revert.
     Fault(
         "revert loses the training flag",

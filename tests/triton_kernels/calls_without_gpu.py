@@ -47,7 +47,7 @@ def stand_in():
     driver.set_active(WithoutGPU())
     served = {"served": triton.BACKEND.served, "serves_module": triton.BACKEND.serves_module}
     serves = cpu.BACKEND._replace(**served, leaves=lambda _: None)
-    one_call.forward = lambda *_: None  # of the CPU
+    one_call.forward = lambda *_, **__: None  # of the CPU
     dispatch.BACKENDS = (serves, *dispatch.BACKENDS[1:])
     cpu._forward, cpu._backward = launch.attention, launch.attention_backward
     plans.DEVICE = "cpu"

@@ -421,7 +421,7 @@ def test_the_module_goes_the_short_way(launches):
     module = fused_mha.MultiHeadAttention(16, 4, batch_first=True)
     x, padding = torch.randn(2, 8, 16), torch.zeros(2, 8, dtype=torch.bool)
     with fused_mha.backend("cpu"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fused_mha.module.one_call.forward", lambda *_: None)
+        patch.setattr("fused_mha.module.one_call.forward", lambda *_, **__: None)
         for _ in range(3):
             module(x, x, x, key_padding_mask=padding)
     assert [type(served) for served in plans._kept.values()].count(eager.Kept) == 1

@@ -23,7 +23,7 @@ def served(as_on_a_gpu, monkeypatch):
     """The names of the steps of `Kept` that have served calls."""
     stands_in = dispatch.BACKENDS[0]._replace(serves_module=triton.BACKEND.serves_module)
     monkeypatch.setattr(dispatch, "BACKENDS", (stands_in, *dispatch.BACKENDS[1:]))
-    monkeypatch.setattr(one_call, "forward", lambda *_: None)  # of the CPU
+    monkeypatch.setattr(one_call, "forward", lambda *_, **__: None)  # of the CPU
     found = []
 
     def noted(name):

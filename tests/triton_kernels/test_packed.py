@@ -349,7 +349,7 @@ class TestEagerCalls:
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
     @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
     def test_nested_input_of_a_module_with_virtual_keys(self, monkeypatch, layout):
-        monkeypatch.setattr(one_call, "forward", lambda *_: None)  # of the CPU
+        monkeypatch.setattr(one_call, "forward", lambda *_, **__: None)  # of the CPU
         module = fused_mha.MultiHeadAttention(16, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
         lengths = ((5, 18, 1, 33), (18, 18, 0, 33))  # of queries and keys
         rows = [[torch.randn(length, 16) for length in of] for of in lengths]

@@ -1,4 +1,5 @@
-"""What serves an eager call on CUDA of a kind that has come before: looked up, not checked and chosen anew.
+"""What serves an eager call of a kind that has come before: looked up, not checked and chosen anew. On CUDA that is
+every call, on the CPU a small one of a module.
 
 `attention`, `varlen_attention`, `one_call` and the steps ask. Here the short way and the general one meet: the general
 one serves the first call of each kind, and what it finds out is kept. A kind is all that the checks of `inputs`,
@@ -10,7 +11,7 @@ tensors than plain ones, and those with a mask (of `attention`, a bias too) that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _CONSTANTS = (bool, int, float, str, type(None))  # types of flags that stay wha
 Kind = tuple[Any, ...]
 Serves = TypeVar("Serves")
 _kept: dict[Kind, Any] = {}
-_recent: dict[Kind, Recent[tuple[Kind, Any]]] = {}  # by flags and sizes
+_recent: dict[tuple[Any, ...], Recent[Any]] = {}  # by the key of a `Place`
 
 
 def kind_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _LEARN) -> Kind | None:
@@ -60,26 +61,48 @@ def _precision(x: Tensor | None) -> str | bool | None:
 
 def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _LEARN) -> tuple[Kind | None, Any]:
     """The kind of a call, or None, as `kind_of`; and what serves such calls, None where that is not known."""
-    if not is_eager() or not PLAIN_OR_NONE.issuperset(map(type, tensors)):
+    place = place_of(tensors, (*flags, may_learn, _precision(tensors[0])))
+    if place is None:
         return None, None
-    learns = torch.is_grad_enabled()
-    place_of: dict[Tensor | None, int] = {}  # tensors hash by identity; the guards want none of them twice
-    roles = [place_of.setdefault(x, i) for i, x in enumerate(tensors)]
-    given = [x for x in place_of if x is not None]
-    place = (*flags, dispatch.forced(), _precision(tensors[0]), learns, may_learn, *roles, *[x.shape for x in given])
-    try:
-        recent = _recent.get(place)
-    except TypeError:  # a flag that cannot be hashed
-        return None, None
-    if recent is not None and (found := recent.find(given)) is not None:
+    if (found := place.find()) is not None:
         return found
     kind = kind_of(tensors, flags, may_learn)
     served = None if kind is None else _kept.get(kind)
     if kind is not None and served is not None:
+        place.note((kind, served))
+    return kind, served
+
+
+class Place(NamedTuple):
+    """Where it is noted what serves an eager call of plain tensors, by its flags and sizes."""
+
+    key: tuple[Any, ...]
+    given: list[Tensor]  # none of them twice
+    recent: Recent[Any] | None
+
+    def find(self) -> Any:
+        """What was noted for such a call, or None."""
+        return None if self.recent is None else self.recent.find(self.given)
+
+    def note(self, found: Any) -> None:
+        """Know this from now on."""
         if len(_recent) >= MOST_KINDS:
             _recent.clear()
-        _recent.setdefault(place, Recent()).note(given, (kind, served))
-    return kind, served
+        _recent.setdefault(self.key, Recent()).note(self.given, found)
+
+
+def place_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...]) -> Place | None:
+    """That of a call with these tensors and flags; None where the general way has to serve it."""
+    if not is_eager() or not PLAIN_OR_NONE.issuperset(map(type, tensors)):
+        return None
+    firsts: dict[Tensor | None, int] = {}  # tensors hash by identity
+    roles = [firsts.setdefault(x, i) for i, x in enumerate(tensors)]
+    given = [x for x in firsts if x is not None]
+    key = (*flags, dispatch.forced(), torch.is_grad_enabled(), *roles, *[x.shape for x in given])
+    try:
+        return Place(key, given, _recent.get(key))
+    except TypeError:  # a flag that cannot be hashed
+        return None
 
 
 def keep(kind: Kind | None, back_end: Backend, inputs: AttentionInputs) -> Served | None:

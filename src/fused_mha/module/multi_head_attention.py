@@ -370,11 +370,14 @@ class MultiHeadAttention(TorchAttention):
             return decoding.forward(self, arguments, positions, cache)
         if not (self.options is positions is cache is weights_of_heads is None):
             return steps.with_options(self, arguments, positions, cache, weights_of_heads)
+        small = one_call.small(self, arguments)
+        if small is not None and (result := small.serve()) is not None:
+            return result
         kept = one_call.kept(self, arguments)
         if kept is not None and kept.served is not None:
             return one_call.serve(kept, kept.served)
         N, is_batched, dropout_p = self._checked(arguments)
-        result = one_call.forward(self, arguments, dropout_p)
+        result = one_call.forward(self, arguments, dropout_p, small=small)
         if result is not None:
             return result
         if kept is not None:

@@ -68,11 +68,15 @@ def _parameters(module: nn.MultiheadAttention) -> tuple[Any, ...] | None:
 
 
 def forward(
-    module: nn.MultiheadAttention, arguments: ModuleArguments, dropout_p: float, offsets: Offsets | None = None
+    module: nn.MultiheadAttention,
+    arguments: ModuleArguments,
+    dropout_p: float,
+    offsets: Offsets | None = None,
+    small: Small | None = None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """What `MultiHeadAttention.forward` returns for arguments that it has checked; None where this does not serve.
 
-    The rows of packed sequences are unbatched input with their offsets.
+    The rows of packed sequences are unbatched input with their offsets. A small call is noted for the next.
     """
     tensors = tensors_of(module, arguments)
     if isinstance(tensors, str):
@@ -80,11 +84,51 @@ def forward(
     packed = _without_padding(module, arguments, tensors)
     if packed is not None:
         tensors, offsets = packed
-    seed = draw_seed(dropout_p, arguments.query.device)
-    tensors = (*tensors, seed, *(offsets or (None, None)))
-    output, weights, *_ = cpu.multi_head_attention(tensors, _numbers(module, arguments, dropout_p))
+    seed, numbers = draw_seed(dropout_p, arguments.query.device), _numbers(module, arguments, dropout_p)
+    output, weights, *_ = cpu.multi_head_attention((*tensors, seed, *(offsets or (None, None))), numbers)
+    if small is not None:
+        small.place.note(numbers)
     output = output if packed is None else output.view(arguments.query.shape)
     return output, weights if arguments.need_weights else None
+
+
+class Small(NamedTuple):
+    """A small call on the CPU, whose checks take as long as its kernels; not yet checked."""
+
+    place: plans.Place
+    arguments: ModuleArguments
+    parameters: tuple[Any, ...]
+
+    def serve(self) -> tuple[Tensor, Tensor | None] | None:
+        """What `forward` returns, where a call that it served was the same but for values; else None."""
+        numbers = self.place.find()
+        if numbers is None:
+            return None
+        seed = draw_seed(numbers[_DROPOUT_P], self.arguments.query.device)
+        tensors = _tensors_of_call(self.arguments, self.parameters, numbers, seed)
+        output, weights, *_ = cpu.multi_head_attention(tensors, numbers)
+        return output, weights if self.arguments.need_weights else None
+
+
+def small(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Small | None:
+    """Such a call, or None. Padding has values that decide what serves it."""
+    query, key, value, padding, need_weights, attn_mask, average_attn_weights, is_causal = arguments
+    if torch.compiler.is_compiling() or not query.is_cpu or padding is not None or autocast_is_on("cpu"):
+        return None
+    if query.numel() > _MOST_OF_SMALL or key.numel() > _MOST_OF_SMALL or cpu.LIBRARY is None:
+        return None
+    parameters = found_parameters(module)
+    if parameters is None:
+        return None
+    flags = (module.batch_first, module.num_heads, is_causal, module.add_zero_attn, need_weights, average_attn_weights)
+    sizes = (module.embed_dim, module.kdim, module.vdim)
+    dropout_p = module.dropout if module.training else 0.0
+    tensors = (query, key, value, *parameters, attn_mask)
+    place = plans.place_of(tensors, (*flags, *sizes, dropout_p, cpu.LIBRARY.isa))
+    return None if place is None else Small(place, arguments, parameters)
+
+
+_MOST_OF_SMALL = 1 << 14  # elements of an input: beyond, the 15 microseconds of the checks are a hundredth of a call
 
 
 def _without_padding(
@@ -208,13 +252,20 @@ class Kept(NamedTuple):
 
     def tensors(self, seed: Tensor | None = None) -> tuple[Any, ...]:
         """Those of `ops.module.Call`; what `served` is given has a seed if there is dropout."""
-        query, key, value, padding, _, attn_mask, _, _ = self.arguments
-        batch_first, num_heads, *_ = self.numbers
-        if value is key and self.parameters[0] is not None:
-            key, value = None if key is query else key, None
-        if attn_mask is not None:
-            attn_mask = masks.per_head(attn_mask, _batch_size(query, batch_first), num_heads)
-        return query, key, value, *self.parameters, attn_mask, padding, seed, None, None
+        return _tensors_of_call(self.arguments, self.parameters, self.numbers, seed)
+
+
+def _tensors_of_call(
+    arguments: ModuleArguments, parameters: tuple[Any, ...], numbers: tuple[Any, ...], seed: Tensor | None
+) -> tuple[Any, ...]:
+    """Those of `ops.module.Call`, of a call that was checked or is like one that was."""
+    query, key, value, padding, _, attn_mask, _, _ = arguments
+    batch_first, num_heads, *_ = numbers
+    if value is key and parameters[0] is not None:  # one packed weight, and so one product
+        key, value = None if key is query else key, None
+    if attn_mask is not None:
+        attn_mask = masks.per_head(attn_mask, _batch_size(query, batch_first), num_heads)
+    return query, key, value, *parameters, attn_mask, padding, seed, None, None
 
 
 def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | None:
