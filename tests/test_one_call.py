@@ -441,10 +441,11 @@ def test_a_small_call_like_one_before_is_not_checked_again(one_calls, monkeypatc
     ],
     ids=["mode", "hook", "dtype", "values", "heads", "dropout", "projection", "virtual key"],
 )
-def test_what_changes_between_small_calls_takes_effect(change):
+def test_what_changes_between_small_calls_takes_effect(change, one_calls):
     module, x = small_module(dropout=0.5)
     for _ in range(2):
         module(x, x, x)
+    assert one_calls == [True, True]
     change(module)
     x = x.to(module.in_proj_weight.dtype)
     results = []

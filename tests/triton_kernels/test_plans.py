@@ -236,6 +236,14 @@ def test_which_tensors_are_one_is_of_no_account(shared):
         assert torch.equal(fused_mha.attention(**given).output, expected[0])
 
 
+def test_the_same_tensor_is_another_mask_in_another_place(in_general):
+    arguments = make_arguments(N=3, L=3, S=3, D=8, D_v=8)
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    for name in ("attn_mask", "key_padding_mask") * 3:
+        found, expected = (attend(**arguments, **{name: mask}).output for attend in (fused_mha.attention, in_general))
+        assert torch.equal(found, expected)
+
+
 def test_other_strides_dtypes_and_addresses_are_not_taken_for_a_recent_kind():
     arguments = make_arguments(N=4, L=4, H=4, H_kv=4, D=8, D_v=8)
     query = arguments["query"]
