@@ -86,7 +86,7 @@ def forward(
         tensors, offsets = packed
     seed, numbers = draw_seed(dropout_p, arguments.query.device), _numbers(module, arguments, dropout_p)
     output, weights, *_ = cpu.multi_head_attention((*tensors, seed, *(offsets or (None, None))), numbers)
-    if small is not None:
+    if small is not None and plans.is_constant(numbers):
         small.place.note(numbers)
     output = output if packed is None else output.view(arguments.query.shape)
     return output, weights if arguments.need_weights else None
