@@ -128,7 +128,7 @@ def small(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Small | 
     return None if place is None else Small(place, arguments, parameters)
 
 
-_MOST_OF_SMALL = 1 << 14  # elements of an input: beyond, the 15 microseconds of the checks are a hundredth of a call
+_MOST_OF_SMALL = 1 << 14  # elements of an input, from which on the checks are less than a twentieth of a call
 
 
 def _without_padding(
