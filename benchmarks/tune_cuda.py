@@ -94,8 +94,8 @@ def main() -> int:
         return 0
     timed = Timed()
 
-    def launch(self: launcher.Launcher, tensors: tuple[Any, ...], *operands: launcher.Operand) -> None:
-        timed(self, tensors, *operands)
+    def launch(self: launcher.Launcher, tensors: launcher.Tensors, operands: launcher.Tensors) -> None:
+        timed(self, tensors, operands)
 
     launcher.Launcher.__call__ = launch
     if options.compile is not None:

@@ -55,7 +55,7 @@ def describe(x, path, constants, attributes):
 def compiled(kernel, call, operands, tile, how, architecture, made_by):
     """What a kernel takes of the chip."""
     constants, attributes, signature = {}, {}, {}
-    arguments = (kernel, call[:TENSORS], *call[TENSORS:], operands, tile)
+    arguments = (kernel, call[:TENSORS], operands, *call[TENSORS:], tile)
     for i, (parameter, x) in enumerate(zip(entry.params, arguments, strict=True)):
         if parameter.is_constexpr:
             constants[i,] = x

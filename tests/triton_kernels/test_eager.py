@@ -57,14 +57,6 @@ def described(x):
     return tuple(map(described, x)) if isinstance(x, tuple) else x
 
 
-def flat(operands):
-    for x in operands:
-        if isinstance(x, tuple):
-            yield from flat(x)
-        elif x is not None:
-            yield x
-
-
 def compiled(**metadata):
     """What Triton returns of a launch."""
     usual = {"num_ctas": 1, "num_warps": 8, "shared": 4096, "global_scratch_size": 0, "profile_scratch_size": 0}
@@ -135,14 +127,14 @@ def test_gradients_beside_masks_in_any_memory(in_general, masks, layout):
 
 @pytest.fixture
 def addresses(monkeypatch):
-    """Of each launch, its launcher, and the addresses of the call's tensors and of the operands."""
+    """Of each launch, its launcher, and the addresses of the call's tensors and of the operands, in one list."""
     found, alive = [], []  # what lives on gives no other tensor its address
     method = launcher.Launcher.__call__
 
-    def call(self, tensors, *operands):
+    def call(self, tensors, operands):
         alive.append((tensors, operands))
-        found.append((self, *([x.data_ptr() for x in flat(of)] for of in (tensors, operands))))
-        return method(self, tensors, *operands)
+        found.append((self, [x.data_ptr() for x in (*tensors, *operands) if x is not None]))
+        return method(self, tensors, operands)
 
     monkeypatch.setattr(launcher.Launcher, "__call__", call)
     return found
@@ -161,14 +153,14 @@ def test_the_second_launch_gives_the_addresses_and_numbers_that_triton_was_given
     step(fused_mha.attention, arguments)
     assert len(launches.by_triton) == len(launches.by_address) == len(addresses)
     rows = zip(launches.by_triton, launches.by_address, addresses, strict=True)
-    for (kernel, programs, _, call, _), launched, (of, tensors, others) in rows:
+    for (kernel, programs, _, call, _), launched, (of, given) in rows:
         numbers = tuple(x for x in call[launcher.TENSORS :] if x is not None)
         assert of.kernel is kernel
         function, *grid, warps, shared, kinds, values, stream = launched
         assert (function, grid, warps, shared, stream) == (77, [programs, 1, 1], 8, 4096, 99)
-        assert values == (*tensors, *numbers, *others, *[None] * scratch)  # and no scratch memory
+        assert values == (*given, *numbers, *[None] * scratch)  # and no scratch memory
         of_numbers = "".join("f" if isinstance(x, float) else "i" for x in numbers)
-        assert kinds == "O" * len(tensors) + of_numbers + "O" * (len(others) + scratch)
+        assert kinds == "O" * len(given) + of_numbers + "O" * scratch
 
 
 def test_numbers_beyond_32_bits_are_launched_as_such():

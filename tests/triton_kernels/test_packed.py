@@ -224,7 +224,8 @@ def accesses_are_inside(monkeypatch):
     ranges, run = [], launcher.run
 
     def spy(kernel, programs, how, call, *operands_and_tile):
-        given = [*call[: launcher.TENSORS], *launcher._flat(operands_and_tile[:-1])]
+        operands = (of if isinstance(of, tuple) else (of,) for of in operands_and_tile[:-1])
+        given = [*call[: launcher.TENSORS], *itertools.chain.from_iterable(operands)]
         ranges[:] = [(x.data_ptr(), x.data_ptr() + _extent(x)) for x in given if x is not None]
         return run(kernel, programs, how, call, *operands_and_tile)
 

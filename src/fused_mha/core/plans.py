@@ -61,7 +61,7 @@ def _precision(x: Tensor | None) -> str | bool | None:
 
 def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: int = _LEARN) -> tuple[Kind | None, Any]:
     """The kind of a call, or None, as `kind_of`; and what serves such calls, None where that is not known."""
-    place = place_of(tensors, (*flags, may_learn, _precision(tensors[0])))
+    place = place_of(tensors, (flags, may_learn, _precision(tensors[0])))
     if place is None:
         return None, None
     if (found := place.find()) is not None:
@@ -74,7 +74,7 @@ def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: in
 
 
 class Place(NamedTuple):
-    """Where it is noted what serves an eager call of plain tensors, by its flags and sizes."""
+    """Where it is noted what serves an eager call of plain tensors, by its flags, its first sizes and its roles."""
 
     key: tuple[Any, ...]
     given: list[Tensor]  # none of them twice
@@ -95,10 +95,12 @@ def place_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...]) -> Place 
     """That of a call with these tensors and flags; None where the general way has to serve it."""
     if not is_eager() or not PLAIN_OR_NONE.issuperset(map(type, tensors)):
         return None
-    firsts: dict[Tensor | None, int] = {}  # tensors hash by identity
-    roles = [firsts.setdefault(x, i) for i, x in enumerate(tensors)]
-    given = [x for x in firsts if x is not None]
-    key = (*flags, dispatch.forced(), torch.is_grad_enabled(), *roles, *[x.shape for x in given])
+    given, roles = [x for x in tensors if x is not None], [x is None for x in tensors]
+    if len({*map(id, given)}) < len(given):
+        firsts: dict[Tensor | None, int] = {}  # tensors hash by identity
+        roles = [firsts.setdefault(x, i) for i, x in enumerate(tensors, 2)]  # from 2 on: no bool is equal
+        given = [x for x in firsts if x is not None]
+    key = (flags, dispatch.forced(), torch.is_grad_enabled(), given[0].shape, *roles)
     try:
         return Place(key, given, _recent.get(key))
     except TypeError:  # a flag that cannot be hashed

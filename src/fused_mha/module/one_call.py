@@ -123,8 +123,8 @@ def small(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Small | 
     flags = (module.batch_first, module.num_heads, is_causal, module.add_zero_attn, need_weights, average_attn_weights)
     sizes = (module.embed_dim, module.kdim, module.vdim)
     dropout_p = module.dropout if module.training else 0.0
-    tensors = (query, key, value, *parameters, attn_mask)
-    place = plans.place_of(tensors, (*flags, *sizes, dropout_p, cpu.LIBRARY.isa))
+    tensors, is_one = _none_twice(query, key, value, parameters)
+    place = plans.place_of((*tensors, attn_mask), (*flags, *sizes, *is_one, dropout_p, cpu.LIBRARY.isa))
     return None if place is None else Small(place, arguments, parameters)
 
 
@@ -290,14 +290,20 @@ def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | No
         average_attn_weights,
     )
     sizes = (module.embed_dim, module.kdim, module.vdim)
-    learning = (query, key, value, *parameters)
-    recorded = is_recorded(*learning)
+    learning, is_one = _none_twice(query, key, value, parameters)
     tensors = (*learning, attn_mask, key_padding_mask)
-    is_one = (recorded, key is query, value is key)
-    kind, served = plans.find(tensors, (*flags, *sizes, *is_one), len(learning))
+    kind, served = plans.find(tensors, (*flags, *sizes, *is_one, is_recorded(*learning)), len(learning))
     if kind is None or served is _BY_STEPS or type(num_heads) is not int:
         return None
     return Kept(kind, served, arguments, parameters, _numbers(module, arguments, dropout_p))
+
+
+def _none_twice(
+    query: Tensor, key: Tensor, value: Tensor, parameters: tuple[Any, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[bool, bool]]:
+    """The tensors of a call, None for the one before, and whether the key is the query and the value the key."""
+    is_self, is_shared = key is query, value is key
+    return (query, None if is_self else key, None if is_shared else value, *parameters), (is_self, is_shared)
 
 
 def serve(call: Kept, served: ServedModule) -> tuple[Tensor, Tensor | None]:

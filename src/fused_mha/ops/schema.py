@@ -80,9 +80,11 @@ def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """
     if mask is None or mask.requires_grad:
         return mask
+    if mask.dim() <= 2 or mask.is_inference():
+        return mask.clone()
     sizes = (mask.numel(), query.numel())
     is_small = all(type(size) is int for size in sizes) and sizes[0] <= sizes[1]  # no guard on symbolic sizes
-    return mask.clone() if mask.dim() <= 2 or is_small or mask.is_inference() else mask
+    return mask.clone() if is_small else mask
 
 
 TENSORS = 12  # the first fields of `Arguments`

@@ -7,7 +7,6 @@ sees. What its backward is given has not: hooks and assignments to `data` change
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ class Kept:
         self.returns_output_alone = not inputs.need_weights and not inputs.return_lse
         self._return_lse = inputs.return_lse
         # Of backwards, by the gradients that they are given.
-        self._recent: defaultdict[tuple[bool, ...], Recent[Plan]] = defaultdict(Recent)
+        self._recent: defaultdict[tuple[bool, ...], Recent[tuple[Plan, bool]]] = defaultdict(Recent)
 
     def __call__(
         self,
@@ -64,16 +63,20 @@ class Kept:
             output, weights, lse = _record(self, (*others, *offsets), query, key, value, *of_heads)
         return AttentionResult(output, weights, lse if self._return_lse else None)
 
-    def plan_of_backward(self, saved: Sequence[Tensor | None], grads: tuple[Tensor | None, ...]) -> Plan | None:
-        """That of a backward, by what was saved for it and is given to it; None where the general way serves it."""
-        if not is_eager() or torch.is_grad_enabled():
+    def plan_of_backward(self, saved: tuple[Any, ...], grads: tuple[Any, ...]) -> tuple[Plan, bool] | None:
+        """That of a backward, by what was saved for it and is given to it, and whether it reads these as they are.
+
+        None where the general way serves it.
+        """
+        if torch.is_grad_enabled() or not is_eager():
             return None
-        recent = self._recent[tuple(x is None for x in grads)]
+        recent = self._recent[grads[0] is None, grads[1] is None, grads[2] is None]
         given = [x for x in (*saved, *grads) if x is not None]
-        plan = recent.find(given)
-        if plan is None and may_skip_dispatcher(grads) and (plan := self._plan_of_saved(*saved)) is not None:
-            recent.note(given, plan)
-        return plan
+        found = recent.find(given)
+        if found is None and may_skip_dispatcher(grads) and (plan := self._plan_of_saved(*saved)) is not None:
+            found = plan, plan.reads(grads, *saved[TENSORS:])
+            recent.note(given, found)
+        return found
 
     def _plan_of_saved(self, *saved: Any) -> Plan | None:
         """The forward's, if the memory is the same. The copy of a mask may have other strides than the caller's."""
@@ -145,10 +148,12 @@ class _Attention(torch.autograd.Function):
         *tensors, output, stats = saved
         has_output = grads[0] is not None
         _, _, of_query, of_key, of_value, *of_heads = ctx.needs_input_grad
-        plan = ctx.kept.plan_of_backward(saved, grads)
-        if plan is not None:
+        known = ctx.kept.plan_of_backward(saved, grads)
+        if known is not None:
+            plan, are_rows = known
             grads = grads if has_output else (torch.zeros_like(output), *grads[1:])
-            found = plan.gradients(tensors, grads, output, stats, False, False, slopes_grad=any(of_heads[1:]))
+            of_slopes = bool(of_heads) and of_heads[1]
+            found = plan.gradients(tensors, grads, output, stats, False, False, None, of_slopes, are_rows)
             found_of_heads = (
                 gradients.of_sinks_and_slopes(*tensors[_SINKS : _SINKS + 2], *found[-2:]) if of_heads else ()
             )

@@ -28,6 +28,7 @@ def _name(specialized: Any) -> str:
 def entry(
     KERNEL: tl.constexpr,
     tensors,
+    operands,
     query_n,
     query_l,
     query_h,
@@ -68,7 +69,6 @@ def entry(
     diagonal,
     softcap,
     place,
-    operands,
     TILE: tl.constexpr,
 ):
     """Runs `KERNEL(call, *operands, TILE)`."""

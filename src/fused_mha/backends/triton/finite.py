@@ -65,5 +65,5 @@ class Finite:
         x, padding = (readable.rows(y.contiguous(), 1) for y in (x, padding))
         result = torch.empty_like(x)
         with on_device(x.device.index):
-            self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), result)
+            self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), (result,))
         return result

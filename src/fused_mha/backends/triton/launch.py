@@ -35,6 +35,7 @@ LARGEST_OF_FLASH = 128  # head size
 LEAST_SCORES_OF_FLASH = 1 << 26
 MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
 DEVICE, MOST_PLANS = "cuda", 1024  # on which plans are kept, a few kilobytes each
+_NO_BIASES = (None, None)
 _GIVEN = ("grad_output", "grad_weights", "grad_lse", "output", "stats")
 Tensors = tuple[Tensor | None, ...]
 Maker = Callable[[], Tensor]
@@ -114,7 +115,8 @@ class _Backward(NamedTuple):
     of_mask: Maker | None
     of_columns: Maker | None
     of_biases: tuple[Maker, ...]
-    of_heads: tuple[Maker | None, Maker | None]  # of sinks and slopes, for each block of queries
+    of_sinks: Maker | None  # for each block of queries
+    of_slopes: Maker | None  # likewise
     terms: Maker
     cleaned: Maker | None
 
@@ -177,12 +179,12 @@ class Plan:
                 lse, stats = _flash_forward(given, self._flash_is_causal, self._call.scale, output)
             else:
                 lse, stats = self._lse(), self._stats()
-                self._forward(given, output, lse, stats)
+                self._forward(given, (output, lse, stats))
             weights = None
             if self._weights is not None:
                 launcher, maker = self._weights
                 weights = maker()
-                launcher(given, stats, weights, self._named)
+                launcher(given, (stats, weights, self._named))
         return readable.first(output, self._head_sizes[1]) if self._fills_up else output, weights, lse, stats
 
     def gradients(
@@ -195,9 +197,12 @@ class Plan:
         columns_grad: bool,
         results: tuple[Tensor, Tensor, Tensor] | None = None,
         slopes_grad: bool = True,
+        are_rows: bool = False,
     ) -> tuple[Any, ...]:
         """Those of query, key, value, mask, columns of scores, of the biases for each batch element, of the sinks,
         (1, H), and of the distances that ALiBi goes by, (1, H, 1); or None.
+
+        ``are_rows`` says that the kernels read the gradients, ``output`` and ``stats`` as they are, as `reads` finds.
         """
         with on_device(self._index):
             call = self._given(tensors)
@@ -205,33 +210,25 @@ class Plan:
             plan = self._backward.get(of)
             if plan is None:
                 plan = self._backward[of] = self._plan_backward(self._readable(tensors), of)
-            rows = readable.rows
             grad_output, grad_weights, grad_lse = grads
-            if not self._has_layout:
-                grad_output = rows(grad_output.contiguous(), self._unit)
-                output = rows(output.contiguous(), self._unit)
-            given = Given(
-                grad_output,
-                None if grad_weights is None else rows(grad_weights.contiguous(), 1),
-                None if grad_lse is None else rows(grad_lse.contiguous(), 1),
-                output,
-                rows(stats.contiguous(), 1),
-                plan.terms(),
-                None if plan.cleaned is None else plan.cleaned(),
-                None if grad_weights is None else self._named,
-            )
-            grad_query, grad_key, grad_value = results or (maker() for maker in plan.grads)
-            grad_sinks, grad_slopes = (None if maker is None else maker() for maker in plan.of_heads)
-            plan.grad_query(call, given, grad_query, grad_sinks, grad_slopes)
-            if given.cleaned is not None:
-                given = Given(given.cleaned, *given[1:-2], cleaned=None, named=given.named)
+            if not are_rows:
+                grad_output, grad_weights, grad_lse, output, stats = self._rows(grads, output, stats)
+            terms, named = plan.terms(), None if grad_weights is None else self._named
+            cleaned = None if plan.cleaned is None else plan.cleaned()
+            given = (grad_output, grad_weights, grad_lse, output, stats, terms, cleaned, named)
+            grad_query, grad_key, grad_value = results or [maker() for maker in plan.grads]
+            grad_sinks = None if plan.of_sinks is None else plan.of_sinks()
+            grad_slopes = None if plan.of_slopes is None else plan.of_slopes()
+            plan.grad_query(call, (*given, grad_query, grad_sinks, grad_slopes))
+            if cleaned is not None:
+                given = (cleaned, grad_weights, grad_lse, output, stats, terms, None, named)
             grad_mask = None
             if plan.grad_mask is not None and plan.of_mask is not None:
                 grad_mask = plan.of_mask()
-                plan.grad_mask(call, given, grad_mask)
+                plan.grad_mask(call, (*given, grad_mask))
             grad_columns = None if plan.of_columns is None else plan.of_columns()
-            grad_biases = [maker() for maker in plan.of_biases] or [None, None]
-            plan.grad_key_value(call, given, grad_key, grad_value, grad_columns, *grad_biases)
+            grad_biases = [maker() for maker in plan.of_biases] or _NO_BIASES
+            plan.grad_key_value(call, (*given, grad_key, grad_value, grad_columns, *grad_biases))
             of_sinks = None if grad_sinks is None else grad_sinks.sum((0, 2)).unsqueeze(0)
             of_distances = None if grad_slopes is None else grad_slopes.sum((0, 2), keepdim=True)
         if not self._fills_up:
@@ -240,6 +237,19 @@ class Plan:
         of_rows = zip((grad_query, grad_key, grad_value, *grad_biases), (D, D, D_v, D, D_v), strict=True)
         first = [None if x is None else readable.first(x, size) for x, size in of_rows]
         return *first[:3], grad_mask, grad_columns, *first[3:], of_sinks, of_distances
+
+    def reads(self, grads: Tensors, output: Tensor, stats: Tensor) -> bool:
+        """Whether the kernels of the backward read these as they are."""
+        given = (*grads, output, stats)
+        return all(x is y for x, y in zip(given, self._rows(grads, output, stats), strict=True))
+
+    def _rows(self, grads: Tensors, output: Tensor, stats: Tensor) -> tuple[Any, ...]:
+        grad_output, *of_others = grads
+        others = [None if x is None else readable.rows(x.contiguous(), 1) for x in (*of_others, stats)]
+        as_output = [grad_output, output]
+        if not self._has_layout:
+            as_output = [None if x is None else readable.rows(x.contiguous(), self._unit) for x in as_output]
+        return as_output[0], *others[:-1], as_output[1], others[-1]
 
     def _plan_backward(self, a: Arguments, of: tuple[bool, ...]) -> _Backward:
         of_weights, _, mask_grad, columns_grad, slopes_grad = of
@@ -252,7 +262,7 @@ class Plan:
         ) -> Launcher:
             tile = tile_of(a, tiling)._replace(BY_KEYS=by_keys, PRECISION=self._precision)
             tile = with_weights(tile, a) if of_weights else tile
-            return Launcher(kernel, programs, tiling, call, tile)
+            return Launcher(kernel, programs, tiling, call, tile, Given)
 
         tiling = self._tiling.grad_query
         all_blocks = preparation.blocks_of_queries(a, tiling.BLOCK_M)
@@ -280,10 +290,8 @@ class Plan:
             of_mask,
             self._maker((N, H, S), torch.float32) if columns_grad else None,
             tuple(self._maker((batch, H_kv, x.shape[3]), torch.float32) for x in biases),
-            (
-                None if a.sinks is None else of_blocks,
-                of_blocks if a.alibi_slopes is not None and slopes_grad else None,
-            ),
+            None if a.sinks is None else of_blocks,
+            of_blocks if a.alibi_slopes is not None and slopes_grad else None,
             self._maker((N, H, 3, terms * MOST_ROWS.value), torch.float32),
             None if not preparation.may_hide_queries(a) else self._output,
         )
@@ -300,7 +308,7 @@ class Plan:
         if self._search is not None:
             launcher, maker = self._search
             squares = maker()
-            launcher((query, key, value, mask, padding, squares, *others), squares)
+            launcher((query, key, value, mask, padding, squares, *others), (squares,))
         return query, key, value, mask, padding, squares, *others
 
     def _maker(self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Maker:

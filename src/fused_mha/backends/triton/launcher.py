@@ -8,7 +8,7 @@ public: where it is missing, Triton's way is taken each time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import operator
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from fused_mha.backends.triton.entry import entry
 from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import TENSORS, Call
 
-Operand = Tensor | tuple[Tensor | None, ...] | None
+Tensors = tuple[Any, ...]  # Tensor or None
+_runtime = knobs.runtime
 _static: Any = getattr(torch._C, "_StaticCudaLauncher", None) if torch.version.hip is None else None
 static_launch: Any = getattr(_static, "_launch_kernel", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # CUDA has been started
 _SCRATCH = ("global_scratch_size", "profile_scratch_size")  # more pointers of a kernel that has them, to nothing here
 _UNUSED = (*_SCRATCH, "launch_cooperative_grid", "launch_pdl")
 
@@ -30,59 +32,57 @@ _UNUSED = (*_SCRATCH, "launch_cooperative_grid", "launch_pdl")
 class Launcher:
     """A kernel with what does not change: the number of programs, the numbers of the `Call`, and the tile."""
 
-    def __init__(self, kernel: Any, programs: int, how: Launch, call: Call, tile: Any) -> None:
+    def __init__(self, kernel: Any, programs: int, how: Launch, call: Call, tile: Any, record: Any = None) -> None:
+        """With a ``record``, the kernel takes the first operands as one, the fields of such a named tuple."""
         self.kernel, self.programs, self.how, self.tile = kernel, programs, how, tile
         self.numbers = tuple(call[TENSORS:])
-        self._given = tuple(number for number in self.numbers if number is not None)
-        self._compiled: Any = None  # which keeps the code loaded
-        self._kinds = ""
-        self._scratch: tuple[None, ...] = ()
+        self._record = record
+        # Of what Triton has compiled: the code, which is to stay loaded; what `static_launch` is given before the
+        # addresses, and behind them; and what gives the tensors that have one.
+        self._compiled: Any = None
+        self._fixed: tuple[Any, ...] = ()
+        self._numbers: tuple[int | float | None, ...] = ()
+        self._present: Any = None
 
-    def __call__(self, tensors: tuple[Any, ...], *operands: Operand) -> None:
+    def __call__(self, tensors: Tensors, operands: Tensors) -> None:
         """Launch it on the current device and stream.
 
         The tensors are the first fields of `Call`, the operands what the kernel takes beside the call: each is None in
         every launch, or in none.
         """
-        compiled = self._compiled
-        if compiled is None or _is_watched():
-            call = Call(*map(_bytes, tensors), *self.numbers)
-            self._remember(run(self.kernel, self.programs, self.how, call, *operands, self.tile), tensors, operands)
+        if self._compiled is None or _is_watched():
+            self._launch_by_triton(tensors, operands)
             return
-        arguments: list[Any] = [x.data_ptr() for x in tensors if x is not None]
-        arguments += self._given
-        for x in operands:
-            if isinstance(x, Tensor):
-                arguments.append(x.data_ptr())
-            elif x is not None:
-                arguments += [y.data_ptr() for y in x if y is not None]
-        static_launch(
-            compiled.function,
-            self.programs,
-            1,
-            1,
-            compiled.metadata.num_warps,
-            compiled.metadata.shared,
-            self._kinds,
-            (*arguments, *self._scratch),
-            _current_stream(tensors[0].get_device()),
-        )
+        addresses = [x.data_ptr() for x in self._present((*tensors, *operands))]
+        static_launch(*self._fixed, (*addresses, *self._numbers), _current_stream(tensors[0].get_device()))
 
-    def _remember(self, compiled: Any, tensors: tuple[Tensor | None, ...], operands: tuple[Operand, ...]) -> None:
+    def _launch_by_triton(self, tensors: Tensors, operands: Tensors) -> None:
+        taken: tuple[Any, ...] = operands
+        if self._record is not None:
+            fields = len(self._record._fields)
+            taken = (self._record(*operands[:fields]), *operands[fields:])
+        call = Call(*map(_bytes, tensors), *self.numbers)
+        self._remember(run(self.kernel, self.programs, self.how, call, *taken, self.tile), tensors, operands)
+
+    def _remember(self, compiled: Any, tensors: Tensors, operands: Tensors) -> None:
         """What Triton has compiled and launched; nothing where it cannot be launched without Triton."""
         if static_launch is None or _current_stream is None or compiled is None:  # by the interpreter, none is
             return
-        if compiled.metadata.num_ctas != 1 or any(getattr(compiled.metadata, name, 0) for name in _UNUSED):
+        metadata = compiled.metadata
+        if metadata.num_ctas != 1 or any(getattr(metadata, name, 0) for name in _UNUSED):
             return
-        self._scratch = tuple(None for name in _SCRATCH if hasattr(compiled.metadata, name))
-        given, taken = (sum(x is not None for x in _flat(of)) for of in (tensors, operands))
-        self._kinds = "O" * given + "".join(map(_kind, self._given)) + "O" * (taken + len(self._scratch))
+        scratch = [None for name in _SCRATCH if hasattr(metadata, name)]
+        given = [i for i, x in enumerate((*tensors, *operands)) if x is not None]
+        numbers = [number for number in self.numbers if number is not None]
+        kinds = "O" * len(given) + "".join(map(_kind, numbers)) + "O" * len(scratch)
+        self._fixed = (compiled.function, self.programs, 1, 1, metadata.num_warps, metadata.shared, kinds)
+        self._numbers, self._present = (*numbers, *scratch), operator.itemgetter(*given)
         self._compiled = compiled
 
 
 def on_device(index: int | None) -> contextlib.AbstractContextManager[Any]:
     """Kernels are launched and tensors allocated on the current device; the interpreter of the tests has none, None."""
-    if index is None or index == torch.cuda.current_device():
+    if index is None or index == _current_device():
         return _nothing
     return torch.cuda.device(index)
 
@@ -94,15 +94,7 @@ def run(kernel: Any, programs: int, how: Launch, call: Call, *operands_and_tile:
     """Compile a kernel, unless it is, and launch it; what Triton has compiled, or None under its interpreter."""
     *operands, tile = operands_and_tile
     options = {"num_warps": how.num_warps, "num_stages": how.num_stages}
-    return entry[(programs,)](kernel, call[:TENSORS], *call[TENSORS:], tuple(operands), tile, **options)
-
-
-def _flat(operands: tuple[Operand, ...]) -> Iterator[Tensor | None]:
-    for x in operands:
-        if isinstance(x, tuple):
-            yield from x
-        else:
-            yield x
+    return entry[(programs,)](kernel, call[:TENSORS], tuple(operands), *call[TENSORS:], tile, **options)
 
 
 def _kind(number: int | float) -> str:
@@ -118,5 +110,5 @@ def _bytes(x: Tensor | None) -> Tensor | None:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of each launch from Triton."""
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and bool(hook.calls) for hook in hooks)
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return (enter is not None and bool(enter.calls)) or (leave is not None and bool(leave.calls))
