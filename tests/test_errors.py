@@ -318,8 +318,12 @@ def test_a_number_of_heads_that_is_no_integer_raises_the_type_of_torch(batch_fir
         theirs(x, x, x)
     with pytest.raises(TypeError, match=r"num_heads must be an int; got 2\.0"):
         ours(x, x, x)
-    ours.num_heads = np.int64(2)
-    ours(x, x, x)
+    for right in (np.int64(2), 2):
+        ours.num_heads = right
+        ours(x, x, x)
+        ours.num_heads = 2.0
+        with pytest.raises(TypeError, match=r"num_heads must be an int; got 2\.0"):
+            ours(x, x, x)
 
 
 @pytest.mark.parametrize("shape", [(N, H, S, L), (N, 3, L, S), (2, 1, L, S), (1, 1, L, 1)], ids=str)

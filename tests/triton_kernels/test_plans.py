@@ -86,6 +86,24 @@ def test_every_flag_makes_another(launches):
     assert len(plans._kept) == len(flags) + 1
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "error"),
+    [
+        ({"weights_of_heads": (0, 1)}, {"weights_of_heads": (False, 1)}, TypeError),
+        ({"weights_of_heads": (0, 1)}, {"weights_of_heads": (0.0, 1)}, TypeError),
+        ({"window": (1, 0)}, {"window": (1.0, 0)}, ValueError),
+        ({"softcap": 1.0}, {"softcap": True}, ValueError),
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_that_is_equal_to_a_right_one_is_refused_after_it(right, wrong, error, launches):
+    arguments = make_arguments()
+    for _ in range(2):
+        fused_mha.attention(**arguments, **right)
+        with pytest.raises(error, match=f"{next(iter(wrong))} must be"):
+            fused_mha.attention(**arguments, **wrong)
+
+
 def test_a_forced_back_end_serves(launches):
     arguments = make_arguments()
     fused_mha.attention(**arguments)

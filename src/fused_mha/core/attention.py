@@ -106,8 +106,11 @@ def attention(
     kind = None
     if device == plans.DEVICE and not torch.compiler.is_compiling():
         tensors = (query, key, value, sinks, alibi_slopes, attn_mask, key_padding_mask, bias_k, bias_v)
-        flags = (is_causal, causal_alignment, window, add_zero_attn, dropout_p, scale, softcap)
-        kind, served = plans.find(tensors, (*flags, need_weights, average_attn_weights, return_lse, weights_of_heads))
+        typed = None  # those whose checks refuse False, which is equal to 0
+        if not (window is softcap is weights_of_heads is None):
+            typed = f"{window!r} {softcap!r} {weights_of_heads!r}"
+        flags = (is_causal, causal_alignment, add_zero_attn, dropout_p, scale, need_weights, average_attn_weights)
+        kind, served = plans.find(tensors, (*flags, return_lse, typed))
         if served is not None:
             if attn_mask is not None and attn_mask.dim() == 2:  # as the checks of a first call leave it
                 attn_mask = attn_mask[None, None]

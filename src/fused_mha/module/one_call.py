@@ -118,7 +118,7 @@ def small(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Small | 
     if query.numel() > _MOST_OF_SMALL or key.numel() > _MOST_OF_SMALL or cpu.LIBRARY is None:
         return None
     parameters = found_parameters(module)
-    if parameters is None:
+    if parameters is None or type(module.num_heads) is not int:  # 4.0 is equal to 4, and refused
         return None
     flags = (module.batch_first, module.num_heads, is_causal, module.add_zero_attn, need_weights, average_attn_weights)
     sizes = (module.embed_dim, module.kdim, module.vdim)
