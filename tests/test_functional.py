@@ -153,7 +153,9 @@ def test_heads_and_value_size(backend, dtype, heads):
 
 
 @each_back_end
-@pytest.mark.parametrize("window", [None, (0, 0), (1, None), (None, 1), (2, 1), (None, None)], ids=str)
+@pytest.mark.parametrize(
+    "window", [None, (0, 0), (1, None), (None, 1), (2, 1), (None, None), (10**30, 2**63 - 1)], ids=str
+)
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize(("L", "S"), LENGTHS)

@@ -256,7 +256,7 @@ ALLOWED = {
     "backends.triton.tiles": set(),
     "backends.triton.packed": set(),
     "backends.triton.tile_config": set(),
-    "backends.arguments": {"core.inputs", "ops.schema"},
+    "backends.arguments": {"core.inputs", "core.masks", "ops.schema"},
     "backends.sdpa": {
         *("backends.capability", "backends.delegation", "core.inputs", "core.masks", "core.memory"),
         *("core.modes", "ops.module", "ops.schema", "core.reference"),

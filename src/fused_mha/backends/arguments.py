@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fused_mha.core import masks
 from fused_mha.core.inputs import AttentionInputs
 from fused_mha.ops.schema import Arguments, placed_seed
 
@@ -18,7 +19,6 @@ class _Place(threading.local):
 
 
 _place = _Place()
-_FAR = 1 << 60  # a key position that no query has
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:
@@ -87,7 +87,7 @@ def _band(inputs: AttentionInputs) -> tuple[int | None, int | None]:
 
     Of packed sequences, whose lengths are in a tensor, the operator shifts them.
     """
-    left, right = (None if side is None else min(side, _FAR) for side in inputs.window or (None, None))
+    left, right = masks.limits(inputs.window)
     if inputs.is_causal:
         right = 0
     is_shifted = inputs.causal_alignment == "bottom_right" and inputs.cu_seqlens_q is None

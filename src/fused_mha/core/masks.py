@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 NEGATIVE_INFINITY = float("-inf")
+_FAR = 1 << 60  # from a query to a key, which none is; sums with lengths stay below 2^63
 
 
 def hidden_keys(key_padding_mask: Tensor) -> Tensor:
@@ -46,6 +47,12 @@ def finite_where(hidden: Tensor, x: Tensor) -> Tensor:
     return torch.where(hidden, x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), x)
 
 
+def limits(window: Window | None) -> Window:
+    """The sides of a window, as 64 bits hold them."""
+    left, right = (None if side is None else min(side, _FAR) for side in window or (None, None))
+    return left, right
+
+
 def outside_band(
     L: int, S: int, is_causal: bool, alignment: CausalAlignment, window: Window | None, device: torch.device
 ) -> Tensor | None:
@@ -57,7 +64,7 @@ def outside_band(
         top_left     1 0 0 0      bottom_right     1 1 1 0
                      1 1 0 0                       1 1 1 1
     """
-    left, right = window if window is not None else (None, None)
+    left, right = limits(window)
     if is_causal:
         right = 0
     if left is None and right is None:
