@@ -151,7 +151,7 @@ ROWS = [
         error(
             ValueError, f"window must be (left, right), each None or a count of keys >= 0; got {window}", window=window
         )
-        for window in ((-1, 0), (0, -2), (None, -1), (1,), (1, 2, 3))
+        for window in ((-1, 0), (0, -2), (None, -1), (1,), (1, 2, 3), (True, 0), (1.0, 0), 3)
     ),
     *(
         error(

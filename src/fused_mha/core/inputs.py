@@ -125,6 +125,17 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {dropout_p}")
 
 
+def check_window(window: object) -> None:
+    """Raise ValueError unless it is None or two sides, each None or a count."""
+    if window is None:
+        return
+    sides = window if isinstance(window, (tuple, list)) else ()
+    if len(sides) != 2 or any(
+        side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0) for side in sides
+    ):
+        raise ValueError(f"window must be (left, right), each None or a count of keys >= 0; got {window!r}")
+
+
 def check_softcap(softcap: object) -> None:
     """Raise ValueError unless it is None or a positive number that is a normal one in fp32."""
     if softcap is None:
@@ -229,8 +240,7 @@ def check_attention(
     check_softcap(softcap)
     if causal_alignment not in ("top_left", "bottom_right"):
         raise ValueError(f"causal_alignment must be 'top_left' or 'bottom_right'; got {causal_alignment!r}")
-    if window is not None and not _is_window(window):
-        raise ValueError(f"window must be (left, right), each None or a count of keys >= 0; got {window}")
+    check_window(window)
     check_dropout(dropout_p)
     if weights_of_heads is not None:
         weights_of_heads = checked_weights_of_heads(weights_of_heads, H, need_weights and average_attn_weights)
@@ -291,14 +301,6 @@ def checked_weights_of_heads(weights_of_heads: object, H: int, averages: bool) -
             f"average_attn_weights=False beside it; got average_attn_weights=True and weights_of_heads={heads}"
         )
     return heads
-
-
-def _is_window(window: object) -> bool:
-    return (
-        isinstance(window, (tuple, list))
-        and len(window) == 2
-        and all(side is None or (isinstance(side, int) and side >= 0) for side in window)
-    )
 
 
 def broadcasts(mask: Tensor, target: tuple[int, int, int, int]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from fused_mha.core.heads import QK_NORMS, HeadNorm, QKNorm
-from fused_mha.core.inputs import Window, check_softcap
+from fused_mha.core.inputs import Window, check_softcap, check_window
 from fused_mha.core.modes import is_eager
 from fused_mha.module.rotary import RotaryEmbedding
 
@@ -96,8 +96,9 @@ def checked(
         raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}; got {H_kv}")
     D = embed_dim // num_heads if head_dim is None else head_dim
     D_v = D if value_head_dim is None else value_head_dim
+    check_window(window)
     if window is not None:
-        window = _checked_window(window)
+        window = None if tuple(window) == (None, None) else (window[0], window[1])
     check_softcap(softcap)
     if rope is not None:
         if not isinstance(rope, RotaryEmbedding):
@@ -122,14 +123,6 @@ def checked(
     )
     is_as_in_torch = H_kv == num_heads and D_v == D and D * num_heads == embed_dim
     return None if is_as_in_torch and not any(options[5:]) else options
-
-
-def _checked_window(window: object) -> Window | None:
-    sides = list(window) if isinstance(window, (tuple, list)) else []
-    if len(sides) != 2 or not all(side is None or (type(side) is int and side >= 0) for side in sides):
-        raise ValueError(f"window must be (left, right), each None or a count of keys >= 0; got {window!r}")
-    left, right = sides
-    return None if left is None and right is None else (left, right)
 
 
 def _slopes(alibi: bool | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...] | None:
