@@ -100,7 +100,7 @@ def test_rope_takes_values_of_their_own(value):
 @pytest.mark.parametrize("shape", [(L,), (N, L)], ids=["of all", "of each"])
 @pytest.mark.parametrize("name", ["rotary half", "rotary interleaved"])
 def test_positions_may_be_given(name, shape):
-    positions = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(0))
+    positions = torch.randint(-50, 50, shape, generator=torch.Generator().manual_seed(0))
     assert_matches(module_with(**OPTIONS[name]), OPTIONS[name], self_attention(), positions=positions)
 
 

@@ -60,7 +60,8 @@ def test_products_depend_on_distances_alone(layout):
     def scores(positions):
         return torch.einsum("nlhd,nshd->ls", rope(query, positions), rope(key, positions))
 
-    torch.testing.assert_close(scores(torch.arange(6)), scores(torch.arange(6) + 1000))
+    for shift in (1000, -1000):
+        torch.testing.assert_close(scores(torch.arange(6)), scores(torch.arange(6) + shift))
 
 
 def test_positions_that_are_given_are_those_that_are_counted():
@@ -204,7 +205,6 @@ HEADS = torch.randn(2, 5, 3, 8)
             r"positions must have shape \(L\) = \(5,\) or \(N, L\) = \(2, 5\); got \(4,\)",
         ),
         (HEADS, torch.zeros(3, 5).long(), ValueError, r"positions must have shape .*; got \(3, 5\)"),
-        (HEADS, torch.arange(5) - 2, ValueError, "positions must be 0 or more; got -2"),
         (HEADS, torch.arange(5, device="meta"), RuntimeError, "positions must be on the heads' device, cpu; got meta"),
     ],
 )

@@ -316,8 +316,8 @@ class MultiHeadAttention(TorchAttention):
             average_attn_weights: the weights' mean over the heads, not the weights of each.
             is_causal: hide the keys after each query's own position, counted from the first (top left). Applies
                 together with the masks and needs none.
-            positions: (L) or (N, L), of an integer dtype, which ``rope`` turns query and key by; if None, counted from
-                0, or from the cache's length on.
+            positions: (L) or (N, L), of an integer dtype, which ``rope`` turns query and key by, negative ones the
+                other way; if None, counted from 0, or from the cache's length on.
             cache: a `KeyValueCache` of this module, whose keys and values are attended to before those of the call,
                 which it then keeps too. Causality, window and ALiBi are aligned at the bottom right, ``attn_mask``
                 and the weights have columns for all tokens so far, ``key_padding_mask``, bool, for the new ones.

@@ -207,15 +207,14 @@ class RotaryEmbedding:
 
         Args:
             x: (N, L, H, D), of a floating dtype, D at least ``dim``.
-            positions: (L) or (N, L), of an integer dtype and none negative, which is looked at on the CPU alone;
-                counted from 0 if None.
+            positions: (L) or (N, L), of an integer dtype; negative ones turn the other way. Counted from 0 if None.
 
         Returns:
             (N, L, H, D).
 
         Raises:
             TypeError: ``x`` or ``positions`` is no tensor or of another dtype.
-            ValueError: ``x`` or ``positions`` is of another shape, or a position is negative.
+            ValueError: ``x`` or ``positions`` is of another shape.
             RuntimeError: they are on different devices.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -226,8 +225,6 @@ class RotaryEmbedding:
             )
         if positions is not None:
             check_positions(positions, x)
-            if is_eager() and positions.is_cpu and positions.numel() and (least := int(positions.min())) < 0:
-                raise ValueError(f"positions must be 0 or more; got {least}")
         return transform_heads(x, None, self.at(positions, x) if positions is not None else self.counted(0, x))
 
     def at(self, positions: Tensor, x: Tensor) -> Rotation:
