@@ -143,6 +143,34 @@ def test_a_cache_moves_to_another_dtype():
     assert cache.to("meta")._keys.is_meta
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((torch.bfloat16,), {}),
+        (("cpu", torch.bfloat16), {}),
+        ((None, torch.bfloat16), {}),
+        ((torch.zeros(1, dtype=torch.bfloat16),), {}),
+        (("cpu",), {"dtype": torch.bfloat16}),
+    ],
+    ids=["dtype", "device and dtype", "None and dtype", "tensor", "keyword"],
+)
+def test_a_cache_moves_by_what_a_module_moves_by(args, kwargs):
+    module = module_with(torch.float32)
+    cache = KeyValueCache(module, N).to(*args, **kwargs)
+    module.to(*args, **kwargs)
+    x = draw(N, 2, E).bfloat16()
+    module(x, x, x, need_weights=False, cache=cache)
+    assert cache.length == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_a_dtype_that_no_keys_have_is_refused(dtype):
+    cache = KeyValueCache(module_with(torch.float32), N)
+    with pytest.raises(TypeError, match=f"dtype must be a floating one; got {dtype}"):
+        cache.to(dtype=dtype)
+    assert cache._keys.dtype == cache._values.dtype == torch.float32
+
+
 def test_a_cache_made_in_inference_mode_serves_outside_of_it():
     module, x = module_with(torch.float64), draw(N, 1, E)
     with torch.inference_mode():

@@ -145,20 +145,26 @@ class KeyValueCache:
         memo[id(self)] = twin
         return twin
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KeyValueCache:
+    def to(self, *args: Any, **kwargs: Any) -> KeyValueCache:
         """Move keys and values, in place as `nn.Module.to`.
 
         Args:
-            device: where to, or None.
-            dtype: of keys and values, or None.
+            *args: a device, a dtype, both, or a tensor that has both, as in `torch.Tensor.to`.
+            **kwargs: ``device`` and ``dtype``, likewise.
 
         Returns:
             The cache itself.
+
+        Raises:
+            TypeError: something else, or a dtype that is not floating.
         """
+        like = self._keys[:0].to(*args, **kwargs)
+        if not like.is_floating_point():
+            raise TypeError(f"dtype must be a floating one; got {like.dtype}")
         with writable():
-            self._keys, self._values = (x.to(device, dtype) for x in (self._keys, self._values))
+            self._keys, self._values = (x.to(like) for x in (self._keys, self._values))
         self._hidden, self._behind, self._lost = (
-            None if x is None else x.to(device) for x in (self._hidden, self._behind, self._lost)
+            None if x is None else x.to(like.device) for x in (self._hidden, self._behind, self._lost)
         )
         return self
 
