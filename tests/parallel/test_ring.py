@@ -202,6 +202,28 @@ def test_a_query_that_is_no_tensor_on_one_rank_reaches_the_others(two_ranks):
     assert f"rank 0: AttributeError: {first[1]}" in second[1]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "dim", "error", "text"),
+    [
+        ([1.0], 1, "TypeError", "x must be a Tensor, not list"),
+        (torch.zeros(4), 1, "IndexError", "index out of range"),
+    ],
+    ids=["no tensor", "no such dimension"],
+)
+def test_what_one_rank_cannot_unshard_reaches_the_others(two_ranks, wrong, dim, error, text):
+    first, second = two_ranks.errors(unshard_on_the_first, wrong, dim)
+    assert first[0] == error
+    assert text in first[1]
+    assert second == (
+        "RuntimeError",
+        f"unshard failed on another rank of the group\n  rank 0: {error}: {first[1]}",
+    )
+
+
+def unshard_on_the_first(wrong, dim):
+    return unshard(torch.zeros(2, 4) if dist.get_rank() else wrong, dim=dim)
+
+
 def test_an_error_of_one_rank_reaches_the_others(two_ranks):
     first, second = two_ranks.errors(bad_call, "heads of one rank")
     own = "query's heads must be a multiple of key's and value's; got H = 3 and H_kv = 2"

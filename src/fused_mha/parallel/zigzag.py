@@ -68,17 +68,21 @@ def unshard(x: Tensor, group: Group = None, *, dim: int = 1) -> Tensor:
         The whole, R times as long.
 
     Raises:
+        TypeError: ``x`` is no tensor.
+        IndexError: ``x`` has no such dimension.
         ValueError: the length is odd.
-        RuntimeError: the ranks' parts differ in shape or dtype.
+        RuntimeError: the ranks' parts differ in shape or dtype, or another rank's call is wrong.
 
     Examples:
         >>> logits = fused_mha.parallel.unshard(logits, mesh["context"])  # (N, L / R, V) to (N, L, V)
     """
     found = group_of(group)
-    size, length = dist.get_world_size(found), x.shape[dim]
+    size = dist.get_world_size(found)
 
     def check() -> str:
-        if length % 2:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor, not {type(x).__name__}")
+        if (length := x.shape[dim]) % 2:
             raise ValueError(f"a rank's part must have an even length; got {length} in dimension {dim}")
         return f"x {tuple(x.shape)} {x.dtype}, dim={dim}"
 
