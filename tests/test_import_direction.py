@@ -103,7 +103,7 @@ ALLOWED = {
         *("core.inputs", "core.modes", "ops.schema", "parallel.groups", "parallel.zigzag"),
     },
     "parallel.tensor": {
-        *("backends.arguments", "module.arguments", "module.linear", "module.multi_head_attention"),
+        *("backends.arguments", "module.arguments", "module.cache", "module.linear", "module.multi_head_attention"),
         *("module.options", "module.projections", "parallel.groups"),
     },
     "parallel.zigzag": {"parallel.groups"},

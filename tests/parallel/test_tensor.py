@@ -350,6 +350,42 @@ def test_other_positions_on_one_rank_raise_on_both(two_ranks):
         assert "MultiHeadAttention must be called alike on every rank" in error[1]
 
 
+def other_cache_on_one_rank(what):
+    attention, other = (spread(block("as torch's")).attention.requires_grad_(False) for _ in range(2))
+    x, is_other = batch(), dist.get_rank() == 1
+    cache: object = fused_mha.KeyValueCache(
+        other if what == "of another module" and is_other else attention,
+        N + 1 if what == "of another batch size" and is_other else N,
+    )
+    if what in ("truncated", "padded"):
+        padding = MASKS["padding"]["key_padding_mask"] & (what == "padded" and is_other)
+        attention(x, x, x, need_weights=False, key_padding_mask=padding, cache=cache)
+    if what == "truncated" and is_other:
+        cache.truncate(5)
+    if what in ("none", "no cache") and is_other:
+        cache = None if what == "none" else {}
+    attention(x, x, x, need_weights=False, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("none", "need_weights=False, average_attn_weights=True\n"),
+        ("no cache", "cache=dict"),
+        ("of another module", " of another, with [0, 0, 0, 0] tokens"),
+        ("of another batch size", "cache=KeyValueCache(batch_size=5, "),
+        ("truncated", " of this module, with [5, 5, 5, 5] tokens"),
+        ("padded", " of this module, with [32, 20, 7, 32] tokens"),
+    ],
+)
+def test_another_cache_on_one_rank_raises_on_both(two_ranks, what, text):
+    for error in two_ranks.errors(other_cache_on_one_rank, what):
+        assert error is not None
+        assert error[0] == "RuntimeError"
+        assert "MultiHeadAttention must be called alike on every rank" in error[1]
+        assert text in error[1] + "\n"
+
+
 def test_a_mask_that_is_no_tensor_is_an_error_as_on_one_device(two_ranks):
     error = ("TypeError", "attn_mask must be a Tensor, not list: torch.as_tensor makes one of an array")
     assert two_ranks.errors(bad_arguments, {"attn_mask": [1]}, [0, 1]) == [error] * 2

@@ -225,6 +225,10 @@ class KeyValueCache:
                 )
         self._leave_out(lengths - kept)
 
+    def is_of(self, module: MultiHeadAttention) -> bool:
+        """Whether a module's calls may have this cache."""
+        return self._module is None or self._module() is module
+
     def check(
         self, module: MultiHeadAttention, key: Tensor, value: Tensor, padding: Tensor | None, need_weights: bool
     ) -> None:
@@ -235,7 +239,7 @@ class KeyValueCache:
                 "KeyValueCache. Let past keys and values be inputs of the model, for fused_mha.attention with "
                 "causal_alignment='bottom_right'"
             )
-        if self._module is not None and self._module() is not module:
+        if not self.is_of(module):
             raise ValueError("cache must be one of this module, KeyValueCache(module, batch_size); got that of another")
         for name, x, kept in (("keys", key, self._keys), ("values", value, self._values)):
             if x.shape[2:] != kept.shape[2:]:

@@ -19,6 +19,7 @@ from torch.nn.parameter import Parameter
 
 from fused_mha.backends.arguments import heads_of_a_longer_call
 from fused_mha.module.arguments import check_are_tensors
+from fused_mha.module.cache import KeyValueCache
 from fused_mha.module.linear import linear
 from fused_mha.module.multi_head_attention import MultiHeadAttention
 from fused_mha.module.options import OWN_NAMES, ModuleOptions
@@ -196,12 +197,21 @@ class _HeadShards(MultiHeadAttention):
         """Raise on every rank if the calls differ; gloo would end the process where it sums tensors of two sizes."""
         others = {name: call.get(name) for name in ("key_padding_mask", "attn_mask", "positions")}
         flags = {name: call[name] for name in ("need_weights", "average_attn_weights")}
+        if call.get("cache") is not None:
+            flags["cache"] = self._described_cache(call["cache"])
 
         def check() -> str:
             check_are_tensors(**tensors)
             return described({**tensors, **others}, flags)
 
         check_on_every_rank(self.shards.mesh.get_group(), tensors["query"], "MultiHeadAttention", check)
+
+    def _described_cache(self, cache: object) -> str:
+        """What decides whether a call with it fails, and how many keys the call attends to."""
+        if not isinstance(cache, KeyValueCache):
+            return type(cache).__name__
+        whose = "this module" if cache.is_of(self) else "another"
+        return f"{cache} of {whose}, with {cache.lengths.tolist()} tokens"
 
     def _own_parameters(self) -> dict[str, Tensor]:
         """This rank's shards of the parameters, as `MultiHeadAttention.forward` reads them."""
