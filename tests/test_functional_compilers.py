@@ -1,5 +1,8 @@
 """`fused_mha.attention` under torch.compile and torch.export."""
 
+import concurrent.futures
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -51,6 +54,35 @@ class Attention(nn.Module):
 
     def forward(self, tensors: dict[str, Tensor]) -> list[Tensor]:
         return [x for x in fused_mha.attention(**tensors, **self.flags) if x is not None]
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("is_around", [False, True], ids=["", "in another"])
+def test_a_back_end_is_forced_inside_a_compiled_function(is_around, fullgraph):
+    operators = []
+
+    def graph_of(graph, _):
+        operators.append([str(node.target) for node in graph.graph.nodes if "fused_mha" in str(node.target)])
+        return graph
+
+    @torch.compile(backend=graph_of, fullgraph=fullgraph)
+    def compiled(query, key, value):
+        free = fused_mha.attention(query, key, value)
+        with fused_mha.backend("reference"):
+            forced = fused_mha.attention(query, key, value)
+        return free.output, forced.output
+
+    def call_twice():
+        for L in (5, 7):
+            arguments = make_arguments(L=L)
+            with fused_mha.backend("cpu") if is_around else contextlib.nullcontext():
+                results = compiled(*(arguments[name] for name in ("query", "key", "value")))
+            torch.testing.assert_close(*results)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a thread that has forced none before
+        pool.submit(call_twice).result()
+    call_twice()
+    assert operators == [["fused_mha.attention.default"]] * len(operators) != []
 
 
 @pytest.mark.thorough(one_in=2)
