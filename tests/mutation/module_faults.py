@@ -8,6 +8,7 @@ EXPORT = "tests/test_onnx_dynamo.py"
 SDPA = "tests/integrations/test_sdpa.py"
 CONVERT = "tests/test_convert.py"
 ONE_CALL = "tests/test_one_call.py"
+SMALL_CALLS = "tests/test_one_call_small.py"
 
 FAULTS = [
     Fault(
@@ -15,14 +16,14 @@ FAULTS = [
         PACKAGE + "module/one_call.py",
         "(*flags, *sizes, *is_one, dropout_p, cpu.LIBRARY.isa))",
         "(*flags, *sizes, *is_one, cpu.LIBRARY.isa))",
-        ONE_CALL + " -k small",
+        SMALL_CALLS,
     ),
     Fault(
         "one call: a small call does not look at padding",
         PACKAGE + "module/one_call.py",
         "or not query.is_cpu or padding is not None or",
         "or not query.is_cpu or",
-        ONE_CALL + " -k padding",
+        SMALL_CALLS,
     ),
     # Flags and hooks through convert and revert.
     Fault(
