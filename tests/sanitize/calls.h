@@ -158,9 +158,9 @@ public:
 struct Call {
     int64_t N, H, H_kv, L, S, D, D_v, dtype, columns, first_visible, last_visible;
     bool add_zero_attn, needs_weights, average_weights;
-    double dropout_p, scale;
+    double dropout_p, scale, softcap = 0;
     std::vector<int64_t> heads;  // whose weights are given
-    Tensor query, key, value, attn_mask, key_padding_mask, bias_k, bias_v, seed, weights_of_heads;
+    Tensor query, key, value, attn_mask, key_padding_mask, bias_k, bias_v, seed, sinks, alibi_slopes, weights_of_heads;
     Tensor cu_seqlens_q, cu_seqlens_k;  // the rows are those of packed sequences
     bool bottom_right = false;
     Tensor grad_output, grad_weights, grad_lse;
@@ -174,6 +174,7 @@ struct Call {
         draw_tensors();
         draw_masks();
         draw_gradients();
+        draw_score_options();
     }
 
     // How many batch elements dropout tells apart.
@@ -361,5 +362,16 @@ private:
         needs_mask_gradient = attn_mask && attn_mask.c.dtype != FUSED_MHA_BOOL && (shares_mask || random.chance(0.7));
         needs_column_gradient = random.chance(0.3);
         needs_bias_gradient = random.chance(0.7);
+    }
+
+    void draw_score_options() {
+        const auto draw = [&](Tensor& of_heads, double factor) {
+            of_heads.allocate(random, random.pick<int64_t>({dtype, FUSED_MHA_FLOAT32, FUSED_MHA_BFLOAT16}), {H}, Layout::ROWS);
+            of_heads.fill([&] { return random.number() * factor; });
+        };
+        if (random.chance(0.2)) draw(sinks, 1);
+        if (random.chance(0.2)) draw(alibi_slopes, 1.0 / 256);  // far keys' scores are as exact as the others'
+        if (random.chance(0.2)) softcap = random.pick({0.5, 2.0, 8.0});
+        if (!is_packed) bottom_right = random.chance(0.5);
     }
 };

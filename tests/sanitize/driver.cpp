@@ -45,6 +45,8 @@ public:
         attention.bias_k = call.bias_k.c;
         attention.bias_v = call.bias_v.c;
         attention.seed = call.seed.c;
+        attention.sinks = call.sinks.c;
+        attention.alibi_slopes = call.alibi_slopes.c;
         attention.cu_seqlens_q = call.cu_seqlens_q.c;
         attention.cu_seqlens_k = call.cu_seqlens_k.c;
         attention.bottom_right = call.bottom_right;
@@ -55,6 +57,7 @@ public:
         attention.average_weights = call.average_weights;
         attention.dropout_p = call.dropout_p;
         attention.scale = call.scale;
+        attention.softcap = call.softcap;
     }
 
     Results run(int64_t threads, bool tries_short_tensors = false) {
@@ -94,6 +97,12 @@ public:
             backward.grad_bias_k = results.add("grad_bias_k", layouts, type, {call.N, call.H_kv, call.D});
             backward.grad_bias_v = results.add("grad_bias_v", layouts, type, {call.N, call.H_kv, call.D_v});
         }
+        if (call.sinks) {
+            const int64_t parts = call.is_packed ? call.elements() + 1 : call.N;
+            backward.grad_sinks = results.add("grad_sinks", layouts, type, {parts, call.H}, true);
+        }
+        if (call.alibi_slopes)
+            backward.grad_distances = results.add("grad_distances", layouts, type, {call.N, call.H, call.S}, true);
         finish("backward", backward, fused_mha_backward_workspace, fused_mha_backward, tries_short_tensors);
 
         if (call.dropout_p > 0) {

@@ -18,6 +18,8 @@ public:
           grad_output(call.grad_output.values()),
           grad_weights(call.grad_weights.values()),
           grad_lse(call.grad_lse.values()),
+          sinks(call.sinks.values()),
+          slopes(call.alibi_slopes.values()),
           kept(kept) {
         const int64_t N = call.N, H = call.H, H_kv = call.H_kv, L = call.L, S = call.S, D = call.D, D_v = call.D_v;
         const auto& mask_size = call.attn_mask.c.size;
@@ -31,6 +33,8 @@ public:
         grad_columns.resize(size_t(N * H * S));
         grad_bias_k.resize(size_t(N * H_kv * D));
         grad_bias_v.resize(size_t(N * H_kv * D_v));
+        grad_sinks.resize(size_t((call.is_packed ? call.elements() + 1 : N) * H));
+        grad_distances.resize(size_t(N * H * S));
         for (int64_t n = 0; n < N; ++n)
             for (int64_t h = 0; h < H; ++h)
                 for (int64_t i = 0; i < L; ++i) attend(n, h, i);
@@ -49,6 +53,8 @@ public:
             {"grad_columns", &grad_columns},
             {"grad_bias_k", &grad_bias_k},
             {"grad_bias_v", &grad_bias_v},
+            {"grad_sinks", &grad_sinks},
+            {"grad_distances", &grad_distances},
         };
         for (const auto& [own, values] : all)
             if (name == own) return values;
@@ -57,10 +63,10 @@ public:
 
 private:
     std::vector<double> output, weights, lse, grad_query, grad_key, grad_value, grad_attn_mask, grad_columns, grad_bias_k,
-        grad_bias_v;
+        grad_bias_v, grad_sinks, grad_distances;
     const Call& call;
     const std::vector<double> query, key, value;  // key and value with the virtual ones: (N, S', H_kv, D)
-    const std::vector<double> grad_output, grad_weights, grad_lse;
+    const std::vector<double> grad_output, grad_weights, grad_lse, sinks, slopes;
     const std::vector<double>& kept;
 
     std::vector<double> with_virtual(const Tensor& real, const Tensor& bias, int64_t width) const {
@@ -96,6 +102,12 @@ private:
         if (of_key < position + call.first_visible || of_key > position + call.last_visible) return HIDES;
         return mask_value(call.key_padding_mask, n, j, 0, 0);
     }
+    // Of a query and a real key.
+    double distance(int64_t i, int64_t j) const {
+        const Call::Sequence s = call.is_packed ? call.sequence_of(i) : Call::Sequence{0, 0, call.L, 0, call.S};
+        const int64_t position = i - s.first_query + (call.bottom_right ? s.keys - s.queries : 0);
+        return std::fabs(double(position - (j - s.first_key)));
+    }
     // Of the dropout mask; packed sequences have a part each.
     int64_t kept_index(int64_t n, int64_t h, int64_t i, int64_t j) const {
         const Call::Sequence s = call.is_packed ? call.sequence_of(i) : Call::Sequence{n, 0, 0, 0, 0};
@@ -107,17 +119,27 @@ private:
         const double* q = query.data() + ((n * call.L + i) * H + h) * D;
         const double* grad = grad_output.data() + ((n * call.L + i) * H + h) * D_v;
         const auto row = [&](int64_t j) { return (n * columns + j) * call.H_kv + head; };
-        std::vector<double> p(size_t(columns), HIDES), dp(p.size()), factor(p.size(), 1);
-        double most = HIDES, sum = 0;
+        std::vector<double> p(size_t(columns), HIDES), dp(p.size()), factor(p.size(), 1), cap_slope(p.size(), 1);
+        const double sink = sinks.empty() ? HIDES : sinks[size_t(h)];
+        double most = sink, sum = 0;
         for (int64_t j = 0; j < columns; ++j) {
             const double mask = mask_of(n, h, i, j);
             if (mask == HIDES) continue;
             double score = 0;
             for (int64_t d = 0; d < D; ++d) score += q[d] * key[size_t(row(j) * D + d)];
-            p[size_t(j)] = score * call.scale + mask;
+            score *= call.scale;
+            if (call.softcap > 0) {
+                const double t = std::tanh(score / call.softcap);
+                score = call.softcap * t;
+                cap_slope[size_t(j)] = 1 - t * t;
+            }
+            if (!slopes.empty() && j < call.S) score -= slopes[size_t(h)] * distance(i, j);
+            p[size_t(j)] = score + mask;
             most = std::fmax(most, p[size_t(j)]);
         }
         for (double& x : p) sum += x = x == HIDES ? 0 : std::exp(x - most);
+        const double of_sink = sink == HIDES ? 0 : std::exp(sink - most);
+        sum += of_sink;
         lse[size_t((n * H + h) * call.L + i)] = sum == 0 ? HIDES : most + std::log(sum);
         if (sum == 0) return;
 
@@ -147,12 +169,17 @@ private:
             dp[size_t(j)] = d_weight * factor[size_t(j)];
             delta += x * dp[size_t(j)];
         }
-        for (int64_t j = 0; j < columns; ++j)
-            if (p[size_t(j)] != 0) go_back(n, h, i, j, p[size_t(j)] * (dp[size_t(j)] - delta), p[size_t(j)] * factor[size_t(j)]);
+        for (int64_t j = 0; j < columns; ++j) {
+            const double x = p[size_t(j)];
+            if (x != 0) go_back(n, h, i, j, x * (dp[size_t(j)] - delta), cap_slope[size_t(j)], x * factor[size_t(j)]);
+        }
+        if (sinks.empty()) return;
+        const int64_t number = call.is_packed ? call.sequence_of(i).number : n;
+        grad_sinks[size_t((number < 0 ? call.elements() : number) * H + h)] -= of_sink / sum * delta;
     }
 
-    // Adds what one score's gradient `ds` and one weight `dropped` contribute.
-    void go_back(int64_t n, int64_t h, int64_t i, int64_t j, double ds, double dropped) {
+    // Adds what one score's gradient `ds`, which the cap takes times `cap_slope`, and one weight `dropped` contribute.
+    void go_back(int64_t n, int64_t h, int64_t i, int64_t j, double ds, double cap_slope, double dropped) {
         const int64_t D = call.D, D_v = call.D_v, H = call.H, H_kv = call.H_kv, S = call.S, head = h / (H / H_kv);
         const bool is_real = j < S, is_bias = j == S && call.bias_k;
         const int64_t q = (n * call.L + i) * H + h, k = (n * call.columns + j) * H_kv + head;
@@ -160,13 +187,14 @@ private:
         std::vector<double>& d_key = is_real ? grad_key : grad_bias_k;
         std::vector<double>& d_value = is_real ? grad_value : grad_bias_v;
         for (int64_t d = 0; d < D; ++d) {
-            grad_query[size_t(q * D + d)] += call.scale * ds * key[size_t(k * D + d)];
-            if (is_real || is_bias) d_key[size_t(to * D + d)] += call.scale * ds * query[size_t(q * D + d)];
+            grad_query[size_t(q * D + d)] += call.scale * cap_slope * ds * key[size_t(k * D + d)];
+            if (is_real || is_bias) d_key[size_t(to * D + d)] += call.scale * cap_slope * ds * query[size_t(q * D + d)];
         }
         for (int64_t d = 0; d < D_v && (is_real || is_bias); ++d)
             d_value[size_t(to * D_v + d)] += dropped * grad_output[size_t(q * D_v + d)];
         if (!is_real) return;
         grad_columns[size_t((n * H + h) * S + j)] += ds;
+        if (!slopes.empty()) grad_distances[size_t((n * H + h) * S + j)] += ds * distance(i, j);
         if (!call.attn_mask) return;
         const auto& size = call.attn_mask.c.size;
         const int64_t mask_row = (size[0] > 1 ? n : 0) * size[1] + (size[1] > 1 ? h : 0);
