@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_mha.backends.triton import readable
 from fused_mha.backends.triton.launcher import Launcher, on_device
 from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import TENSORS, Call, hides
@@ -62,8 +61,14 @@ class Finite:
 
     def __call__(self, x: Tensor, padding: Tensor) -> Tensor:
         """``x``, with zeros for NaN and infinity in the rows that the padding (N, S) hides."""
-        x, padding = (readable.rows(y.contiguous(), 1) for y in (x, padding))
+        x, padding = _readable(x), _readable(padding)
         result = torch.empty_like(x)
         with on_device(x.device.index):
             self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), (result,))
         return result
+
+
+def _readable(x: Tensor) -> Tensor:
+    """The tensor, contiguous and at a multiple of 16 bytes."""
+    is_readable = x.is_contiguous() and x.data_ptr() % 16 == 0
+    return x if is_readable else x.clone(memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fused_mha.backends.triton.finite import Finite
 from fused_mha.backends.triton.launch import Plan
@@ -68,6 +69,7 @@ class Kept:
         self._weights_of_batch = self._weights_shape if call.query.dim() == 3 else (1, *self._weights_shape)
         self._finite = [Finite((N, n, x.shape[-1]), length_first) for n, x in zip(lengths, call.inputs(), strict=True)]
         self._plans: dict[object, Plan] = {}
+        self._plan_of_forward: Plan | None = None
         self._saved: tuple[object, ...] | None = None  # what `_described` says of what a backward is given
 
     def __call__(self, tensors: Tensors) -> tuple[Tensor, Tensor | None]:
@@ -87,8 +89,11 @@ class Kept:
                 rows, result = self._rows(tensors, product), _result(projections, product, self._E)
                 _multiply(rows, self._weight(tensors, product), bias, result)
         attention = self._attention_tensors(tensors, projections)
-        heads, weights, _, stats = self._plan(attention).forward(attention)
-        output = query.new_empty((*query.shape[:-1], self._E))  # no view: the caller may change it in place
+        if self._plan_of_forward is None:
+            self._plan_of_forward = self._plan(attention)
+        heads, weights, _, stats = self._plan_of_forward.forward(attention)
+        # No view: the caller may change it in place.
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
         _multiply(self._merged(heads), out_weight, tensors[_OUT_BIAS], output.view(self._rows_shape))
         if weights is not None and weights.shape != self._weights_shape:
             weights = weights.view(self._weights_shape).clone()
@@ -216,6 +221,8 @@ def _result(x: Tensor, product: _Product, E: int) -> Tensor:
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor | None = None) -> Tensor:
     """``rows`` times the transposed weight, plus the bias."""
+    if result is None:
+        return functional.linear(rows, weight, bias)
     if bias is None:
         return torch.mm(rows, weight.t(), out=result)
     return torch.addmm(bias, rows, weight.t(), out=result)
