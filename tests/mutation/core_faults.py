@@ -176,6 +176,13 @@ FAULTS = [
         PRODUCT,
     ),
     Fault(
+        "a product's second thread reads what it has not packed",
+        GENERIC + "product.h",
+        "if (each_packs) of_thread.pack_once(has_packed[worker * CACHE_LINE]);",
+        "if (each_packs) of_thread.pack_once(has_packed[0]);",
+        PRODUCT,
+    ),
+    Fault(
         "a product's later chunks along K forget the earlier ones",
         GENERIC + "product.h",
         "COLUMNS, result, block, at > 0};",

@@ -2,7 +2,8 @@
 //
 // B is packed once for all tasks; a task packs some rows of A and multiplies them with some panels of B. The three
 // products of a linear layer differ in which operands lie transposed: y = x W^T, dx = dy W, dW = dy^T x. Where x has less
-// to pack than W, y^T = W x^T takes its place, with the same sums; where it has a few rows, few_rows.h packs nothing.
+// to pack than W, y^T = W x^T takes its place, with the same sums; where it has a few rows, few_rows.h packs nothing. A
+// small x^T each thread packs for itself: then none waits for another, nor reads what lies in another's cache.
 #pragma once
 
 #include "generic/few_rows.h"
@@ -26,7 +27,8 @@ public:
           reads_left_in_place((of.output_is_transposed || (P::KSTEP == 1 && !of.left_is_transposed)) &&
                               of.left.dtype == P::OPERAND && of.K % P::KSTEP == 0 && of.left.stride() != 0),
           row_tiles(left_in_panels ? Parts{row_panels * TILES_OF_PANEL, row_panels * TILES_OF_PANEL}
-                                   : Parts{of.M, ceil_div(of.M, MR)}) {
+                                   : Parts{of.M, ceil_div(of.M, MR)}),
+          each_packs(of.output_is_transposed && of.threads > 1 && right_size() * int64_t(sizeof(T)) < SERIAL_BYTES) {
         // Tasks of some row tiles by some panels of columns: enough for the threads, as long as packing A stays cheap.
         const int64_t wanted = of.threads > 1 ? TASKS_OF_THREAD * of.threads : 1;
         row_chunks = {row_tiles.parts, ceil_div(row_tiles.parts, TILES_OF_TASK)};
@@ -43,7 +45,8 @@ public:
     // Bytes of what is packed for all tasks, and of what each thread needs beside it.
     int64_t packed_bytes() const {
         Arena shared{0};
-        shared.take<T>(column_panels * panel_size);
+        shared.take<char>(each_packs ? of.threads * CACHE_LINE : 0);
+        shared.take<T>(each_packs ? 0 : right_size());
         shared.take<T>(row_panels * panel_size);
         return shared.used;
     }
@@ -54,13 +57,14 @@ public:
     // Makes `packed` of B, and of A where it lies transposed.
     void pack(uintptr_t packed) {
         place(packed);
+        if (each_packs) return zero(has_packed, of.threads * CACHE_LINE);
         const int64_t blocks = max(ceil_div(of.K, PACKED_ROWS), 1);
         const int64_t of_right = of.right_is_transposed ? column_panels : blocks;
         auto pack = [&](int64_t index, int64_t) {
             if (index >= of_right)
                 pack_rows(of.left, index - of_right, of.M, left);
             else if (of.right_is_transposed)
-                pack_panel(index);
+                pack_panel(index, right);
             else
                 pack_rows(of.right, index, of.N, right);
         };
@@ -72,10 +76,12 @@ public:
         place(packed);
         auto multiply = [&](int64_t index, int64_t worker) {
             Arena arena{workers + uintptr_t(worker * worker_size)};
+            Worker of_thread(*this, arena);
+            if (each_packs) of_thread.pack_once(has_packed[worker * CACHE_LINE]);
             if (of.M <= of.N)  // each thread its share of the larger operand
-                Worker(*this, arena).run(index % row_chunks.parts, index / row_chunks.parts);
+                of_thread.run(index % row_chunks.parts, index / row_chunks.parts);
             else
-                Worker(*this, arena).run(index / column_chunks.parts, index % column_chunks.parts);
+                of_thread.run(index / column_chunks.parts, index % column_chunks.parts);
             release_tiles();
         };
         fused_mha::run<Order::IN_SHARES>(row_chunks.parts * column_chunks.parts, of.threads, multiply);
@@ -96,27 +102,31 @@ private:
     const int64_t row_panels, panel_size;
     const bool reads_left_in_place;  // the few rows of the other operand do not pay for packing
     const Parts row_tiles;
+    const bool each_packs;  // thread its own copy of B
     Parts row_chunks, column_chunks;
     int64_t worker_size;
-    T *right, *left;  // packed: [panel of N or M][step along K][COLUMNS]
+    char* has_packed;           // of each thread, a cache line apart
+    T *right = nullptr, *left;  // packed: [panel of N or M][step along K][COLUMNS]
 
     bool packs_tiles() const { return !left_in_panels && !reads_left_in_place; }
     int64_t most_panels() const { return ceil_div(column_panels, column_chunks.parts); }  // of a task
+    int64_t right_size() const { return column_panels * panel_size; }
 
     void place(uintptr_t packed) {
         Arena shared{packed};
-        right = shared.take<T>(column_panels * panel_size);
+        has_packed = shared.take<char>(each_packs ? of.threads * CACHE_LINE : 0);
+        right = shared.take<T>(each_packs ? 0 : right_size());
         left = shared.take<T>(row_panels * panel_size);
     }
 
     // One panel of B^T as it lies.
-    void pack_panel(int64_t panel) const {
+    void pack_panel(int64_t panel, T* to) const {
         const void* rows[COLUMNS];
         for (int64_t c = 0; c < COLUMNS; ++c) {
             const int64_t j = panel * COLUMNS + c;
             rows[c] = j < of.N ? of.right(j) : nullptr;
         }
-        Panels<P>::pack_b_transposed(of.right.dtype, rows, of.K, right + panel * panel_size);
+        Panels<P>::pack_b_transposed(of.right.dtype, rows, of.K, to + panel * panel_size);
     }
 
     // One block of the rows of a matrix that lies along K.
@@ -134,8 +144,15 @@ private:
               of(product.of),
               tile_size(product.packs_tiles() ? MR * min(CHUNK_STEPS, A_WIDTH * Panels<P>::panels(of.K)) : 0),
               keeps_results(Panels<P>::steps(of.K) > CHUNK_STEPS),
+              right(product.each_packs ? arena.take<T>(product.right_size()) : product.right),
               tiles(arena.take<T>(TILES_AT_ONCE * tile_size)),
               results(arena.take<T>(RESULT_SIZE * (keeps_results ? TILES_OF_TASK * product.most_panels() : 1))) {}
+
+        // B for this thread, with its first task.
+        void pack_once(char& is_packed) {
+            for (int64_t panel = 0; !is_packed && panel < product.column_panels; ++panel) product.pack_panel(panel, right);
+            is_packed = 1;
+        }
 
         void run(int64_t row_chunk, int64_t column_chunk) {
             const int64_t begin = product.row_chunks.begin(row_chunk), end = product.row_chunks.begin(row_chunk + 1);
@@ -163,7 +180,7 @@ private:
         const Matrices& of;
         const int64_t tile_size;
         const bool keeps_results;  // of a chunk of K for the next
-        T *const tiles, *const results;
+        T *const right, *const tiles, *const results;
 
         // `steps` along K of a row tile, from k on.
         void pack_tile(int64_t t, int64_t k, int64_t steps, T* to) const {
@@ -195,7 +212,7 @@ private:
             }
             using E = typename P::Element;
             const T* const panel_of_left = product.left + m * product.panel_size + of_panel.begin(part);
-            const T* const b = product.right + panel * product.panel_size;
+            const T* const b = right + panel * product.panel_size;
             int64_t done = 0;
             do {
                 const int64_t block = min(BLOCK_STEPS, steps - done), at = k + done;
