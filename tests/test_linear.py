@@ -27,19 +27,24 @@ def operands(rows=40, dtype=torch.float32):
 
 @needs_library
 @pytest.mark.parametrize(
-    ("isa", "tiles", "dtypes"),
+    ("isa", "best", "tiles", "dtypes"),
     [
-        ("avx512_bf16", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
-        ("avx512_amx", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
-        ("avx512", (), (torch.float16, torch.float32, torch.float64)),
-        ("avx512_bf16", (torch.bfloat16,), (torch.float16, torch.float32, torch.float64)),
-        ("avx512_bf16", (torch.bfloat16, torch.float16), (torch.float16, torch.float32, torch.float64)),
-        ("avx2", (), (torch.float16,)),
-        ("neon", (), (torch.float16,)),
+        ("avx512_bf16", "avx512_bf16", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        ("avx512_amx", "avx512_amx", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        ("avx512", "avx512", (), (torch.bfloat16, torch.float16, torch.float32, torch.float64)),
+        ("avx512", "avx512_bf16", (), (torch.float16, torch.float32, torch.float64)),
+        ("avx512_bf16", "avx512", (), (torch.float16, torch.float32, torch.float64)),
+        ("avx512", "avx512", (torch.bfloat16,), (torch.float16, torch.float32, torch.float64)),
+        ("avx512_bf16", "avx512_amx", (torch.bfloat16, torch.float16), (torch.float16, torch.float32, torch.float64)),
+        ("avx2", "avx2", (), (torch.float16, torch.bfloat16)),
+        ("avx2", "avx512", (), (torch.float16,)),
+        ("neon", "neon", (), (torch.float16,)),
+        ("scalar", "scalar", (), (torch.float16,)),
     ],
 )
-def test_the_rule_goes_by_instruction_set_and_tiles(isa, tiles, dtypes, monkeypatch):
+def test_the_rule_goes_by_instruction_set_and_tiles(isa, best, tiles, dtypes, monkeypatch):
     monkeypatch.setattr(cpu.LIBRARY, "isa", isa)
+    monkeypatch.setattr(cpu.LIBRARY, "_best_isa", best)
     monkeypatch.setattr(cpu.LIBRARY, "tile_dtypes", tiles)
     assert set(linear.dtypes()) == set(dtypes)
 

@@ -42,6 +42,7 @@ class Library:
         self._functions = {name: self._function(name) for name in ("register_operators", "set_isa", "exp2")}
         self._c.fused_mha_set_parallel_for(_torch_parallel_for())
         self.cpu_name: str = self._c.fused_mha_cpu_name().decode()  # as CPUID gives it
+        self._best_isa = self.available_isas[-1]
         self._use(self._c.fused_mha_isa().decode())
         if wanted := os.environ.get(ISA_VARIABLE):
             self.set_isa(wanted)
@@ -60,7 +61,7 @@ class Library:
 
     @property
     def available_isas(self) -> list[str]:
-        """The compiled instruction sets that this machine runs, the best one last."""
+        """The compiled instruction sets that this machine runs, the best one in bfloat16 last."""
         names = []
         while (name := self._c.fused_mha_available_isa(ctypes.c_int64(len(names)))) is not None:
             names.append(name.decode())
@@ -74,6 +75,11 @@ class Library:
                 f"machine; got {name!r}"
             )
         self._use(name)
+
+    @property
+    def is_best_in_bf16(self) -> bool:
+        """Whether the instruction set in use has the fastest products of bfloat16 that this machine offers."""
+        return self.isa == self._best_isa and torch.bfloat16 not in self.tile_dtypes
 
     @property
     def uses_tiles(self) -> bool:

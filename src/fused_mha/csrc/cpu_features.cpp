@@ -22,12 +22,13 @@ namespace {
 // to everything.
 struct Processor {
     unsigned basic = 0, extended = 0, tiles = 0, further = 0;  // CPUID 1 ECX, 7.0 EBX, 7.0 EDX, 7.1 EAX
-    uint64_t saved = 0;                             // the registers that the operating system saves: XCR0
-
+    uint64_t saved = 0;                                        // the registers that the operating system saves: XCR0
+    bool is_of_intel = false;
     char name[49] = "";
 
     Processor() {
         unsigned a, b, c, d;
+        if (__get_cpuid(0, &a, &b, &c, &d)) is_of_intel = b == signature_INTEL_ebx && c == signature_INTEL_ecx;
         for (unsigned leaf = 0; leaf < 3; ++leaf)
             if (__get_cpuid(0x80000002 + leaf, &a, &b, &c, &d)) {
                 const unsigned text[] = {a, b, c, d};
@@ -51,7 +52,8 @@ const Processor& processor() {
 bool has_all(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
 
 constexpr uint64_t AVX_STATE = 0x6, AVX512_STATE = 0xe6, TILE_STATE = 0x60000;
-constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24, AMX_FP16 = 1u << 21;  // which old compilers do not name
+// Which old compilers do not name.
+constexpr unsigned AMX_BF16 = 1u << 22, AVX512_FP16 = 1u << 23, AMX_TILE = 1u << 24, AMX_FP16 = 1u << 21;
 
 bool has_tiles() { return has_all(processor().saved, TILE_STATE) && has_all(processor().tiles, AMX_TILE); }
 
@@ -68,6 +70,7 @@ bool cpu_has_avx512() {
            has_all(p.extended, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL);
 }
 bool cpu_has_avx512_bf16() { return cpu_has_avx512() && has_all(processor().further, bit_AVX512BF16); }
+bool cpu_has_slow_bf16_dots() { return processor().is_of_intel && has_all(processor().tiles, AVX512_FP16); }
 bool cpu_has_amx_bf16() { return has_tiles() && has_all(processor().tiles, AMX_BF16); }
 bool cpu_has_amx_fp16() { return has_tiles() && has_all(processor().further, AMX_FP16); }
 bool system_lends_tiles() {
@@ -85,6 +88,7 @@ const char* cpu_name() { return processor().name; }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_bf16() { return false; }
+bool cpu_has_slow_bf16_dots() { return false; }
 bool cpu_has_amx_bf16() { return false; }
 bool cpu_has_amx_fp16() { return false; }
 bool system_lends_tiles() { return false; }

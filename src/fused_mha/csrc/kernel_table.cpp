@@ -48,8 +48,10 @@ struct Variants {
 #endif
 #if defined(FUSED_MHA_X86_VARIANTS)
         if (cpu_has_avx2()) add(avx2::kernels);
+        const bool are_dots_slow = cpu_has_slow_bf16_dots();
+        if (cpu_has_avx512_bf16() && are_dots_slow) add(avx512_bf16::kernels);
         if (cpu_has_avx512()) add(avx512::kernels);
-        if (cpu_has_avx512_bf16()) add(avx512_bf16::kernels);
+        if (cpu_has_avx512_bf16() && !are_dots_slow) add(avx512_bf16::kernels);
         // The same code, with another product of bfloat16.
         if (cpu_has_avx512_bf16() && cpu_has_amx_bf16() && system_lends_tiles())
             all[count++] = {"avx512_amx", &avx512_bf16::kernels, true};

@@ -2,10 +2,11 @@
 
 The rule is static. fp16 torch multiplies slowly on every CPU. In fp32 and fp64, given AVX-512, torch's library is
 slower on AMD's processors and up to a tenth faster on Intel's, where ours makes that good as a part of one call with
-the attention. In bfloat16 ours is the faster one with AVX-512 BF16. With AMX, whose tiles both use, torch's is up to a
-third faster at many rows, and ours up to four times at few; where another instruction set was chosen beside AMX, torch
-multiplies. A few rows, and calls so small that each operator shows, ours serves in any dtype: it reads weights where
-they lie. Where `backend` forces another one, torch multiplies.
+the attention. In bfloat16 ours is the faster one with AVX2 and AVX-512: six and four times where the processor has no
+instruction for it. With AMX, whose tiles both use, torch's is up to a third faster at many rows, and ours up to four
+times at few. Where another instruction set than the best was chosen, torch multiplies bfloat16. A few rows, and calls
+so small that each operator shows, ours serves in any dtype: it reads weights where they lie. Where `backend` forces
+another one, torch multiplies.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from fused_mha.core.memory import PLAIN_TYPES
 from fused_mha.core.modes import autocast_is_on, is_eager, onnx_export_is_active, transform_is_active
 
 RULE = "torch's own product is the faster one for this dtype, processor and number of rows"
-_FP16 = (torch.float16,)
-_ALL_BUT_BF16 = (*_FP16, torch.float32, torch.float64)
-_ALL = (*_ALL_BUT_BF16, torch.bfloat16)
-_BY_ISA = {"avx512": _ALL_BUT_BF16, "avx512_bf16": _ALL, "avx512_amx": _ALL}
+_FP16, _HALVES = (torch.float16,), (torch.float16, torch.bfloat16)
+_ALL = (*_HALVES, torch.float32, torch.float64)
+_BY_ISA = {"avx2": _HALVES, "avx512": _ALL, "avx512_bf16": _ALL, "avx512_amx": _ALL}
 _FEW_ROWS, _FEW_BESIDE_TILES = 32, 8
 _TINY = 1 << 21  # rows * features^2
 
@@ -33,7 +33,7 @@ def dtypes() -> tuple[torch.dtype, ...]:
     if cpu.LIBRARY is None:
         return ()
     ours = _BY_ISA.get(cpu.LIBRARY.isa, _FP16)
-    return _ALL_BUT_BF16 if torch.bfloat16 in ours and torch.bfloat16 in cpu.LIBRARY.tile_dtypes else ours
+    return ours if cpu.LIBRARY.is_best_in_bf16 else tuple(dtype for dtype in ours if dtype is not torch.bfloat16)
 
 
 def serves(dtype: torch.dtype, features: int, *sequences: Tensor) -> bool:
@@ -57,7 +57,7 @@ def serves(dtype: torch.dtype, features: int, *sequences: Tensor) -> bool:
     return rows <= few or rows * features * features <= _TINY
 
 
-_HAS_VECTORS = ("neon", "avx2", *_BY_ISA)
+_HAS_VECTORS = ("neon", *_BY_ISA)
 
 
 def is_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
