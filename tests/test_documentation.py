@@ -100,6 +100,13 @@ CUDA_GROUPS = (
         ("AMD EPYC: the module", "amd_epyc_avx512_bf16/module.json", None),
         ("AMD EPYC: the attention core", "amd_epyc_avx512_bf16/attention.json", None),
         ("Intel Xeon, 2 cores: the module", "intel_xeon_avx512_amx/module.json", None),
+        ("Intel Xeon without AMX: bf16, module", "intel_xeon_avx512/module_bf16.json", None),
+        ("Intel Xeon without AMX: bf16, attention alone", "intel_xeon_avx512/attention_bf16.json", None),
+        (
+            "Intel Xeon without AMX: autocast to bf16",
+            "intel_xeon_avx512/module_autocast.json",
+            ("autocast inference",),
+        ),
         ("Intel Xeon, 2 cores: scaled_dot_product_attention", "intel_xeon_avx512_amx/sdpa.json", None),
         ("Intel Xeon, 2 cores: softcap, sinks and ALiBi", "intel_xeon_avx512_amx/options.json", None),
         (
@@ -133,6 +140,7 @@ def test_a_table_of_figures_has_those_that_were_recorded(heading, results, names
             for option in ("softcap", "sinks", "ALiBi")
         ),
         *(("intel_xeon_avx512_amx/module.json", name) for name in ("fp32 inference", "bf16 training step")),
+        *(("intel_xeon_avx512/module_bf16.json", name) for name in ("bf16 inference", "bf16 training step")),
         ("nvidia_h100/cuda.json", "module, training step"),
         ("nvidia_h100/cuda.json", "dropout, forward and backward"),
     ],
