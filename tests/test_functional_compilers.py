@@ -107,6 +107,15 @@ def test_compiled_attention_takes_symbols_for_all_sizes(backend, heads):
 
 
 # By the fused core: a reshape of the others, as in torch's own module, ties torch.export to the virtual keys' number.
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_attention_takes_a_mask_that_is_larger_than_the_query(backend):
+    arguments = make_arguments(L=9, S=9, D=4, mask_dtype=torch.bool, mask_shape="4D NHLS")
+    with fused_mha.backend(backend):
+        compiled = torch.compile(fused_mha.attention, fullgraph=True, backend="aot_eager")
+        runs = [run_with_gradients(function, arguments) for function in (fused_mha.attention, compiled)]
+    torch.testing.assert_close(runs[1], runs[0])
+
+
 @pytest.mark.parametrize("call", (WITHOUT_WEIGHTS | WITH_WEIGHTS).values(), ids=WITHOUT_WEIGHTS | WITH_WEIGHTS)
 def test_exported_attention_takes_other_lengths(call):
     L, S = (torch.export.Dim(name, min=2) for name in "LS")

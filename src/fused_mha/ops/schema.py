@@ -80,11 +80,12 @@ def own_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """
     if mask is None or mask.requires_grad:
         return mask
-    if mask.dim() <= 2 or mask.is_inference():
+    if mask.dim() <= 2:
         return mask.clone()
     sizes = (mask.numel(), query.numel())
     is_small = all(type(size) is int for size in sizes) and sizes[0] <= sizes[1]  # no guard on symbolic sizes
-    return mask.clone() if is_small else mask
+    is_of_inference = not torch.compiler.is_compiling() and mask.is_inference()  # which Dynamo cannot ask
+    return mask.clone() if is_small or is_of_inference else mask
 
 
 TENSORS = 12  # the first fields of `Arguments`
