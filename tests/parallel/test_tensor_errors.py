@@ -17,8 +17,9 @@ def bad_arguments(call, ranks):
     return model(batch(), need_weights=False, **(call if dist.get_rank() in ranks else {}))
 
 
-def test_other_positions_on_one_rank_raise_on_both(two_ranks):
-    for error in two_ranks.errors(bad_arguments, {"positions": torch.arange(3)}, [1]):
+@pytest.mark.parametrize("call", [{"positions": torch.arange(3)}, {"is_causal": False}], ids=["positions", "is_causal"])
+def test_another_call_on_one_rank_raises_on_both(two_ranks, call):
+    for error in two_ranks.errors(bad_arguments, call, [1]):
         assert error is not None
         assert error[0] == "RuntimeError"
         assert "MultiHeadAttention must be called alike on every rank" in error[1]

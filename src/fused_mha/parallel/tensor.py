@@ -157,7 +157,8 @@ class _HeadShards(MultiHeadAttention):
     def forward(self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As `MultiHeadAttention.forward`; the same input on every rank gives the same output on every rank."""
         names = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-        call = {"need_weights": True, "average_attn_weights": True, **dict(zip(names, args, strict=False)), **kwargs}
+        defaults = {"is_causal": False, "need_weights": True, "average_attn_weights": True}
+        call: dict[str, Any] = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
         if call.get("weights_of_heads") is not None:  # of which each rank would look among its own
             raise ValueError(
                 "weights_of_heads must be None where heads are spread over ranks: average_attn_weights=False gives the "
@@ -196,7 +197,7 @@ class _HeadShards(MultiHeadAttention):
     def _compare_with_other_ranks(self, tensors: dict[str, Any], call: dict[str, Any]) -> None:
         """Raise on every rank if the calls differ; gloo would end the process where it sums tensors of two sizes."""
         others = {name: call.get(name) for name in ("key_padding_mask", "attn_mask", "positions")}
-        flags = {name: call[name] for name in ("need_weights", "average_attn_weights")}
+        flags = {name: call[name] for name in ("is_causal", "need_weights", "average_attn_weights")}
         if call.get("cache") is not None:
             flags["cache"] = self._described_cache(call["cache"])
 
