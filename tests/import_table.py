@@ -205,7 +205,10 @@ ALLOWED = {
         *(f"backends.triton.{name}" for name in ("finite", "launch", "preparation")),
         *("core.memory", "core.modes", "ops.module", "ops.module_autograd", "ops.schema"),
     },
-    "backends.triton.finite": {f"backends.triton.{name}" for name in ("launcher", "tile_config", "tiles")},
+    "backends.triton.finite": {
+        *(f"backends.triton.{name}" for name in ("launcher", "tile_config", "tiles")),
+        "core.memory",
+    },
     "backends.triton.eager": {
         "backends.arguments",
         "backends.triton.launch",

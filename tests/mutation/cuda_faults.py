@@ -61,8 +61,22 @@ FAULTS = [
     Fault(
         "cuda: which tensors of a recent kind are one",
         PACKAGE + "core/plans.py",
-        "torch.is_grad_enabled(), given[0].shape, *roles)",
-        "torch.is_grad_enabled(), given[0].shape)",
+        "torch.is_grad_enabled(), *roles, *[x.shape for x in given])",
+        "torch.is_grad_enabled(), *[x.shape for x in given])",
+        "tests/triton_kernels/test_plans.py",
+    ),
+    Fault(
+        "cuda: what is not given is taken for a tensor",
+        PACKAGE + "core/plans.py",
+        "roles += [firsts.setdefault",
+        "roles = [firsts.setdefault",
+        "tests/triton_kernels/test_plans.py",
+    ),
+    Fault(
+        "cuda: few kinds are known of one query's size",
+        PACKAGE + "core/plans.py",
+        "*roles, *[x.shape for x in given])",
+        "*roles, given[0].shape)",
         "tests/triton_kernels/test_plans.py",
     ),
     Fault(

@@ -25,6 +25,20 @@ def test_another_call_on_one_rank_raises_on_both(two_ranks, call):
         assert "MultiHeadAttention must be called alike on every rank" in error[1]
 
 
+def one_shorter_sequence_of_many():
+    attention, x = spread(block("as torch's")).attention.requires_grad_(False), batch()[:1].expand(300, -1, -1)
+    cache, padding = fused_mha.KeyValueCache(attention, 300), torch.zeros(300, x.shape[1], dtype=torch.bool)
+    padding[-1, -1] = dist.get_rank() == 1
+    attention(x, x, x, need_weights=False, key_padding_mask=padding, cache=cache)
+    attention(x, x, x, need_weights=False, cache=cache)
+
+
+def test_a_difference_is_found_however_long_the_description_is(two_ranks):
+    for error in two_ranks.errors(one_shorter_sequence_of_many):
+        assert error is not None
+        assert "MultiHeadAttention must be called alike on every rank" in error[1]
+
+
 def other_cache_on_one_rank(what):
     attention, other = (spread(block("as torch's")).attention.requires_grad_(False) for _ in range(2))
     x, is_other = batch(), dist.get_rank() == 1

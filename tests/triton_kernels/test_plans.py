@@ -104,6 +104,23 @@ def test_a_wrong_flag_that_is_equal_to_a_right_one_is_refused_after_it(right, wr
             fused_mha.attention(**arguments, **wrong)
 
 
+def test_what_is_not_given_is_no_tensor_that_is_given_twice():
+    x, y = torch.zeros(2, 3), torch.zeros(2, 3)
+    calls = [(x, x, None, y), (x, x, y, None), (x, None, x, y), (x, x, y, y), (x, y, None, None), (x, None, None, y)]
+    places = [plans.place_of(call, ()) for call in calls]
+    assert len({place.key for place in places if place is not None}) == len(calls)
+
+
+def test_many_lengths_in_turn_are_known(launches, monkeypatch):
+    calls = [make_arguments(S=S, padding_dtype=torch.bool) for S in range(3, 20)]
+    for _ in range(2):
+        for arguments in calls:
+            fused_mha.attention(**arguments)
+    monkeypatch.setattr(plans, "kind_of", lambda *_: pytest.fail("it was not found by torch's guards"))
+    for arguments in calls:
+        fused_mha.attention(**arguments)
+
+
 def test_a_forced_back_end_serves(launches):
     arguments = make_arguments()
     fused_mha.attention(**arguments)

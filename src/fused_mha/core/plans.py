@@ -74,7 +74,7 @@ def find(tensors: Sequence[Tensor | None], flags: tuple[Any, ...], may_learn: in
 
 
 class Place(NamedTuple):
-    """Where it is noted what serves an eager call of plain tensors, by its flags, its first sizes and its roles."""
+    """Where it is noted what serves an eager call of plain tensors, by its flags, its roles and its sizes."""
 
     key: tuple[Any, ...]
     given: list[Tensor]  # none of them twice
@@ -98,9 +98,9 @@ def place_of(tensors: Sequence[Tensor | None], flags: tuple[Any, ...]) -> Place 
     given, roles = [x for x in tensors if x is not None], [x is None for x in tensors]
     if len({*map(id, given)}) < len(given):
         firsts: dict[Tensor | None, int] = {}  # tensors hash by identity
-        roles = [firsts.setdefault(x, i) for i, x in enumerate(tensors, 2)]  # from 2 on: no bool is equal
+        roles += [firsts.setdefault(x, i) for i, x in enumerate(tensors)]
         given = [x for x in firsts if x is not None]
-    key = (flags, dispatch.forced(), torch.is_grad_enabled(), given[0].shape, *roles)
+    key = (flags, dispatch.forced(), torch.is_grad_enabled(), *roles, *[x.shape for x in given])
     try:
         return Place(key, given, _recent.get(key))
     except TypeError:  # a flag that cannot be hashed

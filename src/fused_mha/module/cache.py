@@ -150,7 +150,7 @@ class KeyValueCache:
 
         Args:
             *args: a device, a dtype, both, or a tensor that has both, as in `torch.Tensor.to`.
-            **kwargs: ``device`` and ``dtype``, likewise.
+            **kwargs: of `torch.Tensor.to`.
 
         Returns:
             The cache itself.
@@ -162,7 +162,7 @@ class KeyValueCache:
         if not like.is_floating_point():
             raise TypeError(f"dtype must be a floating one; got {like.dtype}")
         with writable():
-            self._keys, self._values = (x.to(like) for x in (self._keys, self._values))
+            self._keys, self._values = (x.to(*args, **kwargs) for x in (self._keys, self._values))
         self._hidden, self._behind, self._lost = (
             None if x is None else x.to(like.device) for x in (self._hidden, self._behind, self._lost)
         )

@@ -123,7 +123,7 @@ def small(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Small | 
     flags = (module.batch_first, module.num_heads, is_causal, module.add_zero_attn, need_weights, average_attn_weights)
     sizes = (module.embed_dim, module.kdim, module.vdim)
     dropout_p = module.dropout if module.training else 0.0
-    tensors, is_one = _none_twice(query, key, value, parameters)
+    tensors, is_one = _shared_left_out(query, key, value, parameters)
     place = plans.place_of((*tensors, attn_mask), (*flags, *sizes, *is_one, dropout_p, cpu.LIBRARY.isa))
     return None if place is None else Small(place, arguments, parameters)
 
@@ -290,7 +290,7 @@ def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | No
         average_attn_weights,
     )
     sizes = (module.embed_dim, module.kdim, module.vdim)
-    learning, is_one = _none_twice(query, key, value, parameters)
+    learning, is_one = _shared_left_out(query, key, value, parameters)
     tensors = (*learning, attn_mask, key_padding_mask)
     kind, served = plans.find(tensors, (*flags, *sizes, *is_one, is_recorded(*learning)), len(learning))
     if kind is None or served is _BY_STEPS or type(num_heads) is not int:
@@ -298,10 +298,10 @@ def kept(module: nn.MultiheadAttention, arguments: ModuleArguments) -> Kept | No
     return Kept(kind, served, arguments, parameters, _numbers(module, arguments, dropout_p))
 
 
-def _none_twice(
+def _shared_left_out(
     query: Tensor, key: Tensor, value: Tensor, parameters: tuple[Any, ...]
 ) -> tuple[tuple[Tensor | None, ...], tuple[bool, bool]]:
-    """The tensors of a call, None for the one before, and whether the key is the query and the value the key."""
+    """The tensors of a call, None for a key that is the query and a value that is the key, and whether they are."""
     is_self, is_shared = key is query, value is key
     return (query, None if is_self else key, None if is_shared else value, *parameters), (is_self, is_shared)
 

@@ -5,6 +5,7 @@ Everything in `fused_mha.parallel` comes here for its group; `ring` and `context
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 Group = dist.ProcessGroup | DeviceMesh | None
-_ROOM = 512  # bytes of what a rank says of its call
+_ROOM = 512  # bytes of what a rank says of its call: a mark, the check sum of all of it, and as much as has room
+_SAID = 1 + 8  # where it begins
 
 
 def group_of(group: Group) -> dist.ProcessGroup:
@@ -76,21 +78,21 @@ def check_on_every_rank(group: dist.ProcessGroup, query: object, name: str, chec
     has_cpu = "cpu" in dist.get_backend_config(group)
     device = query.device if isinstance(query, Tensor) and not has_cpu else torch.device("cpu")
     said = torch.zeros(_ROOM, dtype=torch.uint8)
-    encoded = f"{'!' if error else '='}{text}".encode()[:_ROOM]
+    encoded = f"{'!' if error else '='}{zlib.crc32(text.encode()):08x}{text}".encode()[:_ROOM]
     said[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     heard = [torch.empty(_ROOM, dtype=torch.uint8, device=device) for _ in range(size)]
     dist.all_gather(heard, said.to(device), group=group)
     if error is not None:
         raise error
     texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in torch.stack(heard).tolist()]
-    failed = [f"rank {rank}: {text[1:]}" for rank, text in enumerate(texts) if text[0] == "!"]
+    failed = [f"rank {rank}: {text[_SAID:]}" for rank, text in enumerate(texts) if text[0] == "!"]
     if failed:
         raise RuntimeError(f"{name} failed on another rank of the group\n  " + "\n  ".join(failed))
     if len(set(texts)) > 1:
         ranks_of: dict[str, list[str]] = {}
         for rank, text in enumerate(texts):
-            ranks_of.setdefault(text[1:], []).append(str(rank))
-        said_by = (f"rank {', '.join(ranks)}: {text}" for text, ranks in ranks_of.items())
+            ranks_of.setdefault(text, []).append(str(rank))
+        said_by = (f"rank {', '.join(ranks)}: {text[_SAID:]}" for text, ranks in ranks_of.items())
         raise RuntimeError(f"{name} must be called alike on every rank of the group\n  " + "\n  ".join(said_by))
 
 

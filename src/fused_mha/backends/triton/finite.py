@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_mha.backends.triton.launcher import Launcher, on_device
 from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import TENSORS, Call, hides
+from fused_mha.core.memory import aligned
 
 _LAUNCH = Launch(BLOCK_M=1, BLOCK_N=1024, num_warps=4, num_stages=1)
 
@@ -61,14 +62,9 @@ class Finite:
 
     def __call__(self, x: Tensor, padding: Tensor) -> Tensor:
         """``x``, with zeros for NaN and infinity in the rows that the padding (N, S) hides."""
-        x, padding = _readable(x), _readable(padding)
+        x, padding = aligned(x.contiguous(), 1), aligned(padding.contiguous(), 1)
         result = torch.empty_like(x)
         with on_device(x.device.index):
             self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), (result,))
         return result
 
-
-def _readable(x: Tensor) -> Tensor:
-    """The tensor, contiguous and at a multiple of 16 bytes."""
-    is_readable = x.is_contiguous() and x.data_ptr() % 16 == 0
-    return x if is_readable else x.clone(memory_format=torch.contiguous_format)

@@ -19,7 +19,7 @@ from fused_mha.backends.triton import backward as kernels_of_backward
 from fused_mha.backends.triton import preparation, readable
 from fused_mha.backends.triton.forward import forward
 from fused_mha.backends.triton.gradient_tile import TERMS_UNIT, Given
-from fused_mha.backends.triton.launcher import Launcher, on_device
+from fused_mha.backends.triton.launcher import Launcher, Tensors, on_device
 from fused_mha.backends.triton.preparation import Layout, blocks, prepare, squares_shape, tile_of, with_weights
 from fused_mha.backends.triton.tile_config import Launch
 from fused_mha.backends.triton.tiles import MOST_ROWS, Call, Searched
@@ -37,7 +37,6 @@ MASK = Launch(BLOCK_M=SQUARE.value, BLOCK_N=512, num_warps=4, num_stages=1)
 DEVICE, MOST_PLANS = "cuda", 1024  # on which plans are kept, a few kilobytes each
 _NO_BIASES = (None, None)
 _GIVEN = ("grad_output", "grad_weights", "grad_lse", "output", "stats")
-Tensors = tuple[Tensor | None, ...]
 Maker = Callable[[], Tensor]
 
 
