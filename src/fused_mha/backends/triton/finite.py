@@ -67,4 +67,3 @@ class Finite:
         with on_device(x.device.index):
             self._launch((x, None, None, None, padding, *[None] * (TENSORS - 5)), (result,))
         return result
-
