@@ -39,11 +39,7 @@ struct HalfData {
 constexpr int64_t ROUNDED_TO_BFLOAT16 = 7;  // beside the dtypes of c_api.h
 struct RoundedData {
     using Stored = float;
-    static FMHA_INLINE vfloat load(const Stored* p) {
-        uint16_t rounded[LANES<float>];
-        store_bfloat16(rounded, FMHA_ISA::load(p));
-        return load_bfloat16(rounded);
-    }
+    static FMHA_INLINE vfloat load(const Stored* p) { return rounded_to_bfloat16(FMHA_ISA::load(p)); }
 };
 
 template <class T>

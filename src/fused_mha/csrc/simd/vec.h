@@ -167,6 +167,7 @@ FMHA_INLINE void store_16_bits(uint16_t* p, vuint x) {
     memcpy(p, &narrow, sizeof narrow);
 }
 FMHA_INLINE void portable_store_bfloat16(uint16_t* p, vfloat v) { store_16_bits(p, to_bfloat16_bits<vuint>(v)); }
+FMHA_INLINE vfloat portable_rounded_to_bfloat16(vfloat v) { return of_bfloat16_bits<vfloat>(to_bfloat16_bits<vuint>(v)); }
 
 // Bit i is set where byte i of n <= 32 is not zero; nothing behind them is read.
 FMHA_INLINE uint32_t portable_nonzero_bytes(const uint8_t* p, int n) {

@@ -46,6 +46,7 @@ FMHA_INLINE vfloat load_bfloat16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) { portable_store_bfloat16(p, v); }
+FMHA_INLINE vfloat rounded_to_bfloat16(vfloat v) { return portable_rounded_to_bfloat16(v); }
 FMHA_INLINE vfloat load_half(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -81,13 +81,22 @@ FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) {
     const __m256bh narrow = _mm512_cvtneps_pbh(v);
     memcpy(p, &narrow, sizeof narrow);
 }
+FMHA_INLINE vfloat rounded_to_bfloat16(vfloat v) {
+    uint16_t narrow[16];
+    store_bfloat16(narrow, v);
+    return load_bfloat16(narrow);
+}
 #else
-FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) {
+FMHA_INLINE vfloat rounded_to_bfloat16(vfloat v) {
     const __m512i bits = (__m512i)v;
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+    return (vfloat)_mm512_and_si512(rounded, _mm512_set1_epi32(int(0xffff0000u)));
+}
+FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) {
+    const __m512i rounded = (__m512i)rounded_to_bfloat16(v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 #endif

@@ -33,6 +33,7 @@ FMHA_INLINE vdouble scale(vdouble p, vdouble n) { return portable_scale(p, n); }
 
 FMHA_INLINE vfloat load_bfloat16(const uint16_t* p) { return of_bfloat16_bits<vfloat>(load_16_bits(p)); }
 FMHA_INLINE void store_bfloat16(uint16_t* p, vfloat v) { portable_store_bfloat16(p, v); }
+FMHA_INLINE vfloat rounded_to_bfloat16(vfloat v) { return portable_rounded_to_bfloat16(v); }
 FMHA_INLINE vfloat load_half(const uint16_t* p) { return of_half_bits<vfloat>(load_16_bits(p)); }
 FMHA_INLINE void store_half(uint16_t* p, vfloat v) { store_16_bits(p, to_half_bits<vuint>(v)); }
 
