@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fused_mha
 from attention_oracle import BACKENDS, SERVE_EVERYTHING, make_arguments, run_with_gradients
+from fused_mha.backends.arguments import heads_of_a_longer_call
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -83,6 +84,26 @@ def test_a_back_end_is_forced_inside_a_compiled_function(is_around, fullgraph):
         pool.submit(call_twice).result()
     call_twice()
     assert operators == [["fused_mha.attention.default"]] * len(operators) != []
+
+
+def test_dropout_compiles_before_and_after_calls_of_some_heads():
+    x = torch.ones(1, 4, 2, 8)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def of_all(x):
+        return fused_mha.attention(x, x, x, dropout_p=0.5).output
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def of_some(x):
+        with heads_of_a_longer_call(0, 4):
+            return fused_mha.attention(x, x, x, dropout_p=0.5).output
+
+    def call_in_turns():
+        for call in (of_all, of_some) * 2:
+            assert call(x).shape == x.shape
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a thread whose calls were of all heads so far
+        pool.submit(call_in_turns).result()
 
 
 @pytest.mark.thorough(one_in=2)

@@ -15,7 +15,9 @@ from fused_mha.ops.schema import Arguments, placed_seed
 
 
 class _Place(threading.local):
-    heads: tuple[int, int] | None = None
+    def __init__(self) -> None:
+        # No attribute of the class, which torch.compile would see the first change hide.
+        self.heads: tuple[int, int] | None = None
 
 
 _place = _Place()
